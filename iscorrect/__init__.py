@@ -1,0 +1,151 @@
+"""Corrected policy-gradient losses for LLM reinforcement learning, exact and readable.
+
+The rollout engine and the trainer give different probabilities to the same token. Pass both
+log-probs to a loss of this package, and the gradient is corrected for it:
+
+>>> import torch, iscorrect
+>>> log_probs = torch.tensor([[-1.0, -2.0]], requires_grad=True)
+>>> loss, metrics = iscorrect.token_tis_loss(
+...     log_probs, rollout_log_probs=torch.tensor([[-1.1, -1.9]]), advantages=torch.ones(1),
+...     mask=torch.tensor([[True, True]]),
+... )
+>>> loss.backward()
+"""
+
+from iscorrect.aggregate import aggregate, global_normalizer, group_advantages
+from iscorrect.bounds import (
+    Clip,
+    ConfidenceCap,
+    Ignore,
+    Mask,
+    ParetoSmooth,
+    SignedTruncate,
+    Truncate,
+)
+from iscorrect.correction import (
+    PRESETS,
+    Correction,
+    Weights,
+    confidence_is,
+    dppo,
+    geometric_rs,
+    icepop,
+    kpop,
+    off_policy_negative,
+    pareto_is,
+    parse,
+    sequence_is,
+    sequence_mis,
+    sequence_tis,
+    token_is,
+    token_mis,
+    token_tis,
+    topr,
+    trust_region_mask,
+    uncorrected,
+)
+from iscorrect.divergences import binary_kl, k1, k2, k3
+from iscorrect.errors import InputError
+from iscorrect.layout import Layout, pad_sequences, unpad
+from iscorrect.logprobs import Support, log_probs_from_logits
+from iscorrect.loss import (
+    LossOutput,
+    PolicyLoss,
+    masked_is_loss,
+    sequence_is_loss,
+    token_tis_loss,
+)
+from iscorrect.metrics import Metrics, effective_sample_size
+from iscorrect.objectives import CISPO, PPOClip, ReferenceKL, Reinforce, score_centering
+from iscorrect.pareto import pareto_tail
+from iscorrect.ratios import Evidence, at_level, log_ratio, ratio
+from iscorrect.reject import (
+    BinaryKL,
+    DivergenceAbove,
+    OffPolicyNegative,
+    ProbabilityShift,
+    RatioOutside,
+    Veto,
+)
+from iscorrect.thresholds import (
+    ESSCap,
+    IonidesCap,
+    MSEOptimalCap,
+    ess_cap,
+    ionides_cap,
+    mse_optimal_cap,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CISPO",
+    "PRESETS",
+    "BinaryKL",
+    "Clip",
+    "ConfidenceCap",
+    "Correction",
+    "DivergenceAbove",
+    "ESSCap",
+    "Evidence",
+    "Ignore",
+    "InputError",
+    "IonidesCap",
+    "Layout",
+    "LossOutput",
+    "MSEOptimalCap",
+    "Mask",
+    "Metrics",
+    "OffPolicyNegative",
+    "PPOClip",
+    "ParetoSmooth",
+    "PolicyLoss",
+    "ProbabilityShift",
+    "RatioOutside",
+    "ReferenceKL",
+    "Reinforce",
+    "SignedTruncate",
+    "Support",
+    "Truncate",
+    "Veto",
+    "Weights",
+    "aggregate",
+    "at_level",
+    "binary_kl",
+    "confidence_is",
+    "dppo",
+    "effective_sample_size",
+    "ess_cap",
+    "geometric_rs",
+    "global_normalizer",
+    "group_advantages",
+    "icepop",
+    "ionides_cap",
+    "k1",
+    "k2",
+    "k3",
+    "kpop",
+    "log_probs_from_logits",
+    "log_ratio",
+    "masked_is_loss",
+    "mse_optimal_cap",
+    "off_policy_negative",
+    "pad_sequences",
+    "pareto_is",
+    "pareto_tail",
+    "parse",
+    "ratio",
+    "score_centering",
+    "sequence_is",
+    "sequence_is_loss",
+    "sequence_mis",
+    "sequence_tis",
+    "token_is",
+    "token_mis",
+    "token_tis",
+    "token_tis_loss",
+    "topr",
+    "trust_region_mask",
+    "uncorrected",
+    "unpad",
+]

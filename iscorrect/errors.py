@@ -1,0 +1,98 @@
+"""The one exception of the library, and the checks that raise it.
+
+Checks read shapes, dtypes, devices and ``requires_grad`` only, never values: they cost under a
+microsecond and never synchronise with the device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class InputError(ValueError):
+    """An argument that cannot be used; the message names caller, argument, expected, got, and fix."""
+
+
+def input_error(caller: str, argument: str, *, expected: str, got: str, fix: str) -> InputError:
+    """The error that every check raises, with its message in one form.
+
+    >>> print(input_error("Truncate", "cap", expected="a number > 0", got="-1.0", fix="pass cap=2.0"))
+    Truncate: `cap` must be a number > 0, got -1.0. Fix: pass cap=2.0.
+    """
+    return InputError(f"{caller}: `{argument}` must be {expected}, got {got}. Fix: {fix}.")
+
+
+def describe(x: object) -> str:
+    """Dtype and shape of a tensor, type of anything else, as messages print them.
+
+    >>> describe(torch.zeros(2, 3))
+    'float32 (2, 3)'
+    """
+    if isinstance(x, Tensor):
+        return f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
+    return type(x).__name__
+
+
+def check_mask(caller: str, mask: object) -> None:
+    """Raise unless ``mask`` is a bool tensor with a token axis."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise input_error(
+            caller, "mask", expected="a bool tensor or a Layout", got=describe(mask),
+            fix="pass mask.bool()" if isinstance(mask, Tensor) else "pass a bool tensor, True where"
+            " a token counts",
+        )
+    if mask.ndim == 0:
+        raise input_error(
+            caller, "mask", expected="at least one-dimensional (its last axis is the token)",
+            got=describe(mask), fix="pass the mask as `b t`",
+        )
+
+
+def check_per_token(
+    caller: str, mask: Tensor, *, gradient: tuple[str, ...] = (), **tensors: Tensor | None
+) -> None:
+    """Raise unless every tensor is floating, shaped and placed like ``mask``.
+
+    Args:
+        caller: what the message begins with.
+        mask: bool "b t".
+        gradient: names of the tensors that may carry gradient; the others may not.
+        tensors: by argument name; None is skipped.
+    """
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise input_error(
+                caller, name, expected="a floating-point tensor", got=describe(x),
+                fix="pass per-token values as float32 or wider",
+            )
+        if x.shape != mask.shape:
+            raise input_error(
+                caller, name, expected=f"of shape {tuple(mask.shape)} like `mask`",
+                got=describe(x), fix=_shape_hint(x, mask),
+            )
+        if x.device != mask.device:
+            raise input_error(
+                caller, name, expected=f"on {mask.device} like `mask`", got=str(x.device),
+                fix=f"pass {name}.to(mask.device)",
+            )
+        if x.requires_grad and name not in gradient and torch.is_grad_enabled():
+            raise input_error(
+                caller, name, expected="without gradient", got="a tensor that requires grad",
+                fix=f"pass {name}.detach(), or look whether it was swapped with `log_probs`",
+            )
+
+
+def _shape_hint(x: Tensor, mask: Tensor) -> str:
+    if x.ndim == mask.ndim and x.shape[:-1] == mask.shape[:-1]:
+        if abs(x.shape[-1] - mask.shape[-1]) == 1:
+            return (
+                "one token too many or too few: log-probs of the next token belong to positions 1.."
+                " of the mask, so slice mask[..., 1:] and log-probs alike"
+            )
+        return "pass both over the same tokens (response only, or prompt and response)"
+    if x.ndim == 2 and x.T.shape == mask.shape:
+        return "the axes are swapped: pass `b t`, not `t b`"
+    return "pass all per-token tensors as `b t`, padded alike"

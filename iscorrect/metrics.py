@@ -1,0 +1,265 @@
+"""Metrics that merge exactly: sums, counts and extrema, read as flat names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from iscorrect.aggregate import accumulator
+from iscorrect.layout import Layout
+from iscorrect.ratios import Evidence, saturation
+from iscorrect.ratios import units as units_of
+
+Totals = Mapping[str, Tensor]
+
+
+class Metrics(Mapping[str, Tensor]):
+    """Metrics of a batch, or of several merged: a mapping from flat names to 0-dim tensors.
+
+    Only sums and extrema are stored; means are taken when read. So ``a + b`` is what one call on
+    both batches would have given. Nothing synchronises with the device before :meth:`to_floats`.
+
+        batch/tokens                      tokens of the mask
+        mismatch/kl_k1, kl_k2, kl_k3      mean estimate of KL(μ‖π_old), nats per token
+        mismatch/log_prob_diff/mean, max  |log π_old − log μ|, nats
+        mismatch/chi2/token               mean (ρ − 1)² over tokens
+        is/ratio/mean, min, max           ρ at the correction's level, before any bound; a ratio
+                                          above 1.7e13 (float32) enters mean and weight as that
+        is/chi2                           mean (ρ − 1)² over its units: tokens, sequences, …
+        is/weight/mean, max               weights of the units that were kept
+        is/kept_weight                    Σ weights / number of units; 1 is what ρ has on average
+        is/ess                            (Σ w)² / (n Σ w²), n units of the mask
+        is/bounded                        share of units whose ratio the bound changed
+        is/rejected                       share of tokens with weight 0
+        is/nonfinite                      share of tokens whose log-ratio is NaN or infinite
+        policy/kl_k1, kl_k3               the same of KL(π_old‖π), where old_log_probs are given
+        policy/clipped                    share of tokens that the objective clips
+
+    Attributes:
+        sums: 0-dim tensors that add under a merge.
+        maxima: 0-dim tensors that a merge takes the maximum of.
+
+    >>> a = policy_metrics(torch.tensor([[-0.5]]), Layout(torch.tensor([[True]])), None)
+    >>> (a + a).to_floats()["policy/kl_k1"]
+    0.5
+    """
+
+    __slots__ = ("maxima", "sums")
+
+    def __init__(self, sums: Totals, maxima: Totals) -> None:
+        self.sums = sums
+        self.maxima = maxima
+
+    def __add__(self, other: Metrics) -> Metrics:
+        sums, maxima = dict(self.sums), dict(self.maxima)
+        for name, value in other.sums.items():
+            sums[name] = sums[name] + value if name in sums else value
+        for name, value in other.maxima.items():
+            maxima[name] = torch.maximum(maxima[name], value) if name in maxima else value
+        return Metrics(sums, maxima)
+
+    def read(self) -> dict[str, Tensor]:
+        """Every metric that the stored sums allow, by name; 0 where nothing counted."""
+        s, m = self.sums, self.maxima
+        metrics = {}
+        if "finite" in s:
+            metrics |= {
+                "batch/tokens": s["tokens"],
+                "mismatch/kl_k1": _share(s["k1"], s["finite"]),
+                "mismatch/kl_k2": _share(s["k2"], s["finite"]),
+                "mismatch/kl_k3": _share(s["k3"], s["finite"]),
+                "mismatch/log_prob_diff/mean": _share(s["abs"], s["finite"]),
+                "mismatch/log_prob_diff/max": _or_zero(m["abs"]),
+                "mismatch/chi2/token": _share(s["chi2"], s["finite"]),
+                "is/ratio/mean": _share(s["excess"] + s["usable"], s["usable"]),
+                "is/ratio/min": _or_zero(torch.exp(-m["negative_log_ratio"])),
+                "is/ratio/max": torch.exp(m["log_ratio"]),
+                "is/chi2": _share(s["unit_chi2"], s["usable"]),
+                "is/weight/mean": _share(s["weight"], s["kept_units"]),
+                "is/weight/max": _or_zero(m["weight"]),
+                "is/kept_weight": _share(s["weight"], s["units"]),
+                "is/ess": s["weight"].square()
+                / torch.where(s["weight_squared"] > 0, s["units"] * s["weight_squared"], 1),
+                "is/bounded": _share(s["bounded"], s["units"]),
+                "is/rejected": 1 - _share(s["kept_tokens"], s["tokens"]),
+                "is/nonfinite": _share(s["tokens"] - s["finite"], s["tokens"]),
+            }
+        if "policy_tokens" in s:
+            metrics |= {
+                "policy/kl_k1": _share(s["policy_k1"], s["policy_tokens"]),
+                "policy/kl_k3": _share(s["policy_k3"], s["policy_tokens"]),
+            }
+        if "clipped" in s:
+            metrics["policy/clipped"] = _share(s["clipped"], s["policy_tokens"])
+        return metrics
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.read()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.read())
+
+    def __len__(self) -> int:
+        return len(self.read())
+
+    def __repr__(self) -> str:
+        return f"Metrics({', '.join(self)})"
+
+    def to_floats(self) -> dict[str, float]:
+        """Every metric as a Python float, in one transfer from the device."""
+        metrics = self.read()
+        if not metrics:
+            return {}
+        values: list[float] = torch.stack(list(metrics.values())).tolist()
+        return dict(zip(metrics, values, strict=True))
+
+    def all_reduced(self, group: dist.ProcessGroup | None = None) -> Metrics:
+        """The metrics of all ranks of a group, in one collective for sums and one for extrema.
+
+        Args:
+            group: the ranks; None: all. Every rank must hold the same names.
+
+        Returns:
+            The same on every rank.
+        """
+        sums = torch.stack([value.to(accumulator(value.device)) for value in self.sums.values()])
+        maxima = torch.stack([value.to(sums.dtype) for value in self.maxima.values()])
+        dist.all_reduce(sums, group=group)
+        dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=group)
+        return Metrics(
+            dict(zip(self.sums, sums, strict=True)), dict(zip(self.maxima, maxima, strict=True))
+        )
+
+
+def correction_metrics(
+    evidence: Evidence, *, log_ratio: Tensor, bounded: Tensor, weights: Tensor, keep: Tensor
+) -> Metrics:
+    """What a correction saw and did.
+
+    Args:
+        evidence: token level, before any bound.
+        log_ratio: "b t", nats, at the correction's level, before normalisation and bound.
+        bounded: bool "b t", where the bound changed the ratio.
+        weights: "b t", after bound and rejection.
+        keep: bool "b t".
+
+    Returns:
+        `mismatch/…`, a property of the data, and `is/…`, of the correction.
+    """
+    d, layout, units = evidence.log_ratio, evidence.layout, evidence.units
+    limit = saturation(d.dtype)
+    outside = torch.where(units, 0, -torch.inf).to(d.dtype)
+    # d is 0 where it does not count, and so is every divergence of it.
+    excess = torch.expm1(d.clamp(max=limit))
+    if evidence.level == "token":
+        unit_excess, unit_weights, all_units = excess, weights, layout.mask
+    else:
+        unit_excess = torch.where(units, torch.expm1(log_ratio.clamp(max=limit)), 0)
+        all_units = units_of(layout, evidence.level)
+        heaviest = weights
+        if evidence.level == "segment":
+            heaviest = layout.segment_max(weights)
+        elif evidence.level != "prefix":
+            heaviest = layout.sequence_max(weights)
+        unit_weights = torch.where(all_units, heaviest, 0)
+    return Metrics(
+        {
+            "tokens": _count(layout.mask),
+            "finite": _count(evidence.finite),
+            "kept_tokens": _count(keep),
+            "k1": -_sum(d),
+            "k2": _sum_of_squares(d) / 2,
+            "k3": _sum(excess - d),
+            "abs": _sum(d.abs()),
+            "chi2": _sum_of_squares(excess),
+            "units": _count(all_units),
+            "usable": _count(units),
+            "kept_units": _count(unit_weights.bool()),
+            "bounded": _count(units & bounded),
+            "excess": _sum(unit_excess),
+            "unit_chi2": _sum_of_squares(unit_excess),
+            "weight": _sum(unit_weights),
+            "weight_squared": _sum_of_squares(unit_weights),
+        },
+        {
+            "abs": _max(d.abs()),
+            "log_ratio": _max(log_ratio + outside),
+            "negative_log_ratio": _max(outside - log_ratio),
+            "weight": _max(weights),
+        },
+    )
+
+
+def policy_metrics(log_ratio: Tensor, layout: Layout, clipped: Tensor | None) -> Metrics:
+    """How far the update has moved the policy.
+
+    Args:
+        log_ratio: "b t", nats, log π − log π_old; 0 outside the mask.
+        layout: which tokens count.
+        clipped: bool "b t", what the objective clips; None where it clips nothing.
+
+    Returns:
+        `policy/…`.
+    """
+    sums = {
+        "policy_tokens": _count(layout.mask),
+        "policy_k1": -_sum(log_ratio),
+        "policy_k3": _sum(torch.expm1(log_ratio.clamp(max=saturation(log_ratio.dtype))) - log_ratio),
+    }
+    if clipped is not None:
+        sums["clipped"] = _count(clipped & layout.mask)
+    return Metrics(sums, {})
+
+
+def effective_sample_size(weights: Tensor, mask: Tensor) -> Tensor:
+    """Fraction of the sample that the weights leave effective.
+
+        ESS = (Σ w)² / (n Σ w²)
+
+    Args:
+        weights: "b t", ≥ 0.
+        mask: bool "b t"; n counts its True entries.
+
+    Returns:
+        "" in [0, 1]; 1 when all weights are equal, 0 when all are 0 or nothing counts.
+
+    References:
+        Kish, Survey Sampling (1965).
+
+    >>> effective_sample_size(torch.tensor([[1.0, 1.0, 2.0]]), torch.ones(1, 3, dtype=torch.bool))
+    tensor(0.8889)
+    """
+    weights = torch.where(mask, weights, 0)
+    largest = _max(weights).to(weights.dtype)
+    weights = weights / torch.where(largest > 0, largest, 1)
+    squares = torch.count_nonzero(mask) * weights.square().sum()
+    return weights.sum().square() / torch.where(squares > 0, squares, 1)
+
+
+def _count(which: Tensor) -> Tensor:
+    return torch.count_nonzero(which).to(accumulator(which.device))
+
+
+def _sum(x: Tensor) -> Tensor:
+    return x.sum().to(accumulator(x.device))
+
+
+def _sum_of_squares(x: Tensor) -> Tensor:
+    return torch.dot(x.flatten(), x.flatten()).to(accumulator(x.device))
+
+
+def _max(x: Tensor) -> Tensor:
+    lowest = x.new_full((), -torch.inf)
+    return (x.amax() if x.numel() else lowest).to(accumulator(x.device))
+
+
+def _share(part: Tensor, whole: Tensor) -> Tensor:
+    return part / whole.clamp(min=1)
+
+
+def _or_zero(x: Tensor) -> Tensor:
+    """An extremum of nothing is infinite; it reads as 0."""
+    return torch.where(x.isfinite(), x, 0)
