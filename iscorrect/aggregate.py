@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from iscorrect.errors import check_mask, describe, input_error
-from iscorrect.layout import Layout, as_layout
+from iscorrect.layout import Layout, as_layout, masked
 
 Aggregation = Literal[
     "token-mean",
@@ -71,7 +71,7 @@ def aggregate(
             "aggregate", "normalizer", expected="None for 'sum', which divides by nothing",
             got=describe(normalizer), fix="choose 'token-mean', or leave normalizer out",
         )
-    per_token = torch.where(layout.mask, per_token, 0)
+    per_token = masked(per_token, layout.mask)
     return aggregate_masked(per_token, layout, how, normalizer, horizon)
 
 
@@ -247,5 +247,5 @@ def group_advantages(
     else:
         variance = layout.sequence_total(centered.square()) / (n - 1).clamp(min=1)
         advantages = torch.where(n > 1, centered / (variance.sqrt() + eps), 0)
-    advantages = torch.where(layout.mask, advantages, 0)
+    advantages = masked(advantages, layout.mask)
     return torch.empty_like(advantages).scatter(0, order, advantages)

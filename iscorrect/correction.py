@@ -21,7 +21,7 @@ from iscorrect.bounds import (
     Truncate,
 )
 from iscorrect.errors import check_per_token, input_error
-from iscorrect.layout import Layout, as_layout
+from iscorrect.layout import Layout, as_layout, masked
 from iscorrect.metrics import Metrics, correction_metrics
 from iscorrect.ratios import (
     Evidence,
@@ -148,19 +148,20 @@ class Correction:
         with torch.no_grad():
             evidence = self._evidence(old_log_probs, rollout_log_probs, layout, advantages)
             level_log_ratio = at_level(evidence.log_ratio, layout, self.level)
-            rho = ratio(level_log_ratio)
+            raw = rho = ratio(level_log_ratio)
             if self.normalize:
                 units = evidence.units
-                mean = torch.where(units, rho, 0).sum() / torch.count_nonzero(units).clamp(min=1)
-                rho = rho / torch.where(mean > 0, mean, 1)
+                mean = masked(raw, units).sum() / torch.count_nonzero(units).clamp(min=1)
+                rho = raw / torch.where(mean > 0, mean, 1)
             weights = rho if self.bound is None else self.bound(rho, evidence)
             bounded = (weights - rho).bool()
             keep = evidence.usable & weights.bool()
             for rule in self.reject:
                 keep = keep & rule(evidence)
-            weights = torch.where(keep, weights, 0)
+            weights = masked(weights, keep)
             metrics = correction_metrics(
-                evidence, log_ratio=level_log_ratio, bounded=bounded, weights=weights, keep=keep
+                evidence, log_ratio=level_log_ratio, ratio=raw, bounded=bounded, weights=weights,
+                keep=keep,
             )
         return Weights(weights, keep, metrics)
 
@@ -180,7 +181,7 @@ class Correction:
             usable = layout.mask & (at_level(bad, layout, self.level) == 0)
         return Evidence(
             layout=layout, level=self.level, finite=finite, usable=usable,
-            log_ratio=torch.where(finite, d, 0), raw_log_probs=old,
+            log_ratio=masked(d, finite), raw_log_probs=old,
             raw_rollout_log_probs=rollout, raw_advantages=advantages,
         )
 

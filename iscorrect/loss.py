@@ -20,7 +20,7 @@ from iscorrect.bounds import Mask
 from iscorrect.correction import Correction, sequence_is, sequence_tis, token_tis
 from iscorrect.errors import check_per_token, describe, input_error
 from iscorrect.gradients import with_gradient
-from iscorrect.layout import Layout, as_layout
+from iscorrect.layout import Layout, as_layout, masked
 from iscorrect.metrics import Metrics, policy_metrics
 from iscorrect.objectives import Objective, ReferenceKL, Reinforce
 from iscorrect.ratios import Level, Scope, difference, is_finite, scope_of, widest
@@ -28,7 +28,7 @@ from iscorrect.thresholds import Limit
 
 Over = Literal["mask", "kept"]
 
-BLOCK = 1 << 18
+BLOCK = 1 << 17
 """Tokens of a block on the CPU: temporaries of this size stay in the second-level cache."""
 
 
@@ -166,16 +166,16 @@ class PolicyLoss:
             rollout_log_probs=batch.rollout_log_probs, mask=layout, advantages=batch.advantages,
         )
         if self.correction.nonfinite == "neutral":
-            weights = torch.where(present, weights, 0)
+            weights = masked(weights, present)
         # Inputs are made finite everywhere, so that a weight of 0 is enough to silence a token.
-        log_probs = torch.where(present, batch.log_probs.to(wide), 0)
+        log_probs = masked(batch.log_probs.to(wide), present)
         if differentiate:
-            log_probs = log_probs.detach().requires_grad_()
-        advantages = torch.where(mask, batch.advantages, 0)
+            log_probs.requires_grad_()
+        advantages = masked(batch.advantages, mask)
         if old is None:
             old = log_probs.detach()
         else:
-            old = torch.where(present, old.to(wide), 0)
+            old = masked(old.to(wide), present)
             metrics = metrics + self._policy_metrics(log_probs.detach(), old, advantages, layout)
 
         per_token = weights * self.objective(log_probs, old, advantages, layout)
@@ -183,7 +183,7 @@ class PolicyLoss:
             penalty = self.reference_kl(log_probs, batch.ref_log_probs, layout.with_mask(present))
             per_token = per_token + (weights * penalty if self.reference_kl.corrected else penalty)
         if batch.extra is not None:
-            per_token = per_token + torch.where(mask, batch.extra, 0)
+            per_token = per_token + masked(batch.extra, mask)
         counted = layout if self.over == "mask" else layout.with_mask(keep)
         loss = self._aggregate(per_token, counted, normalizer)
         return LossOutput(loss, metrics), log_probs
@@ -193,7 +193,7 @@ class PolicyLoss:
     ) -> Tensor:
         if callable(self.aggregation):
             return self.aggregation(per_token, layout)
-        per_token = per_token if self.over == "mask" else torch.where(layout.mask, per_token, 0)
+        per_token = per_token if self.over == "mask" else masked(per_token, layout.mask)
         return aggregate_masked(per_token, layout, self.aggregation, normalizer, self.horizon)
 
     def _policy_metrics(

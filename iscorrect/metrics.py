@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from iscorrect.aggregate import accumulator
-from iscorrect.layout import Layout
-from iscorrect.ratios import Evidence, saturation
+from iscorrect.layout import Layout, masked
+from iscorrect.ratios import Evidence, Level, saturation
 from iscorrect.ratios import units as units_of
 
 Totals = Mapping[str, Tensor]
@@ -72,14 +72,14 @@ class Metrics(Mapping[str, Tensor]):
                 "mismatch/kl_k2": _share(s["k2"], s["finite"]),
                 "mismatch/kl_k3": _share(s["k3"], s["finite"]),
                 "mismatch/log_prob_diff/mean": _share(s["abs"], s["finite"]),
-                "mismatch/log_prob_diff/max": _or_zero(m["abs"]),
+                "mismatch/log_prob_diff/max": m["abs"],
                 "mismatch/chi2/token": _share(s["chi2"], s["finite"]),
                 "is/ratio/mean": _share(s["excess"] + s["usable"], s["usable"]),
-                "is/ratio/min": _or_zero(torch.exp(-m["negative_log_ratio"])),
-                "is/ratio/max": torch.exp(m["log_ratio"]),
+                "is/ratio/min": torch.where(m["inverse_ratio"] > 0, 1 / m["inverse_ratio"], 0),
+                "is/ratio/max": m["ratio"],
                 "is/chi2": _share(s["unit_chi2"], s["usable"]),
                 "is/weight/mean": _share(s["weight"], s["kept_units"]),
-                "is/weight/max": _or_zero(m["weight"]),
+                "is/weight/max": m["weight"],
                 "is/kept_weight": _share(s["weight"], s["units"]),
                 "is/ess": s["weight"].square()
                 / torch.where(s["weight_squared"] > 0, s["units"] * s["weight_squared"], 1),
@@ -135,13 +135,20 @@ class Metrics(Mapping[str, Tensor]):
 
 
 def correction_metrics(
-    evidence: Evidence, *, log_ratio: Tensor, bounded: Tensor, weights: Tensor, keep: Tensor
+        evidence: Evidence,
+    *,
+    log_ratio: Tensor,
+    ratio: Tensor,
+    bounded: Tensor,
+    weights: Tensor,
+    keep: Tensor,
 ) -> Metrics:
     """What a correction saw and did.
 
     Args:
         evidence: token level, before any bound.
-        log_ratio: "b t", nats, at the correction's level, before normalisation and bound.
+        log_ratio: "b t", nats, at the correction's level.
+        ratio: "b t", its exponential, before normalisation and bound.
         bounded: bool "b t", where the bound changed the ratio.
         weights: "b t", after bound and rejection.
         keep: bool "b t".
@@ -151,46 +158,56 @@ def correction_metrics(
     """
     d, layout, units = evidence.log_ratio, evidence.layout, evidence.units
     limit = saturation(d.dtype)
-    outside = torch.where(units, 0, -torch.inf).to(d.dtype)
     # d is 0 where it does not count, and so is every divergence of it.
     excess = torch.expm1(d.clamp(max=limit))
+    magnitude = d.abs()
+    tokens, finite, kept = _count(layout.mask), _count(evidence.finite), _count(keep)
+    sums = {
+        "tokens": tokens,
+        "finite": finite,
+        "kept_tokens": kept,
+        "k1": -_sum(d),
+        "k2": _sum_of_squares(d) / 2,
+        "k3": _sum(excess - d),
+        "abs": _sum(magnitude),
+        "chi2": _sum_of_squares(excess),
+        "bounded": _count(units & bounded),
+    }
     if evidence.level == "token":
-        unit_excess, unit_weights, all_units = excess, weights, layout.mask
+        unit_excess, unit_weights = excess, weights
+        counts = {"units": tokens, "usable": finite, "kept_units": kept}
     else:
-        unit_excess = torch.where(units, torch.expm1(log_ratio.clamp(max=limit)), 0)
         all_units = units_of(layout, evidence.level)
-        heaviest = weights
-        if evidence.level == "segment":
-            heaviest = layout.segment_max(weights)
-        elif evidence.level != "prefix":
-            heaviest = layout.sequence_max(weights)
-        unit_weights = torch.where(all_units, heaviest, 0)
-    return Metrics(
-        {
-            "tokens": _count(layout.mask),
-            "finite": _count(evidence.finite),
-            "kept_tokens": _count(keep),
-            "k1": -_sum(d),
-            "k2": _sum_of_squares(d) / 2,
-            "k3": _sum(excess - d),
-            "abs": _sum(d.abs()),
-            "chi2": _sum_of_squares(excess),
+        unit_excess = masked(torch.expm1(log_ratio.clamp(max=limit)), units)
+        unit_weights = masked(_heaviest(weights, layout, evidence.level), all_units)
+        counts = {
             "units": _count(all_units),
             "usable": _count(units),
             "kept_units": _count(unit_weights.bool()),
-            "bounded": _count(units & bounded),
-            "excess": _sum(unit_excess),
-            "unit_chi2": _sum_of_squares(unit_excess),
-            "weight": _sum(unit_weights),
-            "weight_squared": _sum_of_squares(unit_weights),
-        },
+        }
+    sums |= counts | {
+        "excess": _sum(unit_excess),
+        "unit_chi2": _sum_of_squares(unit_excess),
+        "weight": _sum(unit_weights),
+        "weight_squared": _sum_of_squares(unit_weights),
+    }
+    # Ratios are positive, so a maximum over some of them may find 0 elsewhere.
+    return Metrics(
+        sums,
         {
-            "abs": _max(d.abs()),
-            "log_ratio": _max(log_ratio + outside),
-            "negative_log_ratio": _max(outside - log_ratio),
+            "abs": _max(magnitude),
+            "ratio": _max(masked(ratio, units)),
+            "inverse_ratio": _max(masked(ratio.reciprocal(), units)),
             "weight": _max(weights),
         },
     )
+
+
+def _heaviest(weights: Tensor, layout: Layout, level: Level) -> Tensor:
+    """The largest weight of each unit, which a rule may have left to some of its tokens only."""
+    if level == "prefix":
+        return weights
+    return layout.segment_max(weights) if level == "segment" else layout.sequence_max(weights)
 
 
 def policy_metrics(log_ratio: Tensor, layout: Layout, clipped: Tensor | None) -> Metrics:
@@ -232,7 +249,7 @@ def effective_sample_size(weights: Tensor, mask: Tensor) -> Tensor:
     >>> effective_sample_size(torch.tensor([[1.0, 1.0, 2.0]]), torch.ones(1, 3, dtype=torch.bool))
     tensor(0.8889)
     """
-    weights = torch.where(mask, weights, 0)
+    weights = masked(weights, mask)
     largest = _max(weights).to(weights.dtype)
     weights = weights / torch.where(largest > 0, largest, 1)
     squares = torch.count_nonzero(mask) * weights.square().sum()
@@ -252,14 +269,9 @@ def _sum_of_squares(x: Tensor) -> Tensor:
 
 
 def _max(x: Tensor) -> Tensor:
-    lowest = x.new_full((), -torch.inf)
-    return (x.amax() if x.numel() else lowest).to(accumulator(x.device))
+    """The largest of nonnegative numbers; 0 of none."""
+    return (x.amax() if x.numel() else x.sum()).to(accumulator(x.device))
 
 
 def _share(part: Tensor, whole: Tensor) -> Tensor:
     return part / whole.clamp(min=1)
-
-
-def _or_zero(x: Tensor) -> Tensor:
-    """An extremum of nothing is infinite; it reads as 0."""
-    return torch.where(x.isfinite(), x, 0)

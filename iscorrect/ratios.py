@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from iscorrect.errors import input_error
-from iscorrect.layout import Layout
+from iscorrect.layout import Layout, masked
 
 Level = Literal["token", "sequence", "geometric", "prefix", "segment"]
 Scope = Literal["token", "sequence", "batch"]
@@ -37,7 +37,7 @@ def log_ratio(log_probs: Tensor, rollout_log_probs: Tensor, layout: Layout) -> T
     >>> log_ratio(torch.tensor([[-1.0, 9.0]]), torch.tensor([[-1.5, 7.0]]), Layout(mask))
     tensor([[0.5000, 0.0000]])
     """
-    return torch.where(layout.mask, difference(log_probs, rollout_log_probs), 0)
+    return masked(difference(log_probs, rollout_log_probs), layout.mask)
 
 
 def difference(a: Tensor, b: Tensor) -> Tensor:
@@ -156,12 +156,12 @@ class Evidence:
     @property
     def log_probs(self) -> Tensor:
         """log π_old "b t", nats; 0 where not finite."""
-        return torch.where(self.finite, self.raw_log_probs.to(self.log_ratio.dtype), 0)
+        return masked(self.raw_log_probs.to(self.log_ratio.dtype), self.finite)
 
     @property
     def rollout_log_probs(self) -> Tensor:
         """log μ "b t", nats; 0 where not finite."""
-        return torch.where(self.finite, self.raw_rollout_log_probs.to(self.log_ratio.dtype), 0)
+        return masked(self.raw_rollout_log_probs.to(self.log_ratio.dtype), self.finite)
 
     @property
     def units(self) -> Tensor:
@@ -179,7 +179,7 @@ class Evidence:
                 caller, "advantages", expected="given, since this rule depends on their sign",
                 got="None", fix="pass advantages= to the correction",
             )
-        return torch.where(self.layout.mask, self.raw_advantages, 0)
+        return masked(self.raw_advantages, self.layout.mask)
 
 
 def scope_of(part: object) -> Scope:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from iscorrect.errors import input_error
+from iscorrect.layout import masked
 
 Units: TypeAlias = Tensor
 """bool "b t": one token for each unit (token, sequence, …) of the ratio's level."""
@@ -41,7 +42,7 @@ def ionides_cap(ratio: Tensor, units: Units) -> Tensor:
     tensor(2.)
     """
     n = torch.count_nonzero(units).clamp(min=1)
-    return torch.where(units, ratio, 0).sum() / n.sqrt()
+    return masked(ratio, units).sum() / n.sqrt()
 
 
 def mse_optimal_cap(n: Tensor, chi2: Tensor) -> Tensor:
@@ -85,7 +86,7 @@ def ess_cap(ratio: Tensor, units: Units, target: float) -> Tensor:
     >>> bool(2.6 < cap < 2.7)
     True
     """
-    ratio = torch.where(units, ratio, 0)
+    ratio = masked(ratio, units)
     n = torch.count_nonzero(units).clamp(min=1)
     top = ratio.max() if ratio.numel() else ratio.sum()
     tiny = torch.finfo(ratio.dtype).tiny
@@ -130,7 +131,7 @@ class MSEOptimalCap:
 
     def __call__(self, ratio: Tensor, units: Units) -> Tensor:
         n = torch.count_nonzero(units).clamp(min=1)
-        chi2 = torch.where(units, (ratio - 1).square(), 0).sum() / n
+        chi2 = masked((ratio - 1).square(), units).sum() / n
         return mse_optimal_cap(n, chi2)
 
 
