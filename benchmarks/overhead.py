@@ -11,6 +11,7 @@ from torch import Tensor
 from benchmarks.harness import Setting, Workload, installed, interleave, summary
 from iscorrect import PolicyLoss, PPOClip, Reinforce, token_tis
 
+PEERS = {"verl": "verl", "TRL": "trl"}
 CAP, LOW, HIGH, DUAL = 2.0, 0.8, 1.2, 3.0
 
 
@@ -56,10 +57,10 @@ def measure(name: str, batch: Batch, setting: Setting) -> Workload:
     workload = Workload(
         name,
         f"{b} × {t} tokens in ragged rows, {share:.0%} of them counted; {policies}, token-TIS; "
-        "loss, gradient of the log-probs, and all metrics as floats. The metrics of verl are its "
-        "own set; all others compute the same ones.",
+        "loss, gradient of the log-probs, and all metrics as floats. verl and TRL compute their own "
+        "metrics (TRL's loss has few); all others compute the same ones.",
     )
-    packages = {"iscorrect": "iscorrect", "iscorrect, torch.compile": "iscorrect", "verl": "verl"}
+    packages = {"iscorrect": "iscorrect", "iscorrect, torch.compile": "iscorrect"} | PEERS
     providers: dict[str, Provider] = {
         "iscorrect": ours(batch),
         "iscorrect, torch.compile": compiled(batch),
@@ -67,18 +68,20 @@ def measure(name: str, batch: Batch, setting: Setting) -> Workload:
     }
     if installed("verl"):
         providers["verl"] = verl(batch)
+    if installed("trl") and batch.old_log_probs is not None:
+        providers["TRL"] = trl(batch)
     check(providers, batch)
     runs: dict[str, Callable[[], object]] = {
         provider: lambda f=f: backward(f, batch) for provider, f in providers.items()
     }
     runs["limit: copy of the inputs"] = copy_inputs(batch)
     times = interleave(runs, setting)
-    for provider in [*runs, "verl"]:
-        if provider in times:
-            values = summary(times[provider], times["iscorrect"], setting.device)
-            workload.add(provider, packages.get(provider, "torch"), **values)
-        else:
-            workload.add(provider, "verl", **{"wall, ms": "not installed"})
+    for provider, taken in times.items():
+        values = summary(taken, times["iscorrect"], setting.device)
+        workload.add(provider, packages.get(provider, "torch"), **values)
+    for provider, package in PEERS.items():
+        if not installed(package):
+            workload.add(provider, package, **{"wall, ms": "not installed"})
     return workload
 
 
@@ -229,6 +232,43 @@ def verl(batch: Batch) -> Provider:
                 trainer, batch.log_probs, batch.advantages, kept, "token-mean", config, weights,
             )
         return loss, metrics | more
+
+    return provider
+
+
+def trl(batch: Batch) -> Provider:
+    """The trainer's own loss, handed log-probs where it would run the model."""
+    from collections import defaultdict
+    from types import SimpleNamespace
+
+    from trl import GRPOTrainer
+
+    mask, entropies = batch.mask.float(), torch.zeros_like(batch.rollout_log_probs)
+    logged: dict[str, dict[str, list[float]]] = {"train": defaultdict(list)}
+    trainer = SimpleNamespace(
+        accelerator=SimpleNamespace(
+            gather=lambda x: x, reduce=lambda x, reduction: x, num_processes=1, sync_gradients=False
+        ),
+        args=SimpleNamespace(delta=DUAL), model=SimpleNamespace(training=True), loss_type="bnpo",
+        _get_per_token_logps_and_entropies=lambda *_, **__: (batch.log_probs, entropies, None),
+        _metrics=logged, beta=0.0, epsilon_low=1 - LOW, epsilon_high=HIGH - 1,
+        importance_sampling_level="token", use_vllm=True, vllm_importance_sampling_correction=True,
+        current_gradient_accumulation_steps=1, off_policy_mask_threshold=None, aux_loss_enabled=False,
+        top_entropy_quantile=1.0, _entropy_bonus_enabled=False, use_adaptive_entropy=False,
+    )
+    inputs = {
+        "prompt_ids": mask[:, :0], "prompt_mask": mask[:, :0], "completion_ids": mask,
+        "completion_mask": mask, "advantages": batch.advantages,
+        "old_per_token_logps": batch.old_log_probs,
+    }
+
+    def provider(batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        assert batch.old_log_probs is not None
+        logged["train"].clear()
+        difference = (batch.old_log_probs - batch.rollout_log_probs) * mask
+        inputs["importance_sampling_ratio"] = difference.exp().clamp(max=CAP)
+        loss = GRPOTrainer._compute_loss(trainer, trainer.model, inputs)
+        return loss, {name: values[-1] for name, values in logged["train"].items()}
 
     return provider
 
