@@ -290,7 +290,7 @@ def _number_runs(*ids: Tensor | None) -> Tensor:
 
 
 def _rows_of(runs: Tensor | None, start: int, stop: int) -> Tensor | None:
-    return None if runs is None else runs[start:stop] - runs[start:stop].flatten()[:1]
+    return None if runs is None else runs[start:stop] - runs[start : start + 1, :1]
 
 
 def _reduce(x: Tensor, runs: Tensor | None, how: Reduction) -> Tensor:

@@ -180,7 +180,8 @@ class PolicyLoss:
 
         per_token = weights * self.objective(log_probs, old, advantages, layout)
         if self.reference_kl is not None and batch.ref_log_probs is not None:
-            penalty = self.reference_kl(log_probs, batch.ref_log_probs, layout.with_mask(present))
+            known = layout.with_mask(present & is_finite(batch.ref_log_probs))
+            penalty = self.reference_kl(log_probs, batch.ref_log_probs, known)
             per_token = per_token + (weights * penalty if self.reference_kl.corrected else penalty)
         if batch.extra is not None:
             per_token = per_token + masked(batch.extra, mask)

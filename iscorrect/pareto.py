@@ -56,7 +56,7 @@ def pareto_tail(log_weights: Tensor, units: Tensor) -> Tail:
     """
     sample = torch.where(units, log_weights, -torch.inf).flatten().double()
     size = sample.numel()
-    longest = math.ceil(min(0.2 * size, 3 * math.sqrt(size)))
+    longest = math.ceil(min(0.2 * size, 3 * size**0.5))
     count = torch.count_nonzero(units)
     length = torch.minimum(0.2 * count, 3 * count.sqrt()).ceil()
 
@@ -89,7 +89,7 @@ def _fit(excess: Tensor, members: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
     """Posterior mean of index and scale; ``excess`` falls, is ≥ 0, and is 0 outside ``members``."""
     prior_scale, prior_index, prior_weight = 3, 0.5, 10
     size = excess.numel()
-    candidates = 30 + math.isqrt(size)
+    candidates = 30 + int(size**0.5)
     m = 30 + n.sqrt().floor()
     quartile = (n - (n / 4 + 0.5).floor()).long().clamp(min=0, max=size - 1)
 
