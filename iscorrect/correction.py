@@ -148,11 +148,11 @@ class Correction:
         with torch.no_grad():
             evidence = self._evidence(old_log_probs, rollout_log_probs, layout, advantages)
             level_log_ratio = at_level(evidence.log_ratio, layout, self.level)
-            raw = rho = ratio(level_log_ratio)
+            rho = ratio(level_log_ratio)
             if self.normalize:
                 units = evidence.units
-                mean = masked(raw, units).sum() / torch.count_nonzero(units).clamp(min=1)
-                rho = raw / torch.where(mean > 0, mean, 1)
+                mean = masked(rho, units).sum() / torch.count_nonzero(units).clamp(min=1)
+                rho = rho / torch.where(mean > 0, mean, 1)
             weights = rho if self.bound is None else self.bound(rho, evidence)
             bounded = (weights - rho).bool()
             keep = evidence.usable & weights.bool()
@@ -160,8 +160,7 @@ class Correction:
                 keep = keep & rule(evidence)
             weights = masked(weights, keep)
             metrics = correction_metrics(
-                evidence, log_ratio=level_log_ratio, ratio=raw, bounded=bounded, weights=weights,
-                keep=keep,
+                evidence, log_ratio=level_log_ratio, bounded=bounded, weights=weights, keep=keep
             )
         return Weights(weights, keep, metrics)
 

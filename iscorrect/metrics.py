@@ -26,8 +26,8 @@ class Metrics(Mapping[str, Tensor]):
         mismatch/kl_k1, kl_k2, kl_k3      mean estimate of KL(μ‖π_old), nats per token
         mismatch/log_prob_diff/mean, max  |log π_old − log μ|, nats
         mismatch/chi2/token               mean (ρ − 1)² over tokens
-        is/ratio/mean, min, max           ρ at the correction's level, before any bound; a ratio
-                                          above 1.7e13 (float32) enters mean and weight as that
+        is/ratio/mean, min, max           ρ at the correction's level, before any bound; min is at
+                                          most 1, max at least 1
         is/chi2                           mean (ρ − 1)² over its units: tokens, sequences, …
         is/weight/mean, max               weights of the units that were kept
         is/kept_weight                    Σ weights / number of units; 1 is what ρ has on average
@@ -75,8 +75,8 @@ class Metrics(Mapping[str, Tensor]):
                 "mismatch/log_prob_diff/max": m["abs"],
                 "mismatch/chi2/token": _share(s["chi2"], s["finite"]),
                 "is/ratio/mean": _share(s["excess"] + s["usable"], s["usable"]),
-                "is/ratio/min": torch.where(m["inverse_ratio"] > 0, 1 / m["inverse_ratio"], 0),
-                "is/ratio/max": m["ratio"],
+                "is/ratio/min": torch.exp(-m["negative_log_ratio"]),
+                "is/ratio/max": torch.exp(m["log_ratio"].clamp(max=700)),
                 "is/chi2": _share(s["unit_chi2"], s["usable"]),
                 "is/weight/mean": _share(s["weight"], s["kept_units"]),
                 "is/weight/max": m["weight"],
@@ -138,7 +138,6 @@ def correction_metrics(
         evidence: Evidence,
     *,
     log_ratio: Tensor,
-    ratio: Tensor,
     bounded: Tensor,
     weights: Tensor,
     keep: Tensor,
@@ -147,8 +146,7 @@ def correction_metrics(
 
     Args:
         evidence: token level, before any bound.
-        log_ratio: "b t", nats, at the correction's level.
-        ratio: "b t", its exponential, before normalisation and bound.
+        log_ratio: "b t", nats, at the correction's level, before normalisation and bound.
         bounded: bool "b t", where the bound changed the ratio.
         weights: "b t", after bound and rejection.
         keep: bool "b t".
@@ -174,11 +172,12 @@ def correction_metrics(
         "bounded": _count(units & bounded),
     }
     if evidence.level == "token":
-        unit_excess, unit_weights = excess, weights
+        unit_log_ratio, unit_excess, unit_weights = d, excess, weights
         counts = {"units": tokens, "usable": finite, "kept_units": kept}
     else:
         all_units = units_of(layout, evidence.level)
-        unit_excess = masked(torch.expm1(log_ratio.clamp(max=limit)), units)
+        unit_log_ratio = masked(log_ratio, units)
+        unit_excess = torch.expm1(unit_log_ratio.clamp(max=limit))
         unit_weights = masked(_heaviest(weights, layout, evidence.level), all_units)
         counts = {
             "units": _count(all_units),
@@ -191,13 +190,12 @@ def correction_metrics(
         "weight": _sum(unit_weights),
         "weight_squared": _sum_of_squares(unit_weights),
     }
-    # Ratios are positive, so a maximum over some of them may find 0 elsewhere.
     return Metrics(
         sums,
         {
             "abs": _max(magnitude),
-            "ratio": _max(masked(ratio, units)),
-            "inverse_ratio": _max(masked(ratio.reciprocal(), units)),
+            "log_ratio": _max(unit_log_ratio),
+            "negative_log_ratio": _max(-unit_log_ratio),
             "weight": _max(weights),
         },
     )

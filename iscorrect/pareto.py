@@ -56,9 +56,9 @@ def pareto_tail(log_weights: Tensor, units: Tensor) -> Tail:
     """
     sample = torch.where(units, log_weights, -torch.inf).flatten().double()
     size = sample.numel()
-    longest = math.ceil(min(0.2 * size, 3 * size**0.5))
-    count = torch.count_nonzero(units)
-    length = torch.minimum(0.2 * count, 3 * count.sqrt()).ceil()
+    longest = int(min(size / 5, 3 * size**0.5))
+    count = torch.count_nonzero(units).to(sample.dtype)
+    length = torch.minimum(count / 5, 3 * count.sqrt()).floor()
 
     top = torch.topk(sample, min(longest + 1, size))
     if longest < 1 or size <= longest:
@@ -71,7 +71,7 @@ def pareto_tail(log_weights: Tensor, units: Tensor) -> Tail:
     )
     relative = relative[:longest]
     members = (torch.arange(longest, device=sample.device) < length) & (relative > cutoff)
-    n = torch.count_nonzero(members)
+    n = torch.count_nonzero(members).to(sample.dtype)
     excess = torch.where(members, relative.exp() - cutoff.exp(), 0)
     k, sigma = _fit(excess, members, n)
 
