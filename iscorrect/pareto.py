@@ -20,14 +20,14 @@ class Tail(NamedTuple):
     Attributes:
         k: "", the Pareto index; inf where the tail has fewer than five members or no spread. Below
             ½ the weights have a variance, below 1 a mean.
-        index: int "m", where the largest entries stand in the flattened sample, largest first.
+        positions: int "m", where the largest entries stand in the flattened sample, largest first.
         smoothed: "m", nats, the expected order statistics, largest first, never above the sample's
             maximum.
         members: bool "m", which of them belong to the tail.
     """
 
     k: Tensor
-    index: Tensor
+    positions: Tensor
     smoothed: Tensor
     members: Tensor
 

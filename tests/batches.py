@@ -34,7 +34,7 @@ class Batch(NamedTuple):
 
 
 def make_batch(seed, rows=3, width=6, scale=0.05):
-    """A float64 batch; log-probs may exceed 0 by the mismatch, as a bug in an engine would have it."""
+    """A float64 batch, ragged and with holes."""
     rng = np.random.default_rng(seed)
     shape = (rows, width)
     mask = np.arange(width) < rng.integers(0, width + 1, (rows, 1))

@@ -120,13 +120,11 @@ def topr(s):
     return np.where(s.advantages > 0, 1.0, np.minimum(product(s), 1.0))
 
 
-PRESETS = {
-    name.replace("_", "-"): globals()[name]
-    for name in (
-        "uncorrected token_is token_tis token_mis icepop confidence_is kpop dppo sequence_is"
-        " sequence_tis sequence_mis geometric_rs trust_region_mask off_policy_negative topr"
-    ).split()
-}
+ORACLES = (
+    uncorrected, token_is, token_tis, token_mis, icepop, confidence_is, kpop, dppo, sequence_is,
+    sequence_tis, sequence_mis, geometric_rs, trust_region_mask, off_policy_negative, topr,
+)
+PRESETS = {f.__name__.replace("_", "-"): f for f in ORACLES}
 """All presets but pareto-is, whose oracle is a public implementation of PSIS."""
 
 

@@ -258,14 +258,14 @@ def test_a_value_that_is_not_finite_never_reaches_the_loss(nonfinite, objective,
 
 def test_a_reference_that_is_not_finite_is_left_out_of_the_penalty():
     batch = make_batch(12)
-    first = batch.mask.nonzero()[0].tolist()
+    i, j = batch.mask.nonzero()[0]
     ref = batch.ref_log_probs.clone()
-    ref[*first] = torch.nan
+    ref[i, j] = torch.nan
     loss_fn = PolicyLoss(reference_kl=ic.ReferenceKL(coefficient=0.3))
     value, gradient, _ = loss_and_gradient(
         loss_fn, batch._replace(ref_log_probs=ref), Layout(batch.mask)
     )
-    ref[*first] = batch.log_probs[*first]
+    ref[i, j] = batch.log_probs[i, j]
     expected = loss_and_gradient(loss_fn, batch._replace(ref_log_probs=ref), Layout(batch.mask))
     torch.testing.assert_close(value, expected[0])
     torch.testing.assert_close(gradient, expected[1])

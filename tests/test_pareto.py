@@ -27,7 +27,7 @@ def test_index_and_smoothed_tail_agree_with_arviz(kind, n, seed):
 
     smoothed = log_weights.copy()
     members = tail.members.numpy()
-    smoothed[tail.index.numpy()[members]] = tail.smoothed.numpy()[members]
+    smoothed[tail.positions.numpy()[members]] = tail.smoothed.numpy()[members]
     # arviz normalises its weights; ours keep their scale.
     shift = np.median(smoothed - expected)
     np.testing.assert_allclose(smoothed - shift, expected, rtol=1e-6, atol=1e-6)
