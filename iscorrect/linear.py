@@ -13,7 +13,6 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from einops import rearrange
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from iscorrect.errors import describe, input_error
 from iscorrect.layout import Layout, as_layout
@@ -102,7 +101,9 @@ def linear_log_probs(
     """
     mask = None if layout is None else as_layout("linear_log_probs", layout).mask
     head = Head(weight, bias, temperature, softcap, head_dtype)
-    tokens = Tokens.of("linear_log_probs", head, hidden, target, mask, support)
+    tokens = Tokens.of(
+        "linear_log_probs", head, hidden=hidden, target=target, mask=mask, support=support
+    )
     chunk_size = check_chunk_size("linear_log_probs", chunk_size, tokens)
     chosen, spread = _LinearLogProbs.apply(
         tokens.hidden, weight, bias, head, tokens, chunk_size, entropy
@@ -147,7 +148,7 @@ class Head:
                 fix="pass lm_head.bias, or None where there is none",
             )
         for name, value in {"temperature": self.temperature, "softcap": self.softcap}.items():
-            if value is not None and (isinstance(value, Tensor) or not value > 0):
+            if value is not None and not (isinstance(value, (int, float)) and value > 0):
                 raise input_error(
                     caller, name, expected="a number > 0", got=repr(value),
                     fix=f"pass {name} as the sampler and the model's config have it",
@@ -177,7 +178,7 @@ class Tokens:
 
     @classmethod
     def of(
-        cls, caller: str, head: Head, hidden: Tensor, target: Tensor, mask: Tensor | None,
+        cls, caller: str, head: Head, *, hidden: Tensor, target: Tensor, mask: Tensor | None,
         support: Tensor | Support | None,
     ) -> Tokens:
         """Check the inputs and pick what counts; asks a GPU once how many tokens that is."""
@@ -221,6 +222,7 @@ class Tokens:
             yield part, self[part]
 
 
+@dataclass(frozen=True, eq=False)
 class Gradients:
     """Sums of what the chunks give, in float32 or wider; None where nothing asks for them.
 
@@ -230,30 +232,44 @@ class Gradients:
         bias: "v".
     """
 
-    def __init__(
-        self, head: Head, tokens: Tokens, *, hidden: bool, weight: bool, bias: bool
-    ) -> None:
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+    @classmethod
+    def zeros(
+        cls, head: Head, tokens: Tokens, *, hidden: bool, weight: bool, bias: bool
+    ) -> Gradients:
+        """Sums of nothing yet."""
         dtype = head.wide(tokens.hidden)
 
-        def zeros(like: Tensor) -> Tensor:
+        def zeros(like: Tensor | None, wanted: bool) -> Tensor | None:
+            if like is None or not wanted:
+                return None
             # contiguous, whatever the strides of the parameter
             return torch.zeros(like.shape, dtype=dtype, device=like.device)
 
-        self.hidden = zeros(tokens.hidden) if hidden else None
-        self.weight = zeros(head.weight) if weight else None
-        self.bias = zeros(head.bias) if bias and head.bias is not None else None
+        return cls(zeros(tokens.hidden, hidden), zeros(head.weight, weight), zeros(head.bias, bias))
+
+    def another(self) -> Gradients:
+        """The same rows of ``hidden``, and other sums of weight and bias."""
+        weight, bias = self.weight, self.bias
+        return Gradients(
+            self.hidden, None if weight is None else torch.zeros_like(weight),
+            None if bias is None else torch.zeros_like(bias),
+        )
 
 
 class Reader:
     """One buffer "c v" through which chunks of tokens go.
 
-    :meth:`read` leaves a chunk's probabilities there, :meth:`differentiate` makes gradients of them.
+    :meth:`read` leaves its probabilities there, :meth:`differentiate` makes gradients of them.
     """
 
     def __init__(self, head: Head, tokens: Tokens, chunk_size: int, *, spread: bool = False):
         self.head = head
         self.dtype = head.wide(tokens.hidden)
-        rows = min(chunk_size, max(1, len(tokens)))
+        self.size = rows = min(chunk_size, max(1, len(tokens)))
 
         def buffer() -> Tensor:
             return head.weight.new_empty(rows, len(head.weight), dtype=self.dtype)
@@ -293,18 +309,23 @@ class Reader:
             z.mul_(head.softcap)
         if head.temperature != 1:
             z.div_(head.temperature)
-        if chunk.support is not None:
-            _restrict(z, chunk.support)
-        chosen = z.gather(1, rearrange(chunk.target, "c -> c 1"))
+        impossible = None if chunk.support is None else _restrict(z, chunk.support)
+        index = rearrange(chunk.target, "c -> c 1")
+        chosen = z.gather(1, index)
+        if impossible is not None:
+            chosen.masked_fill_(impossible, -torch.inf)
         largest = z.amax(1, keepdim=True)
         z.sub_(largest)
         if self._surprisal is not None:
             surprisal = self._surprisal[: len(chunk)].copy_(z)
         z.exp_()
-        total = z.sum(1, keepdim=True)
-        log_total = total.log()
-        z.div_(total)
-        log_probs = rearrange(chosen - largest - log_total, "c 1 -> c")
+        # The sum less 1, taken without the target, has digits left where p is all but 1.
+        own = chosen - largest
+        z.scatter_(1, index, 0)
+        log_total = torch.log1p(z.sum(1, keepdim=True) + torch.expm1(own))
+        z.scatter_(1, index, own.exp())
+        z.div_(log_total.exp())
+        log_probs = rearrange(own - log_total, "c 1 -> c")
         if self._surprisal is None:
             return log_probs, None
         # −log p of each token of the vocabulary; what has probability 0 adds nothing
@@ -314,8 +335,7 @@ class Reader:
         return log_probs, (mean, torch.linalg.vecdot(z, surprisal.mul_(surprisal)))
 
     def differentiate(
-        self, chunk: Tokens, log_probs: Tensor, coefficient: Tensor, into: Gradients,
-        weight: Tensor | None = None,
+        self, chunk: Tokens, log_probs: Tensor, coefficient: Tensor, into: Gradients
     ) -> None:
         """Add Σ_i c_i ∂ log p_i of the chunk that was read last; what has c_i = 0 costs nothing.
 
@@ -325,8 +345,7 @@ class Reader:
             chunk: what was read.
             log_probs: "c", as read.
             coefficient: "c".
-            into: sums that grow.
-            weight: stands for ``into.weight``.
+            into: sums that grow; rows of ``hidden`` are set, for each token is read once.
         """
         # what the support excludes has no gradient; NaN is not hidden
         rows = (coefficient * (log_probs != -torch.inf)).nonzero().squeeze(-1)
@@ -347,10 +366,9 @@ class Reader:
                 _accumulate(sums, grad[:, part].to(self._operand), block)
             into.hidden.index_copy_(0, chunk.index, sums)
         if into.bias is not None:
-            into.bias += grad.sum(0)
-        weight = into.weight if weight is None else weight
-        if weight is not None:
-            _accumulate(weight, grad.to(self._operand).T, hidden)
+            into.bias.add_(grad.sum(0))
+        if into.weight is not None:
+            _accumulate(into.weight, grad.to(self._operand).T, hidden)
 
     def _hidden(self, chunk: Tokens) -> Tensor:
         hidden = chunk.hidden.index_select(0, chunk.index)
@@ -396,13 +414,13 @@ class _LinearLogProbs(torch.autograd.Function):
         return log_probs, moments
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        check_first_order("linear_log_probs")
         hidden, weight, bias = ctx.saved_tensors
         head, every = ctx.head, ctx.tokens
         wanted = ctx.needs_input_grad
         with torch.autocast(hidden.device.type, enabled=False):
-            into = Gradients(head, every, hidden=wanted[0], weight=wanted[1], bias=wanted[2])
+            into = Gradients.zeros(head, every, hidden=wanted[0], weight=wanted[1], bias=wanted[2])
             rows = grad.nonzero().squeeze(-1)
             tokens, grad = every[rows], grad[rows]
             reader = Reader(head, tokens, ctx.chunk_size)
@@ -420,12 +438,12 @@ class _LinearLogProbs(torch.autograd.Function):
 def default_chunk_size(tokens: int, device: torch.device) -> int:
     """Tokens whose logits are held at a time: one in 32, so that memory stays in the background.
 
-    At least 96 on a CPU and 1024 on a GPU, where smaller products waste the machine; at most 4096.
+    At least 256 on a CPU and 1024 on a GPU, where smaller products waste the machine; at most 4096.
 
-    >>> default_chunk_size(8192, torch.device("cpu"))
-    256
+    >>> default_chunk_size(16384, torch.device("cpu"))
+    512
     """
-    return min(max(tokens // 32, 96 if device.type == "cpu" else 1024), 4096)
+    return min(max(tokens // 32, 256 if device.type == "cpu" else 1024), 4096)
 
 
 def check_chunk_size(caller: str, chunk_size: int | None, tokens: Tokens) -> int:
@@ -438,6 +456,12 @@ def check_chunk_size(caller: str, chunk_size: int | None, tokens: Tokens) -> int
             fix="leave it out, or pass chunk_size=256",
         )
     return chunk_size
+
+
+def check_first_order(caller: str) -> None:
+    """Raise inside a backward that is to be differentiated itself."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{caller}: differentiating twice (create_graph=True) is not supported")
 
 
 def _product(a: Tensor, b: Tensor, *, out: Tensor) -> None:
@@ -454,14 +478,16 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += torch.mm(a, b, total.dtype)
 
 
-def _restrict(z: Tensor, support: Support) -> None:
-    """Logits outside the support become −inf; rows without any kept id stay as they are."""
+def _restrict(z: Tensor, support: Support) -> Tensor:
+    """Logits outside the support become −inf; rows without any kept id stay, and are returned."""
     counts = support.offsets.diff()
     row = torch.arange(len(z), device=z.device)
     row = row.repeat_interleave(counts, output_size=len(support.ids))
     kept = z[row, support.ids]
-    z.masked_fill_(rearrange(counts > 0, "c -> c 1"), -torch.inf)
+    empty = rearrange(counts == 0, "c -> c 1")
+    z.masked_fill_(~empty, -torch.inf)
     z[row, support.ids] = kept
+    return empty
 
 
 def _as_rows(caller: str, support: Tensor | Support, target: Tensor) -> Support:
