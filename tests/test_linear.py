@@ -317,7 +317,7 @@ def test_differentiating_twice_says_that_it_is_not_supported():
     hidden, weight, bias, target = make()
     hidden.requires_grad_()
     out = linear_log_probs(hidden, weight, target, bias=bias).sum()
-    with pytest.raises(RuntimeError, match="twice .* is not supported"):
+    with pytest.raises(RuntimeError, match=r"twice .* is not supported"):
         torch.autograd.grad(out, hidden, create_graph=True)
 
 
