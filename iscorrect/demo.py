@@ -39,7 +39,8 @@ def main() -> int:
             ])
         show(
             f'Model "{model}": mismatch by precision of rollout / trainer (nats per token)',
-            ["rollout / trainer", "mean |Δ log p|", "max", "σ", "KL (k3)", "ESS of sequences"], rows,
+            ["rollout / trainer", "mean |Δ log p|", "max", "σ", "KL (k3)", "ESS of sequences"],
+            rows,
         )
 
     dump = shipped_rollouts("sharp", "bfloat16", "bfloat16")
@@ -62,8 +63,8 @@ def main() -> int:
     print(f"""
 Left of the last two columns: on the rollouts above; presets that look at the advantage's sign were
 given one at random for each sequence. The last two: enumerated, with the same mismatch per token
-(σ = {number(sigma)}), bias and standard deviation of one sequence's gradient relative to the true one.
-None for pareto-is, which looks at a whole batch.
+(σ = {number(sigma)}), bias and standard deviation of one sequence's gradient, relative to the true
+one. None for pareto-is, which looks at a whole batch.
 
 {LINE}""")
     return 0
