@@ -63,7 +63,8 @@ def _trl() -> LogProbs:
     from trl.kernels import ChunkedLogProbFunction
 
     def log_probs(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        return ChunkedLogProbFunction.apply(hidden, weight, None, target, 1.0, 2048, None, 1.0, ())[0]
+        options = (1.0, 2048, None, 1.0, ())
+        return ChunkedLogProbFunction.apply(hidden, weight, None, target, *options)[0]
 
     return log_probs
 

@@ -80,7 +80,7 @@ def pretty(value: str) -> str:
         number = float(value)
     except ValueError:
         return value
-    if number == 0 or 1e-3 <= abs(number) < 1e5:
-        digits = max(0, 2 - len(str(int(abs(number)))) + 1) if abs(number) >= 1 else 3
-        return f"{number:,.{digits}f}"
-    return f"{number:.1e}"
+    if number != 0 and not 1e-2 <= abs(number) < 1e5:
+        return f"{number:.1e}"
+    whole = len(str(int(abs(number)))) if abs(number) >= 1 else 0
+    return f"{number:,.{max(0, 3 - whole)}f}"
