@@ -1,4 +1,4 @@
-"""A whole reinforcement-learning loop on one screen: a BF16 engine samples, a float32 trainer learns.
+"""A whole reinforcement-learning loop on one screen: an engine in BF16, a trainer in float32.
 
 The task: write eight digits in rising order. Run it with `python examples/minimal_loop.py`.
 """
