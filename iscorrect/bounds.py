@@ -25,7 +25,7 @@ Bound = Callable[[Tensor, Evidence], Tensor]
 class Ignore:
     """Weight 1 whatever the ratio: the uncorrected gradient, or rejection alone.
 
-        w = 1
+    w = 1
     """
 
     scope: ClassVar[Scope] = "token"
@@ -186,9 +186,9 @@ class ParetoSmooth:
     def __call__(self, ratio: Tensor, evidence: Evidence) -> Tensor:
         tail = pareto_tail(ratio.log(), evidence.units)
         flat = ratio.flatten()
-        raw = flat.gather(0, tail.index)
+        raw = flat.gather(0, tail.positions)
         changed = torch.where(tail.members, tail.smoothed.exp().to(ratio.dtype), raw)
-        smooth = flat.scatter(0, tail.index, changed).view(ratio.shape)
+        smooth = flat.scatter(0, tail.positions, changed).view(ratio.shape)
         if evidence.level in ("token", "prefix"):
             return smooth
         # One token stands for each sequence or segment; the others take its weight.

@@ -73,7 +73,8 @@ class Layout:
         Raises:
             InputError: the mask has more than one row.
 
-        >>> layout = Layout.from_cu_seqlens(torch.ones(5, dtype=torch.bool), torch.tensor([0, 2, 5]))
+        >>> mask = torch.ones(5, dtype=torch.bool)
+        >>> layout = Layout.from_cu_seqlens(mask, torch.tensor([0, 2, 5]))
         >>> layout.sequence_total(torch.ones(5))
         tensor([2., 2., 3., 3., 3.])
         """
@@ -149,7 +150,7 @@ class Layout:
         return self.sequence_total(x) / self.sequence_count(x.dtype).clamp(min=1)
 
     def sequence_max(self, x: Tensor) -> Tensor:
-        """Maximum over the counted tokens of each sequence; "b t" -> "b t". -inf where none count."""
+        """Maximum over the counted tokens of each sequence; "b t". -inf where none count."""
         return _reduce(torch.where(self.mask, x, -torch.inf), self._sequences, "amax")
 
     def segment_total(self, x: Tensor) -> Tensor:
@@ -157,7 +158,7 @@ class Layout:
         return _reduce(masked(x, self.mask), self._segments, "sum")
 
     def segment_max(self, x: Tensor) -> Tensor:
-        """Maximum over the counted tokens of each segment; "b t" -> "b t". -inf where none count."""
+        """Maximum over the counted tokens of each segment; "b t". -inf where none count."""
         return _reduce(torch.where(self.mask, x, -torch.inf), self._segments, "amax")
 
     def prefix_total(self, x: Tensor) -> Tensor:
@@ -290,7 +291,7 @@ def _number_runs(*ids: Tensor | None) -> Tensor:
 
 
 def _rows_of(runs: Tensor | None, start: int, stop: int) -> Tensor | None:
-    return None if runs is None else runs[start:stop] - runs[start:stop].flatten()[:1]
+    return None if runs is None else runs[start:stop] - runs[start : start + 1, :1]
 
 
 def _reduce(x: Tensor, runs: Tensor | None, how: Reduction) -> Tensor:

@@ -134,7 +134,7 @@ def _check(logits: Tensor, target: Tensor, temperature: float) -> None:
             "log_probs_from_logits", "target", expected=f"of shape {tuple(logits.shape[:-1])}",
             got=describe(target), fix=hint,
         )
-    if isinstance(temperature, Tensor) or not temperature > 0:
+    if not temperature > 0:
         raise input_error(
             "log_probs_from_logits", "temperature", expected="a number > 0", got=repr(temperature),
             fix="pass the sampler's temperature; greedy decoding has no log-probs to correct",

@@ -20,14 +20,14 @@ class Tail(NamedTuple):
     Attributes:
         k: "", the Pareto index; inf where the tail has fewer than five members or no spread. Below
             ½ the weights have a variance, below 1 a mean.
-        index: int "m", where the largest entries stand in the flattened sample, largest first.
+        positions: int "m", where the largest entries stand in the flattened sample, largest first.
         smoothed: "m", nats, the expected order statistics, largest first, never above the sample's
             maximum.
         members: bool "m", which of them belong to the tail.
     """
 
     k: Tensor
-    index: Tensor
+    positions: Tensor
     smoothed: Tensor
     members: Tensor
 
@@ -56,9 +56,9 @@ def pareto_tail(log_weights: Tensor, units: Tensor) -> Tail:
     """
     sample = torch.where(units, log_weights, -torch.inf).flatten().double()
     size = sample.numel()
-    longest = math.ceil(min(0.2 * size, 3 * math.sqrt(size)))
-    count = torch.count_nonzero(units)
-    length = torch.minimum(0.2 * count, 3 * count.sqrt()).ceil()
+    longest = int(min(size / 5, 3 * size**0.5))
+    count = torch.count_nonzero(units).to(sample.dtype)
+    length = torch.minimum(count / 5, 3 * count.sqrt()).floor()
 
     top = torch.topk(sample, min(longest + 1, size))
     if longest < 1 or size <= longest:
@@ -71,7 +71,7 @@ def pareto_tail(log_weights: Tensor, units: Tensor) -> Tail:
     )
     relative = relative[:longest]
     members = (torch.arange(longest, device=sample.device) < length) & (relative > cutoff)
-    n = torch.count_nonzero(members)
+    n = torch.count_nonzero(members).to(sample.dtype)
     excess = torch.where(members, relative.exp() - cutoff.exp(), 0)
     k, sigma = _fit(excess, members, n)
 
@@ -89,7 +89,7 @@ def _fit(excess: Tensor, members: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
     """Posterior mean of index and scale; ``excess`` falls, is ≥ 0, and is 0 outside ``members``."""
     prior_scale, prior_index, prior_weight = 3, 0.5, 10
     size = excess.numel()
-    candidates = 30 + math.isqrt(size)
+    candidates = 30 + int(size**0.5)
     m = 30 + n.sqrt().floor()
     quartile = (n - (n / 4 + 0.5).floor()).long().clamp(min=0, max=size - 1)
 

@@ -41,7 +41,7 @@ def ionides_cap(ratio: Tensor, units: Units) -> Tensor:
     >>> ionides_cap(torch.ones(1, 4), torch.ones(1, 4, dtype=torch.bool))
     tensor(2.)
     """
-    n = torch.count_nonzero(units).clamp(min=1)
+    n = torch.count_nonzero(units).clamp(min=1).to(ratio.dtype)
     return masked(ratio, units).sum() / n.sqrt()
 
 
@@ -93,7 +93,7 @@ def ess_cap(ratio: Tensor, units: Units, target: float) -> Tensor:
     low = torch.where(units & (ratio > 0), ratio, torch.inf).min() if ratio.numel() else top
     low = torch.minimum(low, top).clamp(min=tiny).log()
     high = top.clamp(min=tiny).log()
-    fits = _ess(ratio, top, n) >= target
+    fits = (_ess(ratio, top, n) >= target) | (top == 0)
     for _ in range(40):
         middle = (low + high) / 2
         enough = _ess(ratio, middle.exp(), n) >= target
@@ -130,7 +130,7 @@ class MSEOptimalCap:
     """
 
     def __call__(self, ratio: Tensor, units: Units) -> Tensor:
-        n = torch.count_nonzero(units).clamp(min=1)
+        n = torch.count_nonzero(units).clamp(min=1).to(ratio.dtype)
         chi2 = masked((ratio - 1).square(), units).sum() / n
         return mse_optimal_cap(n, chi2)
 

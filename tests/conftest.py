@@ -1,10 +1,13 @@
-"""Hypothesis profiles; choose one with HYPOTHESIS_PROFILE."""
+"""Hypothesis profiles: `dev` by default, `ci` in CI, `deep` for a night."""
 
 import os
 
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-settings.register_profile("dev", max_examples=20, deadline=None)
-settings.register_profile("ci", max_examples=50, deadline=None, derandomize=True)
-settings.register_profile("deep", max_examples=5_000, deadline=None)
+slow = [HealthCheck.too_slow, HealthCheck.data_too_large]
+settings.register_profile("dev", max_examples=20, deadline=None, suppress_health_check=slow)
+settings.register_profile(
+    "ci", max_examples=60, deadline=None, derandomize=True, suppress_health_check=slow
+)
+settings.register_profile("deep", max_examples=5000, deadline=None, suppress_health_check=slow)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
