@@ -13,7 +13,7 @@ import iscorrect
 PACKAGE = Path(iscorrect.__file__).parent
 README = PACKAGE.parent / "README.md"
 FLOORS = [
-    {"errors", "tables"},
+    {"errors", "tables", "ranks"},
     {"divergences", "layout", "gradients"},
     {"ratios", "logprobs", "pareto", "aggregate"},
     {"thresholds", "metrics", "reject", "objectives"},
