@@ -250,7 +250,8 @@ class PolicyLoss:
             given = "a tensor" if self.reference_kl is None else "None"
             raise input_error(
                 "PolicyLoss", "ref_log_probs",
-                expected="given exactly where there is a reference_kl", got=given, fix="pass reference_kl=ReferenceKL(...) and ref_log_probs together",
+                expected="given exactly where there is a reference_kl", got=given,
+                fix="pass reference_kl=ReferenceKL(...) and ref_log_probs together",
             )
         if normalizer is not None and callable(self.aggregation):
             raise input_error(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from einops import einsum, rearrange
+from einops import rearrange
 from torch import Tensor
 
 from iscorrect.divergences import Estimator, estimator
@@ -251,7 +251,7 @@ def score_centering(
     alpha = rearrange((cap * rest).clamp(max=1), "... -> ... 1")
     coefficient = torch.minimum(p, cap * q) - alpha * p
     finite = torch.where(head.isfinite(), head, 0)
-    return advantages * einsum(coefficient, finite, "... k, ... k -> ...")
+    return advantages * (coefficient * finite).sum(-1)
 
 
 def _check_encloses_one(caller: str, low: float | None, high: float | None) -> None:

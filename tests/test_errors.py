@@ -57,7 +57,8 @@ CALLS = {
         dict(old_log_probs=torch.zeros(2, 4, requires_grad=True)), "old_log_probs", ".detach()",
     ),
     "another device": (
-        dict(advantages=torch.ones(2, 4, device="meta")), "advantages", "on cpu like `mask`", "meta",
+        dict(advantages=torch.ones(2, 4, device="meta")), "advantages", "on cpu like `mask`",
+        "meta",
     ),
     "a reference without a penalty": (
         dict(ref_log_probs=torch.zeros(2, 4)), "ref_log_probs", "exactly where there is a",

@@ -328,6 +328,21 @@ def test_a_callable_may_take_the_place_of_every_part():
     assert 0 < metrics["is/rejected"] < 1
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_autocast_changes_nothing(objective, preset):
+    batch = make_batch(16).to(torch.float32)
+    loss_fn = PolicyLoss(correction=PRESETS[preset](), objective=OBJECTIVES[objective],
+                         reference_kl=ic.ReferenceKL())
+    layout = Layout(batch.mask)
+    expected = loss_and_gradient(loss_fn, batch, layout)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, gradient, metrics = loss_and_gradient(loss_fn, batch, layout)
+    assert torch.equal(loss, expected[0])
+    assert torch.equal(gradient, expected[1])
+    assert metrics == expected[2]
+
+
 def test_float64_stays_float64():
     for objective, preset in itertools.product(OBJECTIVES.values(), PRESETS.values()):
         value, _ = call(PolicyLoss(correction=preset(), objective=objective), make_batch(14))

@@ -48,7 +48,10 @@ def test_mismatch_metrics_are_means_over_tokens(batch):
 def test_weight_metrics_count_units_of_the_level(batch, cap):
     for correction, weigh in (
         (ic.token_tis(cap), lambda s: np.minimum(oracle.token_is(s), cap)),
-        (ic.sequence_mis(high=cap), lambda s: oracle.product(s)[:1] * (oracle.product(s)[:1] <= cap)),
+        (
+            ic.sequence_mis(high=cap),
+            lambda s: oracle.product(s)[:1] * (oracle.product(s)[:1] <= cap),
+        ),
     ):
         ratios = np.concatenate([
             oracle.product(s)[:1] if correction.level == "sequence" else oracle.token_is(s)
@@ -82,7 +85,7 @@ def test_a_token_rule_leaves_a_sequence_its_weight_while_one_token_is_left():
     old = torch.tensor([[-1.0, -1.0, -1.0]])
     rollout = torch.tensor([[-1.5, -1.0, -1.0]])
     rule = ic.RatioOutside(level="token", low=0.9, high=1.1)
-    weights, keep, metrics = Correction(level="sequence", reject=(rule,))(
+    _, keep, metrics = Correction(level="sequence", reject=(rule,))(
         old_log_probs=old, rollout_log_probs=rollout, mask=torch.ones(1, 3, dtype=torch.bool)
     )
     assert keep.tolist() == [[False, True, True]]

@@ -13,15 +13,18 @@ import iscorrect
 PACKAGE = Path(iscorrect.__file__).parent
 README = PACKAGE.parent / "README.md"
 FLOORS = [
-    {"errors"},
+    {"errors", "tables"},
     {"divergences", "layout", "gradients"},
     {"ratios", "logprobs", "pareto", "aggregate"},
     {"thresholds", "metrics", "reject", "objectives"},
     {"bounds"},
     {"correction"},
     {"loss"},
-    {"rollouts", "testing"},
-    {"cli", "__main__"},
+    {"dumps", "testing"},
+    {"rollouts", "compare"},
+    {"demo"},
+    {"cli"},
+    {"__main__"},
 ]
 FLOOR = {module: i for i, floor in enumerate(FLOORS) for module in floor}
 
