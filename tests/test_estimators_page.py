@@ -41,3 +41,14 @@ def test_the_page_speaks_of_every_preset(estimators):
 def test_every_preset_but_the_sampled_one_has_a_checked_estimand_and_bound(estimators):
     assert set(PRESETS) - set(estimators.ESTIMANDS) == {"pareto-is"}
     assert set(PRESETS) - set(estimators.BOUNDS) == {"pareto-is"}
+
+
+def test_the_code_of_the_page_runs(estimators, capsys):
+    page = estimators.PAGE.read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, str(estimators.PAGE), "exec"), {})
+    printed = capsys.readouterr().out
+    assert "True\n" in printed
+    assert "check_unbiased: the expected gradient is" in printed
