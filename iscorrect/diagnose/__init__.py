@@ -1,0 +1,6 @@
+"""What made trainer and engine disagree, and what to do about it."""
+
+from iscorrect.diagnose.causes import NOISE, Finding, diagnose
+from iscorrect.diagnose.tokens import Estimate, Tokens
+
+__all__ = ["NOISE", "Estimate", "Finding", "Tokens", "diagnose"]
