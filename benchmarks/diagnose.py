@@ -4,8 +4,8 @@
 
 Clean dumps are real rollouts of a real engine under every pair of precisions, and a small
 transformer in two implementations; faults happen inside that transformer's engine, sampler, or
-trainer, or, where they are faults of a file, in the real rollouts too. A trial is a bootstrap sample
-of whole prompts (all answers to them) of the size asked for.
+trainer, or, where they are faults of a file, in the real rollouts too. A trial is a bootstrap
+sample of whole prompts (all answers to them) of the size asked for.
 """
 
 from __future__ import annotations
@@ -291,7 +291,9 @@ def interval(hits: int, trials: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def run(rollouts: Path | None, trials: int, clean: int, sequences: int) -> Iterator[tuple[str, str]]:
+def run(
+    rollouts: Path | None, trials: int, clean: int, sequences: int
+) -> Iterator[tuple[str, str]]:
     """The tables by name, in Markdown."""
     real = clean_rollouts(rollouts) if rollouts else {}
     lab = Lab(sequences=2 * sequences)
@@ -313,7 +315,8 @@ def run(rollouts: Path | None, trials: int, clean: int, sequences: int) -> Itera
         scale_wrong += sum(n for c, n in found.items() if c.startswith(NOISE[:-2]) and c != scale)
         wrong += false
         whole = [finding.cause for finding in diagnose(dump)]
-        rows.append(f"| {name} | {', '.join(c.removeprefix(NOISE) for c in whole)} | {false} / {each} |")
+        shown = ", ".join(c.removeprefix(NOISE) for c in whole)
+        rows.append(f"| {name} | {shown} | {false} / {each} |")
         _progress(rows[-1])
     total = each * len(expected)
     low, high = interval(wrong, total)
@@ -321,7 +324,8 @@ def run(rollouts: Path | None, trials: int, clean: int, sequences: int) -> Itera
         f"{total} draws of {sequences * LENGTH:,} tokens: {wrong} false findings"
         f" ({wrong / total:.2%}, 95 % interval {low:.2%} to {high:.2%}), the scale of the noise"
         f" misjudged in {scale_wrong}.", "",
-        "| rollout / trainer | findings on the whole | false findings in draws |", "|---|---|---|", *rows,
+        "| rollout / trainer | findings on the whole | false findings in draws |",
+        "|---|---|---|", *rows,
     ])
 
     bf16 = real.get("sharp, bfloat16 / bfloat16")
@@ -335,7 +339,7 @@ def run(rollouts: Path | None, trials: int, clean: int, sequences: int) -> Itera
             power.append(firsts[case.cause] / trials)
         mark = " *" if case.practical else ""
         table.append(
-            f"| {case.cause} | {case.strength}{mark} | " + " | ".join(f"{p:.0%}" for p in power) + " |"
+            f"| {case.cause} | {case.strength}{mark} | {' | '.join(f'{p:.0%}' for p in power)} |"
         )
         if case.practical:
             confusion.setdefault(case.cause, Counter()).update(firsts)

@@ -203,14 +203,16 @@ def updated(weights: Weights, rate: float, seed: int, steps: int = 1) -> Weights
     stack = Stack(torch.bfloat16, fused=False)
     for step in range(steps):
         batch = roll_out(Scenario(), weights=weights, sequences=32, length=32, seed=seed + step)
+        assert batch.token_ids is not None
         leaves = {name: x.clone().requires_grad_() for name, x in weights.items()}
-        log_p = forward(leaves, batch.token_ids, stack)[:, :-1].log_softmax(-1)
-        chosen = log_p.gather(2, batch.token_ids[:, 1:, None])[..., 0]
         g = torch.Generator().manual_seed(seed + step)
         advantages = torch.randn(32, 1, generator=g)
-        gradients = torch.autograd.grad(
-            -(advantages * chosen).mean(), list(leaves.values()), allow_unused=True
-        )
+        with torch.enable_grad():
+            log_p = forward(leaves, batch.token_ids, stack)[:, :-1].log_softmax(-1)
+            chosen = log_p.gather(2, batch.token_ids[:, 1:, None])[..., 0]
+            gradients = torch.autograd.grad(
+                -(advantages * chosen).mean(), list(leaves.values()), allow_unused=True
+            )
         weights = {
             name: x if grad is None else x - rate * grad.sign()
             for (name, x), grad in zip(weights.items(), gradients, strict=True)

@@ -277,7 +277,7 @@ def _wrong_prompt(tokens: Tokens) -> Finding | None:
 
 
 def _temperature(tokens: Tokens) -> Finding | None:
-    """log π^(1/τ) − log π = (1/τ − 1)(log π + H) to first order."""
+    """Whether log ρ follows log π + H, as log π^(1/τ) − log π = (1/τ − 1)(log π + H) + … does."""
     excess = -tokens.gap if tokens.gap is not None else tokens.old - tokens.old.mean()
     (slope,), explained = tokens.regress(tokens.d, excess)
     if not _doubtless(slope, tokens) or abs(slope.value) < 0.01 or explained < 0.2:
@@ -354,12 +354,13 @@ def _truncation(tokens: Tokens) -> Finding | None:
 
 
 def _stale_prefix(tokens: Tokens) -> Finding | None:
-    if tokens.group is None:
+    group = tokens.group
+    if group is None:
         return None
     tokens = tokens.where(tokens.position < 16)  # where the prompt matters most
     rows, inverse = np.unique(tokens.row, return_inverse=True)
     level = np.bincount(inverse, weights=_relative(tokens)) / np.bincount(inverse)
-    groups, members = np.unique(tokens.group[rows], return_inverse=True)
+    groups, members = np.unique(group[rows], return_inverse=True)
     if len(groups) < 8 or len(rows) < 2 * len(groups) or not (level > 0).all():
         return None
     log_level = np.log(level)
@@ -461,7 +462,7 @@ def _heavy_tail(tokens: Tokens) -> Finding | None:
         return Finding(
             "heavy tail, as from MoE routing",
             f"{n} tokens ({n / len(d):.2%}) differ by more than {limit:.2g} nats, in both"
-            f" directions, amid noise of {tokens.typical():.2g}; Pareto index of the ratios {k:.2f}",
+            f" directions, amid noise of {tokens.typical():.2g}; Pareto index {k:.2f}",
             "replay the engine's routing in the trainer, or compare both under one expert-parallel"
             " layout",
             n / len(d),
@@ -581,7 +582,7 @@ def _noise(tokens: Tokens, null: LogProbDump | None) -> Finding:
         )
     noise = tokens.logit_noise()
     evidence = f"log-odds typically differ by {noise:.2g}, log-probs by {tokens.typical():.2g}"
-    cause = next((name for limit, name in SCALES.items() if noise < limit), list(SCALES.values())[-1])
+    cause = next((c for limit, c in SCALES.items() if noise < limit), SCALES[max(SCALES)])
     if null is not None:
         floor = Tokens.of(null).typical()
         evidence += f", those of the null by {floor:.2g}"
@@ -634,9 +635,9 @@ def _repeats_with_token(tokens: Tokens) -> Estimate | None:
     products = np.bincount(pair_row, weights=total * (all_total - total))
     products = products[np.unique(pair_row)]
     s = len(products)
-    value = float(products.sum()) / pairs / float(x.var())
-    error = float(products.std(ddof=1)) * math.sqrt(s) / pairs / float(x.var()) if s > 1 else math.inf
-    return Estimate(value, error)
+    scale = pairs * float(x.var())
+    error = float(products.std(ddof=1)) * math.sqrt(s) / scale if s > 1 else math.inf
+    return Estimate(float(products.sum()) / scale, error)
 
 
 def _distinct(tokens: Tokens) -> Array:

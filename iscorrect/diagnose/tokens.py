@@ -1,9 +1,10 @@
-"""The counted tokens of a dump in one line, and estimates whose errors are clustered by sequence."""
+"""The counted tokens of a dump in one line, and estimates with errors clustered by sequence."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -13,10 +14,6 @@ from torch import Tensor
 from iscorrect.dumps import LogProbDump
 
 Array: TypeAlias = npt.NDArray[Any]
-
-# log p − log q of a token is the difference of its logits times about 1 − p; above this p, what is
-# left of the logits' noise drowns in the rounding of the log-prob itself.
-MOST_CONFIDENT = 0.999
 
 
 class Estimate(NamedTuple):
@@ -92,7 +89,7 @@ class Tokens:
 
     @property
     def d(self) -> Array:
-        """log ρ "n", nats."""
+        """The log-ratio log ρ "n", nats."""
         return self.old - self.rollout
 
     @property
@@ -104,7 +101,8 @@ class Tokens:
         """Some of the tokens."""
         named = ("rollout", "old", "row", "position", "gap", "ids", "seen")
         values = {name: getattr(self, name) for name in named}
-        return replace(self, **{n: x if x is None else x[keep] for n, x in values.items()})
+        kept: dict[str, Any] = {n: x if x is None else x[keep] for n, x in values.items()}
+        return replace(self, **kept)
 
     def mean(self, x: Array) -> Estimate:
         """Mean of "n" over tokens."""
@@ -139,14 +137,15 @@ class Tokens:
     def logit_noise(self) -> float:
         """Typical difference of a token's log-odds, where the model is least certain of its noise.
 
-        The largest median of |log ρ| / (1 − p) over five bins of confidence. On a free choice among
-        equals, all logits move together and nothing is seen of their noise.
+        The largest median of |log ρ| / (1 − p) over three bins of confidence. On a free choice
+        among equals, all logits move together and nothing is seen of their noise.
         """
         p = np.exp((self.old + self.rollout) / 2)
-        noise = np.abs(self.d) / (1 - np.minimum(p, MOST_CONFIDENT))
-        edges = (0, 0.1, 0.5, 0.9, 0.99, MOST_CONFIDENT)
-        bins = [noise[(p >= a) & (p < b)] for a, b in zip(edges, edges[1:], strict=False)]
-        filled = [float(np.median(x)) for x in bins if len(x) >= 50]
+        # log p − log q is the difference of the log-odds times about 1 − p
+        noise = np.abs(self.d) / (1 - np.minimum(p, 0.999))
+        edges = (0, 0.1, 0.5, 0.99)
+        bins = [noise[(p >= a) & (p < b)] for a, b in pairwise(edges)]
+        filled = [float(np.median(x)) for x in bins if len(x) >= 12]
         return max(filled) if filled else float(np.median(noise))
 
 
