@@ -93,8 +93,8 @@ def advise(
         low, high = _geometric_band(kappa, length)
         advice.append(Advice(
             f"To drop strayed sequences, keep geometric means in [{low:.5g}, {high:.5g}]",
-            f"at {size} they lie within exp(−KL ± 3 √(2 KL / length)) of each other by noise alone;"
-            " a constant band means another thing for every stack",
+            f"{size}: this is exp(−KL ± 3 √(2 KL / length)), beyond which noise alone hardly takes"
+            " them; a constant band would mean another thing for every stack",
             f"geometric-rs:low={low:.6g},high={high:.6g}",
         ))
     if outside > 1e-3 or (math.isfinite(tail) and tail > 0.7 and outside > 0):

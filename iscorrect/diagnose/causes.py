@@ -358,8 +358,7 @@ def _stale_prefix(tokens: Tokens) -> Finding | None:
     if group is None:
         return None
     tokens = tokens.where(tokens.position < 16)  # where the prompt matters most
-    rows, inverse = np.unique(tokens.row, return_inverse=True)
-    level = np.bincount(inverse, weights=_relative(tokens)) / np.bincount(inverse)
+    rows, level = _row_medians(_relative(tokens), tokens.row)
     groups, members = np.unique(group[rows], return_inverse=True)
     if len(groups) < 8 or len(rows) < 2 * len(groups) or not (level > 0).all():
         return None
@@ -375,6 +374,10 @@ def _stale_prefix(tokens: Tokens) -> Finding | None:
     if between < 8 * within or jump < math.log(1.3) or not 0.05 < affected < 0.95:
         return None
     if ordered[cut:].mean() - ordered[:cut].mean() < math.log(2):
+        return None
+    # Routing that flips on a prompt's token marks that prompt's answers too.
+    affected_rows = rows[center[members] >= ordered[cut]]
+    if _heavy_tail(tokens.where(~np.isin(tokens.row, affected_rows))):
         return None
     return Finding(
         "stale prefix cache",
@@ -531,7 +534,8 @@ def _sixteen_bit_head(dump: LogProbDump, tokens: Tokens) -> list[Finding]:
     findings: dict[str, Finding] = {}
     for side, raw in sides:
         difference = np.abs(raw[raw != 0])
-        spacing = next((k for k in range(2, 11) if _multiples(difference, 2.0**-k) > 0.9), None)
+        # Larger logits have coarser steps: the spacing of half of the differences.
+        spacing = next((k for k in range(2, 11) if _multiples(difference, 2.0**-k) > 0.5), None)
         if len(difference) < 16 or side in findings or spacing is None:
             continue
         # variance of a rounding error, and of the difference of log-odds
@@ -604,6 +608,13 @@ def _relative(tokens: Tokens) -> Array:
     p = np.minimum(np.exp(tokens.old), 1.0)
     relative: Array = np.abs(tokens.d) / (1.02 - p)
     return relative
+
+
+def _row_medians(x: Array, row: Array) -> tuple[Array, Array]:
+    """The rows there are, and the median of x in each."""
+    order = np.lexsort((x, row))
+    rows, start, count = np.unique(row[order], return_index=True, return_counts=True)
+    return rows, x[order][start + count // 2]
 
 
 def _repeats_with_token(tokens: Tokens) -> Estimate | None:
