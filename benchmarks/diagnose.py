@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,7 @@ class Case:
 
     cause: str
     strength: str
-    make: Callable[[], LogProbDump]
+    make: Callable[[], list[LogProbDump]]  # one for each model
     practical: bool = False
 
 
@@ -98,22 +99,17 @@ def resample(dump: LogProbDump, sequences: int, seed: int) -> LogProbDump:
 
 
 class Lab:
-    """Dumps of the small transformer, made once each."""
+    """The small transformer, with several sets of random weights."""
 
     def __init__(self, sequences: int, models: int = 2) -> None:
         self.sequences = sequences
         self.models = [random_weights(seed) for seed in range(models)]
 
-    def __call__(self, scenario: Scenario, **changes: object) -> LogProbDump:
-        parts = [
-            roll_out(scenario, weights=w, sequences=self.sequences // len(self.models),
-                     length=LENGTH, seed=100 + i)
+    def __call__(self, scenario: Scenario) -> list[LogProbDump]:
+        return [
+            roll_out(scenario, weights=w, sequences=self.sequences, length=LENGTH, seed=100 + i)
             for i, w in enumerate(self.models)
         ]
-        for i, part in enumerate(parts):
-            assert part.group is not None
-            parts[i] = replace(part, group=part.group + i * self.sequences)
-        return concatenate(parts)
 
     def after(self, rate: float, steps: int = 1) -> Callable[[Weights], Weights]:
         """Weights as they were before an update of this size, for each model."""
@@ -180,18 +176,17 @@ def with_environment(dump: LogProbDump, length: int, scored: bool) -> LogProbDum
     return replace(dump, old_log_probs=old, rollout_log_probs=rollout)
 
 
-def over_steps(lab: Lab, rates: list[float]) -> LogProbDump:
+def over_steps(lab: Lab, rates: list[float]) -> list[LogProbDump]:
     """One batch for each step, its engine older by so much."""
     small = Lab(max(8, lab.sequences // len(rates)))
-    batches = []
+    by_step = []
     for step, rate in enumerate(rates):
-        batch = small(Scenario(engine_weights=small.after(rate)) if rate else Scenario())
-        assert batch.group is not None
-        batches.append(replace(
-            batch, step=torch.full((len(batch),), step), group=batch.group + 1000 * step
-        ))
-    # Interleaved, so that a sample of groups holds every step.
-    return concatenate(batches)
+        batches = small(Scenario(engine_weights=small.after(rate)) if rate else Scenario())
+        by_step.append([
+            replace(b, step=torch.full((len(b),), step), group=b.group + 1000 * step)
+            for b in batches if b.group is not None
+        ])
+    return [concatenate(steps) for steps in zip(*by_step, strict=True)]
 
 
 def cases(lab: Lab, real: LogProbDump | None) -> Iterator[Case]:
@@ -258,28 +253,40 @@ def cases(lab: Lab, real: LogProbDump | None) -> Iterator[Case]:
                Scenario(trainer=replace(trainer, head=torch.bfloat16)), True)
 
     small = lab(Scenario())
-    for where, dump in {"transformer": small} | ({"real": real} if real else {}).items():
+    sources = {"transformer": small}
+    if real is not None:
+        sources["real"] = [real]
+    for where, dumps in sources.items():
         for lag in (1, -1):
             yield Case("log-probs shifted against each other", f"{lag:+d}, {where}",
-                       lambda d=dump, k=lag: shifted(d, k), True)  # type: ignore[misc]
+                       partial(_each, dumps, lambda d, k=lag: shifted(d, k)), True)
         for share in (0.001, 0.01):
             yield Case("missing values filled with zeros", f"{share:.1%}, {where}",
-                       lambda d=dump, s=share: zero_filled(d, s), share == 0.01)  # type: ignore[misc]
+                       partial(_each, dumps, lambda d, s=share: zero_filled(d, s)), share == 0.01)
         for dtype in (torch.bfloat16, torch.float16):
             yield Case("log-probs stored in 16 bits", f"{str(dtype)[6:]}, {where}",
-                       lambda d=dump, t=dtype: stored(d, t), True)  # type: ignore[misc]
+                       partial(_each, dumps, lambda d, t=dtype: stored(d, t)), True)
         for scored in (False, True):
             yield Case(
                 "environment tokens in the mask",
                 f"12 tokens in 1 answer of 4, {'scored' if scored else 'zeros'}, {where}",
-                lambda d=dump, s=scored: with_environment(d, 12, s), True,  # type: ignore[misc]
+                partial(_each, dumps, lambda d, s=scored: with_environment(d, 12, s)), True,
             )
 
 
-def first_causes(dump: LogProbDump, sequences: int, trials: int, seed: int) -> Counter[str]:
-    """How often each cause comes first."""
+def _each(
+    dumps: list[LogProbDump], spoil: Callable[[LogProbDump], LogProbDump]
+) -> list[LogProbDump]:
+    return [spoil(dump) for dump in dumps]
+
+
+def first_causes(
+    dumps: list[LogProbDump], sequences: int, trials: int, seed: int
+) -> Counter[str]:
+    """How often each cause comes first, the models taking turns."""
     return Counter(
-        diagnose(resample(dump, sequences, seed + i))[0].cause for i in range(trials)
+        diagnose(resample(dumps[i % len(dumps)], sequences, seed + i))[0].cause
+        for i in range(trials)
     )
 
 
@@ -296,13 +303,13 @@ def run(
 ) -> Iterator[tuple[str, str]]:
     """The tables by name, in Markdown."""
     real = clean_rollouts(rollouts) if rollouts else {}
-    lab = Lab(sequences=2 * sequences)
+    lab = Lab(sequences)
     expected = dict(real)
     for name in ("bfloat16", "float16", "float32"):
         dtype = getattr(torch, name)
-        expected[f"transformer, {name} / {name}"] = f"{NOISE}{name} scale", lab(
-            Scenario(engine=Stack(dtype, fused=True), trainer=Stack(dtype, fused=False))
-        )
+        healthy = Scenario(engine=Stack(dtype, fused=True), trainer=Stack(dtype, fused=False))
+        for i, dump in enumerate(lab(healthy)):
+            expected[f"transformer {i}, {name} / {name}"] = f"{NOISE}{name} scale", dump
 
     rows, wrong, scale_wrong = [], 0, 0
     each = -(-clean // len(expected))
@@ -332,10 +339,10 @@ def run(
     sizes = [sequences // 8, sequences // 4, sequences // 2, sequences]
     table, confusion = [], {}
     for i, case in enumerate(cases(lab, bf16[1] if bf16 else None)):
-        dump = case.make()
+        dumps = case.make()
         power = []
         for size in sizes:
-            firsts = first_causes(dump, size, trials, seed=100_000 + 1000 * i)
+            firsts = first_causes(dumps, size, trials, seed=100_000 + 1000 * i)
             power.append(firsts[case.cause] / trials)
         mark = " *" if case.practical else ""
         table.append(

@@ -98,8 +98,8 @@ def diagnose(dump: LogProbDump, *, null: LogProbDump | None = None) -> list[Find
     if len(tokens) == 0:
         return findings
     for explain in (
-        _wrong_prompt, _temperature, _penalty, _truncation, _stale_prefix, _never_synchronised,
-        _stale, _other_weights, _heavy_tail,
+        _wrong_prompt, _temperature, _penalty, _truncation, _never_synchronised, _stale_over_time,
+        _stale_prefix, _stale, _other_weights, _heavy_tail,
     ):
         finding = explain(tokens)
         if finding:
@@ -112,7 +112,7 @@ def diagnose(dump: LogProbDump, *, null: LogProbDump | None = None) -> list[Find
         return findings + _sixteen_bit_head(dump, tokens)
     # A rounded head is part of what is called noise; it comes first where it is much of it.
     heads = _sixteen_bit_head(dump, tokens)
-    much = [head for head in heads if head.statistic > 0.1]
+    much = [head for head in heads if head.statistic > 0.05]
     return much + [_noise(tokens, null)] + [head for head in heads if head not in much]
 
 
@@ -407,7 +407,7 @@ def _never_synchronised(tokens: Tokens) -> Finding | None:
     )
 
 
-def _stale(tokens: Tokens) -> Finding | None:
+def _stale_over_time(tokens: Tokens) -> Finding | None:
     if tokens.step is not None and tokens.version is not None:
         age = (tokens.step - tokens.version)[tokens.row].astype(float)
         if age.min() < age.max():
@@ -423,9 +423,17 @@ def _stale(tokens: Tokens) -> Finding | None:
             f"median |Δ log p| is {levels[worst]:.2g} at step {steps[worst]} and"
             f" {np.median(levels):.2g} at a usual one", Estimate(float(levels[worst]), 0.0),
         )
+    return None
+
+
+def _stale(tokens: Tokens) -> Finding | None:
     repeats = _repeats_with_token(tokens)
-    if repeats is None or not _doubtless(repeats, tokens) or repeats.value < 0.6:
+    if repeats is None or not _doubtless(repeats, tokens) or repeats.value < 0.35:
         return None
+    if tokens.gap is not None:
+        (flatter,), _ = tokens.regress(tokens.d, -tokens.gap)
+        if _doubtless(flatter, tokens) and flatter.value > 0.03:
+            return None  # coarse weights blur what the engine says; a training step does not
     return _stale_finding(
         f"log ρ repeats with the token across sequences ({repeats} of its variance): the engine"
         f" holds other weights, at a median |Δ log p| of {tokens.typical() / 1.4826:.2g}", repeats
