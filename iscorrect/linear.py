@@ -395,7 +395,7 @@ class Reader:
 
 class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(  # noqa: PLR0917
+    def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, tokens: Tokens,
         chunk_size: int, spread: bool,
     ) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ LossFn = Callable[..., Any]
 
 ENUMERABLE = 1 << 16
 SAMPLES = 20_000
+CHUNK = 1 << 21
 BLOCKS = 20
 
 
@@ -50,8 +51,8 @@ class Audit:
     exact: bool
     outcomes: int
     batch: int
-    target: Tensor
-    expected: Tensor
+    target: Tensor = field(repr=False)
+    expected: Tensor = field(repr=False)
     bias: float
     relative_bias: float
     cosine: float
@@ -134,7 +135,8 @@ def audit(
         columns["old_log_probs"] = old_policy.log_probs
     draws = _draws(rollout_policy, batch, samples, seed)
     moments = None
-    for part in draws.chunks(max(1, (1 << 21) // policy.logits.numel())):
+    numbers_per_batch = max(policy.logits.numel(), batch * policy.length)
+    for part in draws.chunks(max(1, CHUNK // numbers_per_batch)):
         tensors = {name: column[part.rows] for name, column in columns.items()}
         if group is not None:
             tensors["advantages"] = _against_group(reward[part.rows], group, policy.length)
