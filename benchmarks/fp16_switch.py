@@ -148,7 +148,8 @@ def measure(name: str, vocabulary: int, length: int, setting: Setting, *, steps:
     workload = Workload(
         name,
         f"A transformer of {size / 1e6:.1f} M parameters, vocabulary {vocabulary}; {n} sequences "
-        f"of {length} tokens sampled in the same dtype with a key-value cache. Times relative to the "
+        f"of {length} tokens sampled in the same dtype with a key-value cache. "
+        f"Times relative to the "
         "first row; a step is loss and backward, scoring the log-probs alone. Against engine: what "
         "trainer and engine differ by. Against float32: the trainer's log-probs, and its gradient "
         "beside the float32 model's, with token-IS weights, on the same samples.",

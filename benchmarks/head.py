@@ -29,7 +29,8 @@ def measure(dtype: torch.dtype, n: int, v: int, d: int, setting: Setting) -> Wor
     workload = Workload(
         name,
         f"{n} tokens, vocabulary {v}, width {d}, {name} hidden states and weights: largest error "
-        "of a log-prob in nats, and relative errors of the two gradients, against float64 of the same "
+        "of a log-prob in nats, and relative errors of the two gradients, "
+        "against float64 of the same "
         "inputs.",
     )
 
@@ -44,12 +45,12 @@ def measure(dtype: torch.dtype, n: int, v: int, d: int, setting: Setting) -> Wor
         "iscorrect, float32 head": linear_log_probs,
         f"iscorrect, {name} head": partial(linear_log_probs, head_dtype=dtype),
     }
-    missing = []
+    missing = {}
     for provider in peers.PACKAGES:
         try:
-            providers[provider] = peers.load(provider)
-        except ImportError:
-            missing.append(provider)
+            providers[provider] = peers.load(provider, setting.device)
+        except peers.UnavailableError as why:
+            missing[provider] = str(why)
     for provider, log_probs in providers.items():
         package = peers.PACKAGES.get(provider, "iscorrect")
         try:
@@ -66,8 +67,8 @@ def measure(dtype: torch.dtype, n: int, v: int, d: int, setting: Setting) -> Wor
                 "∂ hidden": errors[0], "∂ weight": errors[1],
             },
         )
-    for provider in missing:
-        workload.add(provider, peers.PACKAGES[provider], **{"log-prob error": "not installed"})
+    for provider, why in missing.items():
+        workload.add(provider, peers.PACKAGES[provider], **{"log-prob error": why})
     return workload
 
 

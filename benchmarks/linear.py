@@ -162,11 +162,11 @@ def every_peer(name: str, problem: Problem, setting: Setting) -> Workload:
     missing = {}
     for provider, package in peers.PACKAGES.items():
         try:
-            step = theirs(problem, peers.load(provider))
+            step = theirs(problem, peers.load(provider, setting.device))
             agree(runs["iscorrect, one pass"], step, problem)
             runs[provider], versions[provider] = step, package
-        except ImportError:
-            missing[provider] = "not installed"
+        except peers.UnavailableError as why:
+            missing[provider] = str(why)
         except (RuntimeError, NotImplementedError, ValueError) as error:
             missing[provider] = f"fails: {type(error).__name__}"
     runs["limit: the products alone, float32"] = products(problem)
@@ -221,23 +221,23 @@ def realistic(size: dict[str, int], setting: Setting) -> Workload:
         "removed for everyone but where the name says so.",
     )
     runs = {"iscorrect, one pass": ours(problem)}
-    versions, missing = {"iscorrect, one pass": "iscorrect"}, []
+    versions, missing = {"iscorrect, one pass": "iscorrect"}, {}
     for provider in ("materialised", *peers.BOUNDED):
         try:
-            runs[provider] = theirs(problem, peers.load(provider))
+            runs[provider] = theirs(problem, peers.load(provider, setting.device))
             versions[provider] = peers.PACKAGES[provider]
-        except ImportError:
-            missing.append(provider)
+        except peers.UnavailableError as why:
+            missing[provider] = str(why)
     if "TRL, chunked" in runs:
         name = "TRL, chunked, padding kept as in its trainer"
-        runs[name] = theirs(problem, peers.load("TRL, chunked"), padded=True)
+        runs[name] = theirs(problem, peers.load("TRL, chunked", setting.device), padded=True)
         versions[name] = "trl"
     times = interleave(runs, setting)
     for provider, taken in times.items():
         values = summary(taken, times["materialised"], setting.device)
         workload.add(provider, versions[provider], **values)
-    for provider in missing:
-        workload.add(provider, peers.PACKAGES[provider], **{"wall, ms": "not installed"})
+    for provider, why in missing.items():
+        workload.add(provider, peers.PACKAGES[provider], **{"wall, ms": why})
     return workload
 
 

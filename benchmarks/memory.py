@@ -34,7 +34,8 @@ def measure(
     workload = Workload(
         name,
         f"{n} tokens, vocabulary {v}, width {d}, float32: peak resident memory of loss and "
-        "backward beyond what was there before and beyond the two gradients, in units of the float32 logits "
+        "backward beyond what was there before and beyond the two gradients, "
+        "in units of the float32 logits "
         f"({4 * n * v / 2**20:,.0f} MiB). One process each, after a first run.",
     )
     for provider in providers:
@@ -59,9 +60,9 @@ def child(provider: str, n: int, v: int, d: int, device: str, threads: int) -> f
         step = ours(problem, **OURS[provider])
     else:
         try:
-            step = theirs(problem, peers.load(provider))
-        except ImportError:
-            return "not installed"
+            step = theirs(problem, peers.load(provider, device))
+        except peers.UnavailableError as why:
+            return str(why)
     step()
     forget(problem)
     extra = extra_memory(step, device)
