@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import torch
 
