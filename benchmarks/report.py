@@ -64,7 +64,8 @@ def table(rows: list[dict[str, str]]) -> str:
         name: {row["metric"]: row for row in group}
         for name, group in groupby(rows, key=lambda row: row["provider"])
     }
-    lines = ["| | " + " | ".join(metrics) + " |", "|---|" + "---:|" * len(metrics)]
+    heads = [metric.replace("|", r"\|") for metric in metrics]
+    lines = ["| | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(metrics)]
     for name, found in providers.items():
         cells = [pretty(found[metric]["value"]) if metric in found else "" for metric in metrics]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
