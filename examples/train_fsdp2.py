@@ -76,7 +76,7 @@ class Policy(nn.Module):
 
 @torch.no_grad()
 def rollout(engine: Policy, prompts: range, group: int, step: int) -> tuple[Tensor, Tensor]:
-    """What the engine samples for some prompts, whoever asks: random numbers belong to the prompt."""
+    """What the engine samples for some prompts; random numbers belong to the prompt."""
     device = engine.head.weight.device
     samples = []
     for prompt in prompts:
