@@ -20,7 +20,7 @@ def identity(logits, seen):
     return logits
 
 
-def roll_out(  # noqa: PLR0913
+def roll_out(
     seed=0, *, sampler=identity, report=None, trainer_temperature=1.0, noise=0.04,
     engine_shift=0.0, sequences=SEQUENCES, length=LENGTH,
 ):
