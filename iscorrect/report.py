@@ -659,9 +659,11 @@ def _with_progress(paths: Sequence[str]) -> Iterator[LogProbDump]:
 
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("reading", total=len(files))
+        sequences = 0
         for file in files:
             for piece in stream_dump(file):
-                progress.update(task, description=f"reading {file.name}")
+                sequences += len(piece)
+                progress.update(task, description=f"{file.name}: {sequences:,} sequences so far")
                 yield piece
             progress.advance(task)
 

@@ -95,8 +95,8 @@ def diagnose(dump: LogProbDump, *, null: LogProbDump | None = None) -> list[Find
         if finding:
             findings.append(finding)
             tokens = tokens.where(belongs)
-    if len(tokens) == 0:
-        return findings
+        if len(tokens) == 0:
+            return findings
     for explain in (
         _wrong_prompt, _temperature, _penalty, _truncation, _never_synchronised, _stale_over_time,
         _stale_prefix, _stale, _other_weights, _heavy_tail,
