@@ -1,7 +1,11 @@
 """verl itself, number for number."""
 
 import math
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,12 +14,20 @@ from batches import batches, make_batch
 from hypothesis import assume, example, given, reject
 from hypothesis import strategies as st
 
-from iscorrect import Correction, Ignore
+import iscorrect
+from iscorrect import Correction, Ignore, InputError, PPOClip, token_tis
 from iscorrect.adapters.dialects import from_verl
+from iscorrect.adapters.verl import batch_hook, register_loss
+from iscorrect.dumps import DumpWriter, read_dump
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     helper = pytest.importorskip("verl.trainer.ppo.rollout_corr_helper")
+    from verl import DataProto
+    from verl.trainer.ppo import core_algos
+    from verl.workers.config import ActorConfig
+
+register_loss("iscorrect_ppo", PPOClip(low=0.8, high=1.28, dual=3.0))
 
 bound = st.floats(math.log(1e-3), math.log(1e3)).map(math.exp)
 bands = st.tuples(bound, bound).map(lambda ab: f"{min(ab)}_{max(ab)}")
@@ -119,3 +131,115 @@ def test_weights_of_verl_exceed_their_threshold_after_normalisation():
         mask=torch.ones_like(ratio, dtype=torch.bool),
     )
     assert ours(batch, from_verl("token", 2.0, True)).weights.max() > 2.0
+
+
+def data_proto(batch):
+    old, rollout = finite(batch)
+    return DataProto.from_dict(
+        tensors=dict(
+            old_log_probs=old, rollout_log_probs=rollout, response_mask=batch.mask.double()
+        ),
+        meta_info=dict(global_steps=3),
+    )
+
+
+OFF = dict(rollout_is=None, rollout_rs=None)
+
+
+@given(batches(), settings())
+def test_the_hook_changes_a_batch_as_verl_does_and_logs_what_verl_logs(batch, config):
+    assume(batch.mask.any())
+    try:
+        theirs, their_metrics = helper.compute_rollout_correction_and_add_to_batch(
+            data_proto(batch), config
+        )
+    except ZeroDivisionError:
+        reject()
+    assume(theirs.batch["response_mask"].any())
+    changed, metrics = batch_hook(from_verl(**config))(data_proto(batch), OFF)
+    mask = theirs.batch["response_mask"]
+    assert torch.equal(changed.batch["response_mask"], mask)
+    weights = theirs.batch.get("rollout_is_weights", torch.ones_like(mask))
+    torch.testing.assert_close(
+        changed.batch["rollout_is_weights"] * mask, weights * mask, rtol=1e-6, atol=1e-8
+    )
+    assert set(their_metrics) <= set(metrics)
+    for name, value in their_metrics.items():
+        assert metrics[name] == pytest.approx(value, rel=1e-5, abs=1e-6, nan_ok=True), name
+
+
+def test_a_batch_that_is_rejected_entirely_keeps_its_mask_and_gets_weights_of_0():
+    batch = make_batch(1, rows=4, scale=1.0)
+    correction = from_verl("token", 2.0, rollout_rs="token_k2", rollout_rs_threshold=1e-9)
+    changed, _ = batch_hook(correction)(data_proto(batch), OFF)
+    assert torch.equal(changed.batch["response_mask"].bool(), batch.mask)
+    assert not changed.batch["rollout_is_weights"].any()
+
+
+def test_a_dump_of_the_batch_reads_back(tmp_path):
+    batch = make_batch(1, rows=4)
+    hook = batch_hook(token_tis(), DumpWriter(tmp_path))
+    hook(data_proto(batch), OFF)
+    dump = read_dump(tmp_path)
+    assert dump.step.tolist() == [3] * 4
+    assert dump.num_tokens == int(batch.mask.sum())
+
+
+@pytest.mark.parametrize("setting", ["rollout_is", "rollout_rs"])
+def test_a_correction_of_verl_that_is_left_on_is_an_error(setting):
+    config = OFF | {setting: "token"}
+    with pytest.raises(InputError, match=f"set algorithm.rollout_correction.{setting}=null"):
+        batch_hook(token_tis())(data_proto(make_batch(1)), config)
+
+
+MODES = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean"]
+
+
+@given(batches(), st.sampled_from(MODES), st.booleans())
+def test_a_registered_ppo_objective_gives_the_loss_and_gradient_of_verls(batch, mode, weighted):
+    assume(batch.mask.any(-1).all())
+    config = ActorConfig(
+        strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, use_dynamic_bsz=False,
+        clip_ratio_low=0.2, clip_ratio_high=0.28,
+    )
+    batch = batch.to(torch.float32)
+    old, _ = finite(batch)
+    results = []
+    for name in ("vanilla", "iscorrect_ppo"):
+        log_prob = torch.where(batch.mask, batch.log_probs, 0).requires_grad_()
+        loss, metrics = core_algos.get_policy_loss_fn(name)(
+            old_log_prob=old, log_prob=log_prob, response_mask=batch.mask, loss_agg_mode=mode,
+            advantages=torch.where(batch.mask, batch.advantages, 0), config=config,
+            rollout_is_weights=2 * batch.mask.float() if weighted else None,
+        )
+        loss.backward()
+        assert all(isinstance(value, float) for value in metrics.values())
+        results.append((loss.detach(), log_prob.grad))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_name_of_verls_cannot_be_taken():
+    with pytest.raises(InputError, match="iscorrect_vanilla"):
+        register_loss("vanilla", PPOClip())
+
+
+def test_verl_loads_a_module_that_installs_a_correction(tmp_path):
+    (tmp_path / "my_corrections.py").write_text(
+        "from iscorrect import PPOClip, token_tis\n"
+        "from iscorrect.adapters.verl import install, register_loss\n"
+        "install(token_tis(cap=2.0))\n"
+        "register_loss('mine', PPOClip())\n"
+    )
+    program = (
+        "import warnings; warnings.simplefilter('ignore')\n"
+        "from verl.trainer.ppo import core_algos\n"
+        "from verl.trainer.ppo.rollout_corr_helper import *\n"
+        "print(compute_rollout_correction_and_add_to_batch.__module__)\n"
+        "print('mine' in core_algos.POLICY_LOSS_REGISTRY)\n"
+    )
+    paths = os.pathsep.join([str(tmp_path), str(Path(iscorrect.__file__).parents[1])])
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True,
+        env=os.environ | {"VERL_USE_EXTERNAL_MODULES": "my_corrections", "PYTHONPATH": paths},
+    )
+    assert run.stdout.split() == ["iscorrect.adapters.verl", "True"]
