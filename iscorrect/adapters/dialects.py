@@ -77,7 +77,24 @@ class NormalizedAfter:
 
 
 @dataclasses.dataclass(frozen=True)
-class Held:
+class HeldBound:
+    """A bound that is shown ratios within e^±limit.
+
+    Args:
+        bound: any bound; None for plain ratios.
+        limit: nats.
+    """
+
+    bound: Bound | None
+    limit: float = SAFETY
+
+    def __call__(self, ratio: Tensor, evidence: Evidence) -> Tensor:
+        held = ratio.clamp(math.exp(-self.limit), math.exp(self.limit))
+        return held if self.bound is None else self.bound(held, evidence)
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldRule:
     """A rule that is shown log-ratios clamped token by token.
 
     Args:
@@ -219,7 +236,7 @@ def from_verl(
     >>> from_verl("token", "0.5_5.0").bound
     Mask(low=0.5, high=5.0)
     >>> from_verl(None, rollout_rs="seq_mean_k1", rollout_rs_threshold="0.5_4").reject
-    (Held(rule=RatioOutside(level='geometric', low=0.25, high=2.0), limit=20.0),)
+    (HeldRule(rule=RatioOutside(level='geometric', low=0.25, high=2.0), limit=20.0),)
     >>> from_verl(None, rollout_rs="seq_mean_k1", rollout_rs_threshold="0.5_4", strict=True).reject
     (RatioOutside(level='geometric', low=0.5, high=4.0),)
     """
@@ -230,7 +247,7 @@ def from_verl(
     low, high = _band("rollout_is_threshold", rollout_is_threshold)
     bound: Bound = Truncate(high) if low is None else Mask(low, high)
     if rollout_is_batch_normalize and not strict:
-        bound = NormalizedAfter(bound)
+        bound = NormalizedAfter(HeldBound(bound))
     return Correction(
         level=rollout_is, bound=bound, reject=rules,
         normalize=rollout_is_batch_normalize and strict,
@@ -272,7 +289,7 @@ def _verl_rule(option: str, text: str, strict: bool) -> Rule:
         )
     else:
         rule = DivergenceAbove(limit=high, estimator=estimator, over=over)
-    return rule if strict else Held(rule)
+    return rule if strict else HeldRule(rule)
 
 
 def _band(argument: str, threshold: float | str) -> tuple[float | None, float]:
@@ -333,8 +350,9 @@ def _from_mis(args: Any) -> Correction:
     _check("from_slime", "tis_mode", mode, ("truncate", "clip", "mask"))
     low = 1 / high if args.tis_lower_bound is None else args.tis_lower_bound
     rules: list[Rule] = []
+    bound: Bound | None
     if mode == "mask":
-        bound: Bound = Clip(math.exp(-SAFETY), math.exp(SAFETY))
+        bound = None
         rules.append(RatioOutside(level=level, low=low, high=high))
     else:
         bound = Truncate(high) if mode == "truncate" else Clip(low, high)
@@ -352,7 +370,7 @@ def _from_mis(args: Any) -> Correction:
                 "from_slime", "tis_batch_normalize", expected="False with tis_level 'geometric'",
                 got="True", fix="set tis_batch_normalize: false",
             )
-        bound = NormalizedAfter(bound)
+        bound = NormalizedAfter(HeldBound(bound))
     return Correction(level=level, bound=bound, reject=tuple(rules))
 
 

@@ -8,7 +8,13 @@ import math
 import torch
 from torch import Tensor
 
-from iscorrect.adapters.dialects import LEVELS, VERL_RULES, Held, NormalizedAfter
+from iscorrect.adapters.dialects import (
+    LEVELS,
+    VERL_RULES,
+    HeldBound,
+    HeldRule,
+    NormalizedAfter,
+)
 from iscorrect.bounds import Ignore
 from iscorrect.correction import Correction
 from iscorrect.divergences import estimator
@@ -63,9 +69,10 @@ def _weight_metrics(
         return correction(**evidence).weights  # type: ignore[arg-type]
 
     # verl's statistics are of the weights before normalisation and rejection
-    bound = correction.bound
-    inner = bound.bound if isinstance(bound, NormalizedAfter) else bound
-    plain = dataclasses.replace(correction, bound=inner, reject=())
+    bound = inner = correction.bound
+    while isinstance(inner, (NormalizedAfter, HeldBound)):
+        inner = inner.bound
+    plain = dataclasses.replace(correction, bound=HeldBound(inner), reject=())
     weights = weights_of(plain)
     if not weights.any():  # verl divides by their mean
         return {}
@@ -83,7 +90,7 @@ def _weight_metrics(
     if low is not None:
         outside = ((raw < low) | (raw > high)).to(d.dtype)
         metrics["rollout_is_oob_ratio"] = layout.mean(outside).item()
-    if bound is not inner:
+    if isinstance(bound, NormalizedAfter):
         normalized = weights_of(dataclasses.replace(plain, bound=bound))
         metrics["rollout_is_batch_norm_factor"] = (weights.max() / normalized.max()).item()
     return metrics
@@ -92,7 +99,7 @@ def _weight_metrics(
 def _rule_metrics(rule: Rule, d: Tensor, layout: Layout) -> dict[str, float]:
     from verl.trainer.ppo import rollout_corr_helper
 
-    if not isinstance(rule, Held):
+    if not isinstance(rule, HeldRule):
         return {}
     d = d.clamp(-rule.limit, rule.limit)
     inner = rule.rule
