@@ -1,4 +1,4 @@
-"""The command line: ``iscorrect demo``, ``compare``, ``audit``."""
+"""The command line: each command in a few lines, what it does elsewhere."""
 
 from __future__ import annotations
 
@@ -12,7 +12,16 @@ from iscorrect.compare import HEADER, effect_row, effects
 from iscorrect.correction import PRESETS, parse
 from iscorrect.dumps import read_dump
 from iscorrect.errors import InputError
+from iscorrect.report import (
+    add_convert_arguments,
+    add_env_arguments,
+    add_report_arguments,
+    run_convert,
+    run_env,
+    run_report,
+)
 from iscorrect.tables import number, show
+from iscorrect.testing.command import add_audit_arguments, run_audit
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; None: those of the process.
 
     Returns:
-        0, or 2 where the input cannot be used; the message is on standard error.
+        0; 1 where a threshold was broken; 2 where the input cannot be used, with the message on
+        standard error.
     """
     parser = argparse.ArgumentParser(
         prog="iscorrect", description="Corrected policy-gradient losses: what corrections do."
@@ -42,6 +52,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     command.add_argument("--json", action="store_true", help="all metrics, for machines")
     command.set_defaults(run=_compare)
+
+    command = commands.add_parser(
+        "report", help="how large the mismatch of a dump is, where, why, and what to do"
+    )
+    add_report_arguments(command)
+    command.set_defaults(run=run_report)
+    command = commands.add_parser("convert", help="a dump into another format")
+    add_convert_arguments(command)
+    command.set_defaults(run=run_convert)
+    command = commands.add_parser(
+        "audit", help="exact bias, variance and error of corrections on a small policy"
+    )
+    add_audit_arguments(command)
+    command.set_defaults(run=run_audit)
+    command = commands.add_parser("env", help="versions, for reports of bugs")
+    add_env_arguments(command)
+    command.set_defaults(run=run_env)
 
     options = parser.parse_args(arguments)
     try:

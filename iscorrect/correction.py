@@ -150,8 +150,7 @@ class Correction:
             level_log_ratio = at_level(evidence.log_ratio, layout, self.level)
             rho = ratio(level_log_ratio)
             if self.normalize:
-                units = evidence.units
-                mean = masked(rho, units).sum() / torch.count_nonzero(units).clamp(min=1)
+                mean = evidence.batch_mean(rho)
                 rho = rho / torch.where(mean > 0, mean, 1)
             weights = rho if self.bound is None else self.bound(rho, evidence)
             bounded = (weights - rho).bool()

@@ -212,6 +212,7 @@ class PolicyLoss:
         return (
             not torch.compiler.is_compiling()
             and self.scope != "batch"
+            and batch.layout.sequence_group is None
             and batch.layout.mask.device.type == "cpu"
             and batch.layout.mask.ndim == 2
             and batch.layout.mask.numel() > BLOCK

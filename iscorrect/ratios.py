@@ -11,6 +11,7 @@ from torch import Tensor
 
 from iscorrect.errors import input_error
 from iscorrect.layout import Layout, masked
+from iscorrect.ranks import sum_over
 
 Level = Literal["token", "sequence", "geometric", "prefix", "segment"]
 Scope = Literal["token", "sequence", "batch"]
@@ -167,6 +168,16 @@ class Evidence:
     def units(self) -> Tensor:
         """Bool "b t": one token for each usable unit of the level."""
         return units(self.layout, self.level) & self.usable
+
+    def batch_count(self) -> Tensor:
+        """How many usable units the whole batch has, on all its ranks; float ""."""
+        count = torch.count_nonzero(self.units).to(self.log_ratio.dtype)
+        return sum_over(count, self.layout.batch_group)
+
+    def batch_mean(self, x: Tensor) -> Tensor:
+        """Mean of "b t" over the usable units of the whole batch, on all its ranks; ""."""
+        total = sum_over(masked(x, self.units).sum(), self.layout.batch_group)
+        return total / self.batch_count().clamp(min=1)
 
     def advantages(self, caller: str) -> Tensor:
         """Advantages "b t", 0 outside the mask.

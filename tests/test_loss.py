@@ -343,6 +343,17 @@ def test_autocast_changes_nothing(objective, preset):
     assert metrics == expected[2]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_float32_loss_stays_float32_whatever_its_normalizer(dtype):
+    batch = make_batch(14).to(dtype)
+    normalizer = ic.global_normalizer(batch.mask, gradients="summed")
+    value, _ = PolicyLoss()(
+        batch.log_probs, rollout_log_probs=batch.rollout_log_probs, advantages=batch.advantages,
+        mask=batch.mask, normalizer=normalizer,
+    )
+    assert value.dtype == torch.float32
+
+
 def test_float64_stays_float64():
     for objective, preset in itertools.product(OBJECTIVES.values(), PRESETS.values()):
         value, _ = call(PolicyLoss(correction=preset(), objective=objective), make_batch(14))

@@ -13,16 +13,16 @@ import iscorrect
 PACKAGE = Path(iscorrect.__file__).parent
 README = PACKAGE.parent / "README.md"
 FLOORS = [
-    {"errors", "tables"},
+    {"errors", "tables", "ranks"},
     {"divergences", "layout", "gradients"},
     {"ratios", "logprobs", "pareto", "aggregate"},
-    {"thresholds", "metrics", "reject", "objectives"},
+    {"linear", "thresholds", "metrics", "reject", "objectives"},
     {"bounds"},
     {"correction"},
-    {"loss"},
-    {"dumps", "testing"},
-    {"rollouts", "compare"},
-    {"demo"},
+    {"loss", "dumps"},
+    {"fused", "testing", "diagnose"},
+    {"plots", "rollouts", "compare"},
+    {"report", "demo"},
     {"cli"},
     {"__main__"},
 ]

@@ -191,6 +191,17 @@ def test_t4c_token_importance_sampling_is_exact_for_one_token(case):
     close(expected(case, token_is()), case.policy.policy_gradient(case.reward))
 
 
+@given(cases())
+def test_t4d_its_bias_grows_at_most_with_the_square_of_the_length(case):
+    each, _ = ratios_of(case)
+    gaps = case.rollout_policy.probabilities @ (sequence_ratios(*case[:2])[:, None] - each).abs()
+    largest = (case.reward[:, None] * token_scores(case.policy).flatten(2).norm(dim=2)).max()
+    bias = audit(loss_of(token_is()), *case).bias
+    assert bias <= largest * gaps.sum() + SLACK
+    steps = case.policy.length
+    assert (gaps <= 2 * (steps - 1) * token_variation(*case[:2]).max() + SLACK).all()
+
+
 def through_the_ratio(correction):
     """The loss −bound(W) R, differentiated through the bound."""
 
@@ -422,6 +433,12 @@ def test_t9_the_bias_of_masking_is_what_was_masked(case, cap):
     close(found.expected - found.target, -expectation(case.policy, by_sequence(f, gone)))
     assert found.bias <= largest * chance + SLACK
     assert chance <= (1 + chi2(*case[:2])) / cap + SLACK
+
+
+@given(cases(), st.sampled_from([1.05, 1.5, 3.0]))
+def test_t9f_what_was_masked_vanishes_with_the_mismatch(case, cap):
+    chance = case.policy.probabilities @ (sequence_ratios(*case[:2]) > cap).double()
+    assert chance <= cap * chi2(*case[:2]) / (cap - 1) ** 2 + SLACK
 
 
 @given(cases(), CAPS)

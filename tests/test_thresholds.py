@@ -19,12 +19,40 @@ def ratios(seed, n, spread):
 draws = dict(seed=st.integers(0, 999), n=st.integers(1, 30), spread=st.sampled_from([0.01, 1, 5]))
 
 
+class Capped:
+    """A bound that remembers the cap it was given."""
+
+    def __init__(self, limit):
+        self.limit = limit
+
+    def __call__(self, ratio, evidence):
+        self.cap = self.limit(ratio, evidence).item()
+        return ratio.clamp(max=self.cap)
+
+
+def cap_of(limit, values, mask):
+    bound = Capped(limit)
+    ic.Correction(bound=bound)(
+        old_log_probs=values.log() - 9, rollout_log_probs=torch.full_like(values, -9.0), mask=mask
+    )
+    return bound.cap
+
+
 @given(**draws)
 def test_ionides_cap_is_root_n_times_the_mean(seed, n, spread):
     values, units = ratios(seed, n, spread)
     counted = values[units].numpy()
     expected = np.sqrt(len(counted)) * counted.mean() if len(counted) else 0
-    assert ic.ionides_cap(values, units).item() == pytest.approx(expected, rel=1e-12)
+    assert cap_of(ic.IonidesCap(), values, units) == pytest.approx(expected, rel=1e-12)
+
+
+@given(**draws)
+def test_the_mse_optimal_cap_takes_chi_squared_from_the_batch(seed, n, spread):
+    values, units = ratios(seed, n, spread)
+    counted = values[units].numpy()
+    chi2 = ((counted - 1) ** 2).mean() if len(counted) else 0
+    expected = (max(len(counted), 1) * (1 + chi2) ** 2 / 8) ** (1 / 3)
+    assert cap_of(ic.MSEOptimalCap(), values, units) == pytest.approx(expected, rel=1e-9)
 
 
 @given(n=st.integers(1, 5000), chi2=st.floats(0, 100))
@@ -58,7 +86,7 @@ def test_a_data_dependent_cap_bounds_weights_and_masks_alike(limit, largest):
     values, _ = ratios(1, 20, 1.0)
     values[0, 0] = largest
     mask = torch.ones_like(values, dtype=torch.bool)
-    cap = limit(values, mask).item()
+    cap = cap_of(limit, values, mask)
     batch = dict(old_log_probs=values.log() - 9, rollout_log_probs=values.new_full((1, 20), -9.0))
     truncated = ic.Correction(bound=ic.Truncate(limit))(**batch, mask=mask)
     masked = ic.Correction(bound=ic.Mask(high=limit))(**batch, mask=mask)

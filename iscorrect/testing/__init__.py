@@ -1,5 +1,9 @@
 """Tests of policy-gradient losses: exact bias and variance, strategies, and ready checks.
 
+:func:`audit` enumerates what a loss estimates on a :class:`TabularPolicy` and an engine that
+differs from it by a :mod:`mismatch`. ``iscorrect.testing.checks`` and
+``iscorrect.testing.strategies`` need hypothesis and are imported by their own names.
+
 >>> from iscorrect import PolicyLoss, sequence_is
 >>> from iscorrect.testing import TabularPolicy, audit, mismatch
 >>> policy = TabularPolicy.random(vocab=3, length=3)

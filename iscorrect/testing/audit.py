@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -51,8 +51,8 @@ class Audit:
     exact: bool
     outcomes: int
     batch: int
-    target: Tensor
-    expected: Tensor
+    target: Tensor = field(repr=False)
+    expected: Tensor = field(repr=False)
     bias: float
     relative_bias: float
     cosine: float

@@ -16,15 +16,16 @@ from torch import Tensor
 from iscorrect.correction import PRESETS, parse
 from iscorrect.errors import InputError, input_error
 from iscorrect.loss import PolicyLoss
+from iscorrect.tables import show
 from iscorrect.testing.audit import Audit, audit
 from iscorrect.testing.mismatch import parse_mismatch, token_sigma
 from iscorrect.testing.tabular import TabularPolicy, chi2, kl
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from rich.table import Table
 
 THRESHOLDS = ("cap", "high", "limit", "slope", "mean_k3")
+HEADER = ("correction", "bias", "cosine", "std", "rmse", "mean weight", "ESS")
 FACTORS = [2 ** (step / 2) for step in range(-6, 7)]
 SAMPLES = 1_000
 
@@ -167,8 +168,6 @@ def run_audit(arguments: Namespace) -> int:
     Raises:
         InputError: an unknown correction or mismatch, or a sweep over what no correction has.
     """
-    from rich.console import Console
-
     corrections = arguments.corrections or list(PRESETS)
     setting = Setting.of(
         arguments.mismatch, vocab=arguments.vocab, length=arguments.length,
@@ -186,44 +185,45 @@ def run_audit(arguments: Namespace) -> int:
             got=repr(arguments.sweep),
             fix="choose from " + ", ".join(f"{c}: {threshold(c)}" for c in corrections),
         )
-    Console().print(audit_table(setting, rows, title=arguments.mismatch))
+    pair = (setting.policy, setting.rollout_policy)
+    title = (
+        f"{arguments.mismatch}: σ {token_sigma(*pair):.3g} nats per token,"
+        f" KL(μ‖π) {float(kl(*reversed(pair))):.3g}, χ²(π‖μ) {float(chi2(*pair)):.3g}"
+    )
+    show(title, HEADER, audit_rows(setting, rows))
+    print(
+        f"\nThe gradient of {setting.average} sequences, in units of ‖∇J‖; * the least error."
+        f" {arguments.vocab} tokens, {arguments.length} steps: {len(setting.reward)} sequences,"
+        " all enumerated; ± where batches were sampled."
+    )
     if arguments.plot is not None:
         frontier_figure(setting, corrections).savefig(arguments.plot, bbox_inches="tight")
     return 0
 
 
-def audit_table(setting: Setting, corrections: Sequence[str], *, title: str) -> Table:
-    """One row for each correction, everything in units of ‖∇J‖; * marks the least error.
+def audit_rows(setting: Setting, corrections: Sequence[str]) -> list[list[str]]:
+    """One row for each correction under :data:`HEADER`; * marks the least error.
 
     Args:
         setting: what they are compared on.
         corrections: as :func:`iscorrect.parse` reads them.
-        title: what the engine does.
-    """
-    from rich.table import Table
 
+    >>> audit_rows(Setting.of("noise=0.2", vocab=2, length=2), ["sequence-is"])[0][:3]
+    ['sequence-is', '0.000', '1.000']
+    """
     audits = [setting.audit(correction) for correction in corrections]
     best = min(audits, key=setting.relative_error)
-    rollout, policy = setting.rollout_policy, setting.policy
-    table = Table(
-        title=f"{title}: σ {token_sigma(policy, rollout):.3g} nats per token,"
-        f" KL(μ‖π) {float(kl(rollout, policy)):.3g}, χ²(π‖μ) {float(chi2(policy, rollout)):.3g}",
-        caption=f"{policy.vocab} tokens, {policy.length} steps, {len(setting.reward)} sequences;"
-        f" gradient of {setting.average} sequences, in units of ‖∇J‖."
-        " ± standard error: sampled; otherwise exact by enumeration.",
-    )
-    table.add_column("correction", no_wrap=True)
-    for name in ("bias", "cosine", "std", "rmse", "mean weight", "ESS"):
-        table.add_column(name, justify="right")
-    for correction, found in zip(corrections, audits, strict=True):
-        error = "" if found.exact else f" ± {found.errors['relative_bias']:.3f}"
-        table.add_row(
-            correction, f"{found.relative_bias:.3f}{error}", f"{found.cosine:.3f}",
-            f"{setting.relative_std(found):.3f}",
+    return [
+        [
+            correction,
+            f"{found.relative_bias:.3f}"
+            + ("" if found.exact else f" ± {found.errors['relative_bias']:.3f}"),
+            f"{found.cosine:.3f}", f"{setting.relative_std(found):.3f}",
             f"{setting.relative_error(found):.3f}{'*' if found is best else ' '}",
             f"{found.mean_weight:.3f}", f"{found.ess:.3f}",
-        )
-    return table
+        ]
+        for correction, found in zip(corrections, audits, strict=True)
+    ]
 
 
 def frontier_figure(setting: Setting, corrections: Sequence[str]) -> Figure:

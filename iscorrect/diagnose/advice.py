@@ -1,0 +1,169 @@
+"""What to do: from KL per token times length, the tail, and the number of samples."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from iscorrect.diagnose.causes import NOISE, SCALES, Finding, diagnose
+from iscorrect.diagnose.tokens import Tokens
+from iscorrect.divergences import k3
+from iscorrect.dumps import LogProbDump
+from iscorrect.errors import input_error
+from iscorrect.pareto import pareto_tail
+from iscorrect.thresholds import mse_optimal_cap
+
+# Not corrected but left as it is: what training does to weights, and what hardware does to numbers.
+TOLERABLE = (NOISE, "heavy tail", "quantised rollout", "16-bit LM head", "larger than 16-bit")
+
+
+@dataclass(frozen=True)
+class Advice:
+    """One recommendation.
+
+    Attributes:
+        action: what to do.
+        because: the numbers behind it.
+        correction: the correction meant, as :func:`iscorrect.parse` reads it; "" for none.
+    """
+
+    action: str
+    because: str
+    correction: str = ""
+
+
+def advise(
+    dump: LogProbDump,
+    *,
+    samples: int,
+    length: int,
+    findings: list[Finding] | None = None,
+) -> list[Advice]:
+    """What to do about the mismatch, most important first.
+
+    Sequence weights are taken as log-normal, log W ~ N(−K, 2K) with K = KL per token × length,
+    whose effective sample is exp(−2K) and of whose weight a cap C keeps Φ((log C − K)/√(2K)).
+
+    Args:
+        dump: what was measured.
+        samples: sequences whose gradients are averaged in one update.
+        length: tokens that a sequence will have.
+        findings: of :func:`diagnose`, where they are at hand.
+
+    Returns:
+        At least one piece of advice.
+
+    Raises:
+        InputError: no samples or no length.
+
+    >>> rollout = -torch.rand(64, 32) * 4
+    >>> same = LogProbDump(
+    ...     rollout_log_probs=rollout, old_log_probs=rollout, mask=rollout < 0
+    ... )
+    >>> advise(same, samples=64, length=1000)[0].action
+    'No correction is needed'
+    """
+    for name, value in (("samples", samples), ("length", length)):
+        if value < 1:
+            raise input_error(
+                "advise", name, expected="at least 1", got=repr(value),
+                fix="pass what one update of the training run has",
+            )
+    findings = diagnose(dump) if findings is None else findings
+    tokens = Tokens.of(dump)
+    d = torch.from_numpy(tokens.d)
+    kappa = float(k3(d).mean())
+    total = kappa * length
+    outside = float((np.abs(tokens.d) > math.log(2)).mean())
+    tail = float(pareto_tail(d[None], torch.ones(1, len(d)) > 0).k)
+    size = f"KL {kappa:.2g} nats per token × {length:,} tokens = {total:.2g} nats per sequence"
+
+    advice = []
+    wrong = [f for f in findings if not f.cause.startswith(TOLERABLE)]
+    if wrong:
+        advice.append(Advice(
+            f"Fix the cause first: {wrong[0].cause}",
+            f"{wrong[0].evidence}. A correction would hide it and pay for it in variance or bias",
+        ))
+    advice.append(_correction(total, samples, size, outside))
+    if total >= 0.1:
+        low, high = _geometric_band(kappa, length)
+        advice.append(Advice(
+            f"To drop strayed sequences, keep geometric means in [{low:.5g}, {high:.5g}]",
+            f"{size}: this is exp(−KL ± 3 √(2 KL / length)), beyond which noise alone hardly takes"
+            " them; a constant band would mean another thing for every stack",
+            f"geometric-rs:low={low:.6g},high={high:.6g}",
+        ))
+    if outside > 1e-3 or (math.isfinite(tail) and tail > 0.7 and outside > 0):
+        advice.append(Advice(
+            "Bound the token ratios",
+            f"{outside:.2%} of tokens have a ratio outside [0.5, 2] and the tail has Pareto index"
+            f" {tail:.2f}, where averages of weights need it below 0.7",
+            "token-tis:cap=2",
+        ))
+    advice += _precision(tokens, findings, total, length)
+    return advice
+
+
+def _correction(total: float, samples: int, size: str, outside: float) -> Advice:
+    ess = math.exp(-2 * total)
+    if total < 0.1:
+        return Advice(
+            "No correction is needed",
+            f"{size}; even whole-sequence weights would keep {ess:.0%} of the sample effective",
+        )
+    if total < 1:
+        cap = max(1.0, float(mse_optimal_cap(
+            torch.tensor(float(samples)), torch.tensor(math.expm1(2 * total))
+        )))
+        kept = _kept_weight(cap, total)
+        return Advice(
+            f"Sequence-level TIS or MIS with cap {cap:.3g}",
+            f"{size}: {ess:.0%} of the sample stays effective without a cap, the cap is the"
+            f" MSE-optimal one for {samples} sequences, and masking at it keeps {kept:.0%} of the"
+            " weight",
+            f"sequence-tis:cap={cap:.4g}",
+        )
+    return Advice(
+        "Token-level TIS with cap 2; not sequence-level weights",
+        f"{size}: sequence weights would leave {ess * samples:.2g} of {samples} sequences"
+        f" effective, and a mask at 3 would keep {_kept_weight(3.0, total):.0%} of the weight;"
+        f" token weights are biased but bounded, and cap {outside:.2%} of the tokens at most",
+        "token-tis:cap=2",
+    )
+
+
+def _precision(
+    tokens: Tokens, findings: list[Finding], total: float, length: int
+) -> list[Advice]:
+    noise = tokens.logit_noise()
+    float16, bfloat16 = sorted(SCALES)[1:]
+    advice = []
+    if float16 <= noise < bfloat16 and findings[0].cause.startswith((NOISE, "16-bit")):
+        advice.append(Advice(
+            "Or switch both sides to float16",
+            f"log-odds differ by {noise:.2g}, as bfloat16's do; eight times finer rounding divides"
+            f" the KL by up to 64 (published runs: 14 to 24), from {total:.2g} to about"
+            f" {total / 24:.2g}–{total / 14:.2g} nats per sequence of {length:,} tokens. Audit the"
+            " checkpoint's range first",
+        ))
+    heads = [f for f in findings if f.cause.startswith("16-bit LM head")]
+    if heads:
+        share = min(1.0, sum(head.statistic for head in heads))
+        advice.append(Advice(
+            "Or compute the logits of both sides in float32",
+            f"the rounding of the head is about {share:.0%} of the variance of the mismatch",
+        ))
+    return advice
+
+
+def _kept_weight(cap: float, total: float) -> float:
+    return 0.5 * (1 + math.erf((math.log(cap) - total) / math.sqrt(2 * total) / math.sqrt(2)))
+
+
+def _geometric_band(kappa: float, length: int, z: float = 3.0) -> tuple[float, float]:
+    half = z * math.sqrt(2 * kappa / length)
+    return math.exp(-kappa - half), math.exp(-kappa + half)

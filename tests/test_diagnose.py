@@ -1,0 +1,375 @@
+"""Each cause is made by an exact sampler on a small Markov policy, in NumPy, and must be named."""
+
+import numpy as np
+import pytest
+import torch
+
+from iscorrect import InputError, parse
+from iscorrect.diagnose import NOISE, Tokens, advise, diagnose
+from iscorrect.dumps import LogProbDump
+
+VOCABULARY, SEQUENCES, LENGTH = 64, 64, 128
+
+
+def log_softmax(x):
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def identity(logits, seen):
+    return logits
+
+
+def roll_out(
+    seed=0, *, sampler=identity, report=None, trainer_temperature=1.0, noise=0.04,
+    engine_shift=0.0, sequences=SEQUENCES, length=LENGTH,
+):
+    """Tokens of a Markov policy; the trainer's logits are the engine's and Gaussian noise."""
+    rng = np.random.default_rng(seed)
+    table = rng.normal(0, 2.0, (VOCABULARY, VOCABULARY))
+    served = table + engine_shift * rng.normal(0, 1, VOCABULARY)
+    previous = rng.integers(0, VOCABULARY, sequences)
+    seen = np.zeros((sequences, VOCABULARY), bool)
+    out = {name: np.zeros((sequences, length)) for name in
+           ("rollout_log_probs", "old_log_probs", "token_ids", "entropy", "varentropy", "mass")}
+    rows = np.arange(sequences)
+    for t in range(length):
+        logits = served[previous]
+        drawn = log_softmax(sampler(logits, seen))
+        told = log_softmax((report or sampler)(logits, seen))
+        gumbel = rng.gumbel(size=drawn.shape)
+        token = np.argmax(drawn + gumbel, -1)
+        heard = table[previous] + noise * rng.normal(size=logits.shape)
+        trainer = log_softmax(heard / trainer_temperature)
+        p = np.exp(trainer)
+        out["rollout_log_probs"][:, t] = told[rows, token]
+        out["old_log_probs"][:, t] = trainer[rows, token]
+        out["token_ids"][:, t] = token
+        out["entropy"][:, t] = -(p * trainer).sum(-1)
+        out["varentropy"][:, t] = (p * trainer**2).sum(-1) - out["entropy"][:, t] ** 2
+        out["mass"][:, t] = np.exp(log_softmax(logits))[drawn > -np.inf].sum() / sequences
+        seen[rows, token] = True
+        previous = token
+    return out
+
+
+def dump_of(out, *names, **more):
+    """A dump of the required fields and the named ones."""
+    fields = {
+        name: torch.from_numpy(out[name]).float()
+        for name in ("rollout_log_probs", "old_log_probs", *names) if name != "token_ids"
+    }
+    if "token_ids" in names:
+        fields["token_ids"] = torch.from_numpy(out["token_ids"]).long()
+    return LogProbDump(mask=torch.ones(out["old_log_probs"].shape) > 0, **fields, **more)
+
+
+def full(out, **more):
+    return dump_of(out, "token_ids", "entropy", "varentropy", **more)
+
+
+def causes(dump, **kwargs):
+    return [finding.cause for finding in diagnose(dump, **kwargs)]
+
+
+def top_p(mass):
+    def sampler(logits, seen):
+        p = np.exp(log_softmax(logits))
+        order = np.argsort(-p, -1)
+        before = np.take_along_axis(p, order, -1).cumsum(-1) - np.take_along_axis(p, order, -1)
+        cut = np.empty_like(p, bool)
+        np.put_along_axis(cut, order, before > mass, -1)
+        return np.where(cut, -np.inf, logits)
+
+    return sampler
+
+
+def tempered(temperature):
+    return lambda logits, seen: logits / temperature
+
+
+def penalised(penalty):
+    return lambda logits, seen: np.where(
+        seen, np.where(logits > 0, logits / penalty, logits * penalty), logits
+    )
+
+
+class TestClean:
+    @pytest.mark.parametrize(
+        ("noise", "scale"), [(1e-5, "float32"), (4e-3, "float16"), (0.05, "bfloat16")]
+    )
+    def test_noise_is_called_noise_of_its_scale(self, noise, scale):
+        for seed in range(5):
+            assert causes(full(roll_out(seed, noise=noise))) == [f"{NOISE}: {scale} scale"]
+
+    def test_without_optional_fields_too(self):
+        assert causes(dump_of(roll_out())) == [f"{NOISE}: bfloat16 scale"]
+
+    def test_equal_log_probs_are_called_identical(self):
+        assert causes(full(roll_out(noise=0.0))) == [f"{NOISE}: identical log-probs"]
+
+    def test_what_is_no_larger_than_the_null_is_noise_without_a_scale(self):
+        out, again = roll_out(noise=0.05), roll_out(seed=1, noise=0.05)
+        assert causes(full(out), null=full(again)) == [NOISE]
+        assert causes(full(out), null=full(roll_out(noise=0.01))) != [NOISE]
+
+    def test_few_sequences_leave_a_large_mismatch_without_a_cause(self):
+        out = roll_out(sampler=tempered(0.9), sequences=4)
+        assert causes(full(out)) == ["larger than 16-bit rounding, without a pattern"]
+
+    def test_one_token_is_no_error(self):
+        out = {name: x[:1, :1] for name, x in roll_out().items()}
+        assert len(causes(full(out))) == 1
+
+    def test_no_token_is_one(self):
+        dump = full(roll_out(sequences=2, length=2))
+        empty = LogProbDump(**{**dump.given(), "mask": torch.zeros(2, 2) > 0})
+        with pytest.raises(InputError, match="counted tokens"):
+            diagnose(empty)
+
+
+class TestSampling:
+    @pytest.mark.parametrize("temperature", [0.8, 0.9, 1.1])
+    def test_engine_tempered_alone(self, temperature):
+        first = diagnose(full(roll_out(sampler=tempered(temperature))))[0]
+        side = ("engine", "trainer") if temperature < 1 else ("trainer", "engine")
+        assert first.cause == f"temperature: {side[0]} divides its logits, {side[1]} does not"
+        assert abs(first.statistic - (1 - 1 / temperature)) < 0.02
+
+    def test_trainer_tempered_alone(self):
+        first = diagnose(full(roll_out(trainer_temperature=0.9)))[0]
+        assert first.cause == "temperature: trainer divides its logits, engine does not"
+        assert abs(first.statistic - 0.1) < 0.01
+
+    def test_both_tempered_and_raw_log_probs_reported(self):
+        out = roll_out(sampler=tempered(0.9), report=identity, trainer_temperature=0.9)
+        assert causes(full(out)) == [
+            "temperature: raw log-probs reported, tempered sampler and trainer"
+        ]
+
+    def test_both_tempered_and_told_so_is_clean(self):
+        out = roll_out(sampler=tempered(0.9), trainer_temperature=0.9)
+        assert causes(full(out)) == [f"{NOISE}: bfloat16 scale"]
+
+    def test_temperature_is_found_without_entropy(self):
+        out = roll_out(sampler=tempered(0.8))
+        assert causes(dump_of(out))[0].startswith("temperature: engine divides")
+
+    @pytest.mark.parametrize("sampler", [tempered(0.9), top_p(0.9)])
+    def test_a_sampler_that_neither_side_reports_shows_in_the_entropy_gap(self, sampler):
+        dump = full(roll_out(sampler=sampler, report=identity))
+        assert causes(dump) == ["raw log-probs reported by a tempered or truncated sampler"]
+        ratio = (dump.old_log_probs - dump.rollout_log_probs).exp()
+        assert abs(float(ratio.mean()) - 1) < 2e-3
+
+    @pytest.mark.parametrize("mass", [0.99, 0.95, 0.8])
+    def test_truncation_and_its_kept_mass(self, mass):
+        out = roll_out(sampler=top_p(mass))
+        first = diagnose(full(out))[0]
+        assert first.cause == "top-p/top-k truncation"
+        assert abs(1 + first.statistic - out["mass"].mean()) < 4 * first.error + 1e-3
+
+    @pytest.mark.parametrize("penalty", [1.03, 1.2])
+    def test_repetition_penalty_needs_token_ids(self, penalty):
+        out = roll_out(sampler=penalised(penalty), noise=0.02)
+        assert causes(full(out)) == ["repetition penalty"]
+        assert "repetition penalty" not in causes(dump_of(out, "entropy"))
+
+
+class TestTokens:
+    @pytest.mark.parametrize("lag", [-2, -1, 1, 2])
+    def test_shifted_log_probs(self, lag):
+        out = roll_out()
+        out["rollout_log_probs"] = np.roll(out["rollout_log_probs"], lag, axis=1)
+        first = diagnose(full(out))[0]
+        assert first.cause == "log-probs shifted against each other"
+        assert f"{abs(lag)} {'later' if lag > 0 else 'earlier'}" in first.evidence
+
+    @pytest.mark.parametrize("side", ["rollout_log_probs", "old_log_probs"])
+    def test_zeros_for_missing_values(self, side):
+        out = roll_out()
+        out[side][np.random.default_rng(1).random(out[side].shape) < 0.01] = 0
+        assert causes(full(out)) == ["missing values filled with zeros"]
+
+    def test_zeros_for_environment_tokens_come_in_runs(self):
+        out = roll_out()
+        out["rollout_log_probs"][::4, 40:52] = 0
+        assert causes(full(out)) == ["environment tokens in the mask"]
+
+    def test_environment_tokens_scored_alike_by_both_are_too_surprising(self):
+        out = roll_out()
+        for name in ("rollout_log_probs", "old_log_probs"):
+            out[name][::4, 40:52] -= 8
+        assert causes(full(out)) == ["environment tokens in the mask"]
+
+    def test_wrong_tokens(self):
+        out = roll_out()
+        wrong = np.random.default_rng(1).random(out["old_log_probs"].shape) < 0.01
+        out["old_log_probs"][wrong] -= 8
+        assert causes(full(out)) == ["wrong tokens"]
+
+    def test_other_tokens_from_a_position_on(self):
+        out, other = roll_out(), roll_out(seed=5)
+        out["old_log_probs"][::8, 50:] = other["old_log_probs"][::8, 50:]
+        first = diagnose(full(out))[0]
+        assert first.cause == "different tokens from a position on"
+        assert first.statistic == 1 / 8
+
+    def test_a_wrong_prompt_spoils_the_beginning(self):
+        out = roll_out()
+        fading = np.exp(-np.arange(LENGTH) / 6)
+        out["old_log_probs"] += np.random.default_rng(1).normal(size=out["mass"].shape) * fading
+        out["old_log_probs"] = np.minimum(out["old_log_probs"], -1e-3)
+        assert causes(dump_of(out)) == ["wrong prompt template"]
+
+
+class TestWeights:
+    def test_other_weights_move_the_same_token_alike(self):
+        assert causes(full(roll_out(engine_shift=0.2))) == ["stale weights"]
+
+    def test_weights_that_differ_less_are_called_quantised(self):
+        rng = np.random.default_rng(3)
+        out = roll_out(noise=0.1)
+        own = 0.05 * rng.normal(size=VOCABULARY)[out["token_ids"].astype(int)]
+        out["old_log_probs"] += own * (1 - np.exp(out["old_log_probs"]))
+        assert causes(dump_of(out, "token_ids")) == ["quantised rollout"]
+
+    def test_a_mismatch_that_grows_with_the_steps_is_a_missing_sync(self):
+        parts = [roll_out(seed, noise=0.02 * (1 + seed), sequences=16) for seed in range(8)]
+        out = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        step = torch.arange(8).repeat_interleave(16)
+        assert causes(full(out, step=step)) == ["weights never synchronised"]
+
+    def test_one_bad_step_is_stale(self):
+        parts = [roll_out(s, noise=0.2 if s == 3 else 0.02, sequences=16) for s in range(8)]
+        out = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        finding = diagnose(full(out, step=torch.arange(8).repeat_interleave(16)))[0]
+        assert finding.cause == "stale weights"
+        assert "at step 3" in finding.evidence
+
+    def test_mismatch_that_grows_with_age_is_stale(self):
+        parts = [roll_out(s, noise=0.02 * (1 + s), sequences=16) for s in range(4)]
+        out = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        age = torch.arange(4).repeat_interleave(16)
+        dump = full(out, step=torch.full((64,), 9), policy_version=9 - age)
+        assert causes(dump) == ["stale weights"]
+
+    def test_mismatch_of_some_prompts_is_a_stale_prefix(self):
+        out, worse = roll_out(noise=0.02), roll_out(noise=0.1)
+        group = np.arange(SEQUENCES) // 4
+        affected = group % 4 == 0
+        out["old_log_probs"][affected] = worse["old_log_probs"][affected]
+        out["rollout_log_probs"][affected] = worse["rollout_log_probs"][affected]
+        assert causes(dump_of(out, group=torch.from_numpy(group))) == ["stale prefix cache"]
+
+    def test_rare_large_errors_both_ways_are_a_heavy_tail(self):
+        out = roll_out()
+        rng = np.random.default_rng(1)
+        flips = rng.random(out["mass"].shape) < 0.01
+        out["old_log_probs"] += flips * rng.normal(size=flips.shape)
+        out["old_log_probs"] = np.minimum(out["old_log_probs"], -1e-4)
+        assert causes(dump_of(out)) == ["heavy tail, as from MoE routing"]
+
+
+class TestStorage:
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("side", ["rollout_log_probs", "old_log_probs"])
+    def test_sixteen_bits_are_named_with_side_and_type(self, dtype, side):
+        dump = full(roll_out())
+        stored = getattr(dump, side).to(dtype).float()
+        first = diagnose(LogProbDump(**{**dump.given(), side: stored}))[0]
+        assert first.cause == "log-probs stored in 16 bits"
+        assert side in first.evidence
+        assert str(dtype)[6:] in first.evidence
+
+    def test_a_rounded_head_leaves_a_lattice(self):
+        rng = np.random.default_rng(0)
+        logits = torch.from_numpy(rng.normal(0, 3, (SEQUENCES, LENGTH, 32))).float()
+        rounded = logits.bfloat16().float().log_softmax(-1)
+        chosen = torch.from_numpy(rng.integers(0, 32, (SEQUENCES, LENGTH, 1)))
+        dump = LogProbDump(
+            rollout_log_probs=rounded.gather(2, chosen)[..., 0],
+            old_log_probs=logits.log_softmax(-1).gather(2, chosen)[..., 0],
+            mask=torch.ones(SEQUENCES, LENGTH) > 0,
+            top_k_log_probs=rounded.topk(4).values, top_k_ids=rounded.topk(4).indices,
+        )
+        assert causes(dump)[0] == "16-bit LM head in the engine"
+
+    def test_an_exact_head_leaves_none(self):
+        rng = np.random.default_rng(0)
+        exact = torch.from_numpy(rng.normal(0, 3, (SEQUENCES, LENGTH, 32))).float().log_softmax(-1)
+        dump = full(roll_out())
+        with_top = LogProbDump(**dump.given(), top_k_log_probs=exact.topk(4).values)
+        assert causes(with_top) == [f"{NOISE}: bfloat16 scale"]
+
+
+class TestEstimates:
+    def test_the_error_of_a_mean_is_that_of_a_bootstrap_over_sequences(self):
+        rng = np.random.default_rng(0)
+        tokens = Tokens.of(full(roll_out()))
+        x = rng.normal(size=len(tokens)) + np.repeat(rng.normal(size=SEQUENCES), LENGTH)
+        estimate = tokens.mean(x)
+        rows = x.reshape(SEQUENCES, LENGTH).mean(1)
+        means = [rng.choice(rows, SEQUENCES).mean() for _ in range(2000)]
+        assert estimate.value == pytest.approx(rows.mean())
+        assert estimate.error == pytest.approx(np.std(means), rel=0.1)
+
+    def test_the_error_of_a_slope_covers_repeated_draws(self):
+        slopes, errors = [], []
+        tokens = Tokens.of(full(roll_out()))
+        for seed in range(200):
+            rng = np.random.default_rng(seed)
+            x = rng.normal(size=len(tokens))
+            y = 0.5 * x + rng.normal(size=len(tokens)) * np.abs(x)
+            (slope,), _ = tokens.regress(y, x)
+            slopes.append(slope.value)
+            errors.append(slope.error)
+        assert np.mean(slopes) == pytest.approx(0.5, abs=4 * np.std(slopes) / np.sqrt(200))
+        assert np.mean(errors) == pytest.approx(np.std(slopes), rel=0.15)
+
+    def test_logit_noise_is_the_median_of_the_noise_put_in(self):
+        # Δ log-odds of a token: its own noise, less that of the others, weighted by probability
+        out = roll_out(noise=0.05)
+        assert 0.6 * 0.05 < Tokens.of(full(out)).logit_noise() < 1.3 * 0.05
+
+
+class TestAdvice:
+    def test_small_kl_needs_no_correction(self):
+        advice = advise(full(roll_out(noise=0.004)), samples=64, length=128)
+        assert advice[0].action == "No correction is needed"
+
+    def test_middling_kl_gets_a_sequence_cap_and_large_kl_token_weights(self):
+        dump = full(roll_out(noise=0.05))
+        middling = advise(dump, samples=64, length=300)
+        large = advise(dump, samples=64, length=20_000)
+        assert middling[0].correction.startswith("sequence-tis:cap=")
+        assert large[0].correction == "token-tis:cap=2"
+
+    def test_every_correction_named_is_one(self):
+        for length in (100, 1000, 100_000):
+            for advice in advise(full(roll_out(noise=0.3)), samples=8, length=length):
+                assert not advice.correction or parse(advice.correction)
+
+    def test_the_geometric_band_scales_with_the_kl(self):
+        def width(noise):
+            advice = advise(full(roll_out(noise=noise)), samples=8, length=10_000)
+            band = next(a for a in advice if a.correction.startswith("geometric"))
+            bound = parse(band.correction).reject[0]
+            return np.log(bound.high / bound.low)
+
+        assert width(0.1) == pytest.approx(2 * width(0.05), rel=0.1)
+
+    def test_a_wrong_setting_comes_before_any_correction(self):
+        advice = advise(full(roll_out(sampler=tempered(0.9))), samples=64, length=128)
+        assert advice[0].action.startswith("Fix the cause first: temperature")
+
+    def test_every_sentence_has_a_number_beside_it(self):
+        for noise in (0.004, 0.05, 0.4):
+            for advice in advise(full(roll_out(noise=noise)), samples=64, length=1000):
+                assert any(c.isdigit() for c in advice.because)
+
+    def test_nonsense_is_refused(self):
+        with pytest.raises(InputError, match="`samples`"):
+            advise(full(roll_out()), samples=0, length=1)
+        with pytest.raises(InputError, match="`length`"):
+            advise(full(roll_out()), samples=1, length=0)
