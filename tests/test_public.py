@@ -21,7 +21,7 @@ FLOORS = [
     {"correction"},
     {"loss", "dumps"},
     {"fused", "testing", "diagnose"},
-    {"plots", "rollouts", "compare"},
+    {"plots", "rollouts", "compare", "adapters"},
     {"report", "demo"},
     {"cli"},
     {"__main__"},
