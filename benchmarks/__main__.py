@@ -34,10 +34,12 @@ def main() -> None:
         if case == "report":
             report.main()
             continue
-        workloads = importlib.import_module(f"benchmarks.{case}").run(setting)
-        show(workloads)
-        if not given.small:
-            print(f"recorded in {record(case, workloads, setting)}")
+        done = []
+        for workload in importlib.import_module(f"benchmarks.{case}").run(setting):
+            show(workload)
+            done.append(workload)
+            if not given.small:
+                print(f"recorded in {record(case, done, setting)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ once. Same weights, same dtype, other order of operations: the mismatch is a rea
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -46,13 +46,12 @@ class Arm:
         return kind + head + ("" if self.correction == "uncorrected" else f", {self.correction}")
 
 
-def run(setting: Setting) -> list[Workload]:
+def run(setting: Setting) -> Iterator[Workload]:
     if setting.small:
-        return [measure("vocabulary-256", 256, 16, setting, steps=5)]
-    return [
-        measure("vocabulary-512", 512, 64, setting, steps=150),
-        measure("vocabulary-32768", 32768, 64, setting, steps=60),
-    ]
+        yield measure("vocabulary-256", 256, 16, setting, steps=5)
+        return
+    yield measure("vocabulary-512", 512, 64, setting, steps=150)
+    yield measure("vocabulary-32768", 32768, 64, setting, steps=60)
 
 
 def arms() -> list[Arm]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -12,11 +13,10 @@ from benchmarks.harness import Setting, Workload
 from iscorrect.linear import linear_log_probs
 
 
-def run(setting: Setting) -> list[Workload]:
+def run(setting: Setting) -> Iterator[Workload]:
     n, v, d = (32, 509, 64) if setting.small else (128, 4099, 256)
-    return [
-        measure(dtype, n, v, d, setting) for dtype in (torch.bfloat16, torch.float16, torch.float32)
-    ]
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        yield measure(dtype, n, v, d, setting)
 
 
 def measure(dtype: torch.dtype, n: int, v: int, d: int, setting: Setting) -> Workload:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -34,19 +34,17 @@ class Problem:
         return self.hidden, self.weight
 
 
-def run(setting: Setting) -> list[Workload]:
+def run(setting: Setting) -> Iterator[Workload]:
     setting = replace(setting, rounds=min(setting.rounds, 5))
     size = {"v": 512, "d": 64} if setting.small else {"v": 32768, "d": 1024}
     n = 64 if setting.small else 1024
-    workloads = []
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         problem = make(1, n, dtype=dtype, device=setting.device, **size)
         name = str(dtype).removeprefix("torch.")
-        workloads.append(every_peer(name, problem, setting))
-    workloads.append(shares(n, size, setting))
-    workloads.append(realistic(size, setting))
-    workloads.append(sequences(n, size, setting))
-    return workloads
+        yield every_peer(name, problem, setting)
+    yield shares(n, size, setting)
+    yield realistic(size, setting)
+    yield sequences(n, size, setting)
 
 
 def make(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import torch
 
@@ -17,15 +18,14 @@ OURS = {
 }
 
 
-def run(setting: Setting) -> list[Workload]:
+def run(setting: Setting) -> Iterator[Workload]:
     if setting.small:
-        return [measure("tokens-64", 64, 512, 64, list(OURS), setting)]
+        yield measure("tokens-64", 64, 512, 64, list(OURS), setting)
+        return
     every = [*OURS, *peers.PACKAGES]
-    return [
-        measure("tokens-1024", 1024, 32768, 256, every, setting),
-        measure("tokens-4096", 4096, 32768, 256, every, setting),
-        measure("tokens-8192-vocabulary-151936", 8192, 151_936, 256, list(OURS), setting),
-    ]
+    yield measure("tokens-1024", 1024, 32768, 256, every, setting)
+    yield measure("tokens-4096", 4096, 32768, 256, every, setting)
+    yield measure("tokens-8192-vocabulary-151936", 8192, 151_936, 256, list(OURS), setting)
 
 
 def measure(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -26,12 +26,10 @@ class Batch(NamedTuple):
 Provider = Callable[[Batch], tuple[Tensor, dict[str, float]]]
 
 
-def run(setting: Setting) -> list[Workload]:
+def run(setting: Setting) -> Iterator[Workload]:
     b, t = (8, 64) if setting.small else (512, 4096)
-    return [
-        measure("reinforce", make_batch(b, t, setting.device, old=False), setting),
-        measure("ppo", make_batch(b, t, setting.device, old=True), setting),
-    ]
+    yield measure("reinforce", make_batch(b, t, setting.device, old=False), setting)
+    yield measure("ppo", make_batch(b, t, setting.device, old=True), setting)
 
 
 def make_batch(b: int, t: int, device: str, *, old: bool) -> Batch:
