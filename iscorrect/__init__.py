@@ -10,6 +10,9 @@ log-probs to a loss of this package, and the gradient is corrected for it:
 ...     mask=torch.tensor([[True, True]]),
 ... )
 >>> loss.backward()
+
+``iscorrect.dumps`` reads dumps of a run, ``iscorrect.diagnose`` explains them, and
+``iscorrect.testing`` tests losses.
 """
 
 from iscorrect.aggregate import aggregate, global_normalizer, group_advantages
@@ -46,7 +49,9 @@ from iscorrect.correction import (
 )
 from iscorrect.divergences import binary_kl, k1, k2, k3
 from iscorrect.errors import InputError
+from iscorrect.fused import fp32_head_loss, fused_policy_loss
 from iscorrect.layout import Layout, pad_sequences, unpad
+from iscorrect.linear import HeadOutput, linear_log_probs
 from iscorrect.logprobs import Support, log_probs_from_logits
 from iscorrect.loss import (
     LossOutput,
@@ -88,6 +93,7 @@ __all__ = [
     "DivergenceAbove",
     "ESSCap",
     "Evidence",
+    "HeadOutput",
     "Ignore",
     "InputError",
     "IonidesCap",
@@ -116,6 +122,8 @@ __all__ = [
     "dppo",
     "effective_sample_size",
     "ess_cap",
+    "fp32_head_loss",
+    "fused_policy_loss",
     "geometric_rs",
     "global_normalizer",
     "group_advantages",
@@ -125,6 +133,7 @@ __all__ = [
     "k2",
     "k3",
     "kpop",
+    "linear_log_probs",
     "log_probs_from_logits",
     "log_ratio",
     "masked_is_loss",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from iscorrect.errors import check_mask, describe, input_error
 from iscorrect.layout import Layout, as_layout, masked
+from iscorrect.ranks import Group, gather_over
 
 Aggregation = Literal[
     "token-mean",
@@ -89,7 +90,8 @@ def aggregate_masked(
     if how == "sum":
         return total
     scale = denominator(layout, how) if normalizer is None else normalizer
-    return total / (scale if horizon is None else scale * horizon)
+    mean = total / (scale if horizon is None else scale * horizon)
+    return mean.to(total.dtype)  # a normalizer counts in float64
 
 
 def denominator(layout: Layout, how: Aggregation) -> Tensor:
@@ -115,7 +117,7 @@ def global_normalizer(
     Args:
         mask: bool "b t" of everything this rank will accumulate in one optimizer step, or a layout.
         how: the aggregation; counts tokens for "token-mean", sequences for "seq-…".
-        group: the data-parallel ranks; None: all.
+        group: the ranks that together hold the batch, context-parallel ones included; None: all.
         gradients: what happens to gradients across the ranks of the group.
 
     Returns:
@@ -139,8 +141,8 @@ def global_normalizer(
             got=repr(gradients), fix="pass 'averaged' under DDP and FSDP",
         )
     layout = as_layout("global_normalizer", mask)
-    count = layout.count() if how == "token-mean" else layout.num_sequences()
-    count = count.to(accumulator(count.device))
+    counted = layout.mask if how == "token-mean" else layout.sequence_starts()
+    count = torch.count_nonzero(counted).to(accumulator(counted.device))
     if not (dist.is_available() and dist.is_initialized()):
         return count.clamp(min=1)
     dist.all_reduce(count, group=group)
@@ -181,6 +183,7 @@ def group_advantages(
     *,
     estimator: Estimator = "grpo",
     eps: float = 1e-6,
+    batch_group: Group = None,
 ) -> Tensor:
     """Advantages of responses against the others of their prompt.
 
@@ -195,6 +198,7 @@ def group_advantages(
             that a rejected response neither trains nor moves its group's baseline. None: all.
         estimator: as above.
         eps: for "grpo".
+        batch_group: the ranks over which responses to a prompt are spread; None: this one.
 
     Returns:
         "b", float32 or wider; 0 where a group has fewer than two kept responses (for "dr-grpo":
@@ -231,12 +235,14 @@ def group_advantages(
             "group_advantages", "estimator", expected="'grpo', 'dr-grpo' or 'rloo'",
             got=repr(estimator), fix="pass estimator='grpo'",
         )
-    rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
-    order = torch.argsort(group_ids, stable=True)
-    layout = Layout(
-        torch.ones_like(rewards, dtype=torch.bool) if keep is None else keep[order],
-        sequence_ids=group_ids[order],
+    here = len(rewards)
+    keep = torch.ones_like(rewards, dtype=torch.bool) if keep is None else keep
+    rewards, first = gather_over(
+        rewards.to(torch.promote_types(rewards.dtype, torch.float32)), batch_group
     )
+    group_ids, keep = gather_over(group_ids, batch_group)[0], gather_over(keep, batch_group)[0]
+    order = torch.argsort(group_ids, stable=True)
+    layout = Layout(keep[order], sequence_ids=group_ids[order])
     sorted_rewards = rewards[order]
     n = layout.sequence_count(rewards.dtype)
     centered = sorted_rewards - layout.sequence_mean(sorted_rewards)
@@ -248,4 +254,4 @@ def group_advantages(
         variance = layout.sequence_total(centered.square()) / (n - 1).clamp(min=1)
         advantages = torch.where(n > 1, centered / (variance.sqrt() + eps), 0)
     advantages = masked(advantages, layout.mask)
-    return torch.empty_like(advantages).scatter(0, order, advantages)
+    return torch.empty_like(advantages).scatter(0, order, advantages)[first : first + here]

@@ -25,7 +25,7 @@ Bound = Callable[[Tensor, Evidence], Tensor]
 class Ignore:
     """Weight 1 whatever the ratio: the uncorrected gradient, or rejection alone.
 
-        w = 1
+    w = 1
     """
 
     scope: ClassVar[Scope] = "token"
@@ -41,7 +41,7 @@ class Truncate:
         w = min(ρ, C)
 
     Args:
-        cap: C > 0, or a callable (ratio, units) -> "" such as ``IonidesCap()``.
+        cap: C > 0, or a callable (ratio, evidence) -> "" such as ``IonidesCap()``.
 
     Raises:
         InputError: the cap is not a number > 0.
@@ -104,7 +104,7 @@ class Mask:
 
     Args:
         low: a ≥ 0.
-        high: b ≥ a, a callable (ratio, units) -> "", or None for no upper bound.
+        high: b ≥ a, a callable (ratio, evidence) -> "", or None for no upper bound.
 
     Raises:
         InputError: a negative bound, or low > high.
@@ -184,11 +184,11 @@ class ParetoSmooth:
     scope: ClassVar[Scope] = "batch"
 
     def __call__(self, ratio: Tensor, evidence: Evidence) -> Tensor:
-        tail = pareto_tail(ratio.log(), evidence.units)
+        tail = pareto_tail(ratio.log(), evidence.units, group=evidence.layout.batch_group)
         flat = ratio.flatten()
-        raw = flat.gather(0, tail.index)
+        raw = flat.gather(0, tail.positions)
         changed = torch.where(tail.members, tail.smoothed.exp().to(ratio.dtype), raw)
-        smooth = flat.scatter(0, tail.index, changed).view(ratio.shape)
+        smooth = flat.scatter(0, tail.positions, changed).view(ratio.shape)
         if evidence.level in ("token", "prefix"):
             return smooth
         # One token stands for each sequence or segment; the others take its weight.
@@ -229,7 +229,7 @@ def _check_limit(caller: str, name: str, limit: object) -> None:
         return
     if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit > 0:
         raise input_error(
-            caller, name, expected="a number > 0, or a callable (ratio, units) -> number",
+            caller, name, expected="a number > 0, or a callable (ratio, evidence) -> number",
             got=repr(limit), fix=f"pass {name}=2.0; bounds act on the ratio, not on its log",
         )
 
@@ -239,4 +239,4 @@ def _limit_scope(limit: Limit | None) -> Scope:
 
 
 def _limit(limit: Limit, ratio: Tensor, evidence: Evidence) -> float | Tensor:
-    return limit(ratio, evidence.units) if callable(limit) else limit
+    return limit(ratio, evidence) if callable(limit) else limit

@@ -148,11 +148,10 @@ class Correction:
         with torch.no_grad():
             evidence = self._evidence(old_log_probs, rollout_log_probs, layout, advantages)
             level_log_ratio = at_level(evidence.log_ratio, layout, self.level)
-            raw = rho = ratio(level_log_ratio)
+            rho = ratio(level_log_ratio)
             if self.normalize:
-                units = evidence.units
-                mean = masked(raw, units).sum() / torch.count_nonzero(units).clamp(min=1)
-                rho = raw / torch.where(mean > 0, mean, 1)
+                mean = evidence.batch_mean(rho)
+                rho = rho / torch.where(mean > 0, mean, 1)
             weights = rho if self.bound is None else self.bound(rho, evidence)
             bounded = (weights - rho).bool()
             keep = evidence.usable & weights.bool()
@@ -160,8 +159,7 @@ class Correction:
                 keep = keep & rule(evidence)
             weights = masked(weights, keep)
             metrics = correction_metrics(
-                evidence, log_ratio=level_log_ratio, ratio=raw, bounded=bounded, weights=weights,
-                keep=keep,
+                evidence, log_ratio=level_log_ratio, bounded=bounded, weights=weights, keep=keep
             )
         return Weights(weights, keep, metrics)
 
@@ -208,12 +206,12 @@ def uncorrected() -> Correction:
 
 
 def token_is() -> Correction:
-    """w = ρ_t: the gradient of the token-level surrogate, unbounded."""
+    """W = ρ_t: the gradient of the token-level surrogate, unbounded."""
     return Correction(level="token")
 
 
 def token_tis(cap: Limit = 2.0) -> Correction:
-    """w = min(ρ_t, C): truncated importance sampling (Yao et al. 2025).
+    """W = min(ρ_t, C): truncated importance sampling (Yao et al. 2025).
 
     >>> token_tis(cap=3.0).bound
     Truncate(cap=3.0)
@@ -222,29 +220,29 @@ def token_tis(cap: Limit = 2.0) -> Correction:
 
 
 def token_mis(low: float = 0.0, high: Limit | None = 3.0) -> Correction:
-    """w = ρ_t 1{a ≤ ρ_t ≤ b}: masked importance sampling; one-sided as TRL's ``token_mask``."""
+    """W = ρ_t 1{a ≤ ρ_t ≤ b}: masked importance sampling; one-sided as TRL's ``token_mask``."""
     return Correction(level="token", bound=Mask(low, high))
 
 
 def icepop(low: float = 0.5, high: float = 5.0) -> Correction:
-    """w = ρ_t 1{α ≤ ρ_t ≤ β}: token masking on both sides (Ring-1T, arXiv 2510.18855)."""
+    """W = ρ_t 1{α ≤ ρ_t ≤ β}: token masking on both sides (Ring-1T, arXiv 2510.18855)."""
     return Correction(level="token", bound=Mask(low, high))
 
 
 def confidence_is(slope: float = 2.3, floor: float = 5e-3) -> Correction:
-    """w = min(ρ_t, 1 + λ max(1 − p, κ)): CIS (arXiv 2609.32444)."""
+    """W = min(ρ_t, 1 + λ max(1 − p, κ)): CIS (arXiv 2609.32444)."""
     return Correction(level="token", bound=ConfidenceCap(slope, floor))
 
 
 def kpop(limit: float = 0.1) -> Correction:
-    """w = ρ_t where the binary KL is at most φ both ways: KPop (2026)."""
+    """W = ρ_t where the binary KL is at most φ both ways: KPop (2026)."""
     return Correction(level="token", reject=(BinaryKL(limit=limit),))
 
 
 def dppo(
     limit: float = 0.15, divergence: Literal["tv", "kl"] = "tv", cap: float = 10.0
 ) -> Correction:
-    """w = min(ρ_t, C), tokens pushed too far dropped: DPPO (arXiv 2602.04879).
+    """W = min(ρ_t, C), tokens pushed too far dropped: DPPO (arXiv 2602.04879).
 
     Omit ``old_log_probs``, so that the ratio is that of the policy being trained.
     """
@@ -253,22 +251,22 @@ def dppo(
 
 
 def sequence_is() -> Correction:
-    """w = Π_t ρ_t: the only unbiased one, with a variance that grows exponentially in length."""
+    """W = Π_t ρ_t: the only unbiased one, with a variance that grows exponentially in length."""
     return Correction(level="sequence")
 
 
 def sequence_tis(cap: Limit = 2.0) -> Correction:
-    """w = min(Π_t ρ_t, C)."""
+    """W = min(Π_t ρ_t, C)."""
     return Correction(level="sequence", bound=Truncate(cap))
 
 
 def sequence_mis(low: float = 0.0, high: Limit | None = 3.0) -> Correction:
-    """w = Π_t ρ_t 1{a ≤ Π_t ρ_t ≤ b} (arXiv 2510.26788); TRL's default, ``sequence_mask``."""
+    """W = Π_t ρ_t 1{a ≤ Π_t ρ_t ≤ b} (arXiv 2510.26788); TRL's default, ``sequence_mask``."""
     return Correction(level="sequence", bound=Mask(low, high))
 
 
 def geometric_rs(low: float = 0.999, high: float = 1.001) -> Correction:
-    """w = 1 where the geometric mean of the sequence's ratios lies in a band: Geo-RS.
+    """W = 1 where the geometric mean of the sequence's ratios lies in a band: Geo-RS.
 
     A band means nothing without the KL per token that it is meant for.
     """
@@ -278,7 +276,7 @@ def geometric_rs(low: float = 0.999, high: float = 1.001) -> Correction:
 
 
 def trust_region_mask(max_k2: float = 0.05, mean_k3: float = 1e-3) -> Correction:
-    """w = 1 where the sequence's largest k2 and mean k3 stay small (arXiv 2512.23075).
+    """W = 1 where the sequence's largest k2 and mean k3 stay small (arXiv 2512.23075).
 
     Sampled proxies for the method's exact token KL, so without its guarantee.
     """
@@ -292,17 +290,17 @@ def trust_region_mask(max_k2: float = 0.05, mean_k3: float = 1e-3) -> Correction
 
 
 def off_policy_negative(limit: float = 0.5) -> Correction:
-    """w = 1, negative examples of strayed sequences dropped (DeepSeek-V3.2, arXiv 2512.02556)."""
+    """W = 1, negative examples of strayed sequences dropped (DeepSeek-V3.2, arXiv 2512.02556)."""
     return Correction(bound=Ignore(), reject=(OffPolicyNegative(limit=limit),))
 
 
 def pareto_is(level: Level = "sequence") -> Correction:
-    """w = ρ, its upper tail Pareto-smoothed (Vehtari et al. 2024)."""
+    """W = ρ, its upper tail Pareto-smoothed (Vehtari et al. 2024)."""
     return Correction(level=level, bound=ParetoSmooth())
 
 
 def topr(cap: float = 1.0) -> Correction:
-    """w = 1 for positive examples, min(Π_t ρ_t, C) for negative ones (arXiv 2503.14286)."""
+    """W = 1 for positive examples, min(Π_t ρ_t, C) for negative ones (arXiv 2503.14286)."""
     return Correction(level="sequence", bound=SignedTruncate(cap))
 
 

@@ -11,14 +11,14 @@ from torch import Tensor
 
 
 class InputError(ValueError):
-    """An argument that cannot be used; the message names caller, argument, expected, got, and fix."""
+    """An argument that cannot be used, and what to pass instead."""
 
 
 def input_error(caller: str, argument: str, *, expected: str, got: str, fix: str) -> InputError:
     """The error that every check raises, with its message in one form.
 
-    >>> print(input_error("Truncate", "cap", expected="a number > 0", got="-1.0", fix="pass cap=2.0"))
-    Truncate: `cap` must be a number > 0, got -1.0. Fix: pass cap=2.0.
+    >>> print(input_error("Truncate", "cap", expected="a number > 0", got="-1", fix="pass cap=2"))
+    Truncate: `cap` must be a number > 0, got -1. Fix: pass cap=2.
     """
     return InputError(f"{caller}: `{argument}` must be {expected}, got {got}. Fix: {fix}.")
 

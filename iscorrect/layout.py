@@ -7,14 +7,17 @@ value on every token of the sequence.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor
 
 from iscorrect.errors import check_mask, describe, input_error
+from iscorrect.ranks import Group, max_over, sum_over
 
 Reduction = Literal["sum", "amax"]
 
@@ -29,9 +32,18 @@ class Layout:
             is one sequence.
         segment_ids: int "b t"; each run of equal ids inside a sequence is one segment, such as a
             turn. None: each sequence is one segment.
+        sequence_group: the ranks that hold the other tokens of these sequences (context
+            parallelism). Rows then stand for the same sequences on all of them; with
+            ``sequence_ids``, equal ids do, and number the sequences from 0 to num_sequences − 1.
+        num_sequences: how many ids there are, with ``sequence_group`` and ``sequence_ids``.
+        zigzag: whether each rank holds the r-th and the r-th last of 2R chunks of a sequence, one
+            after the other, rather than the r-th of R. Only prefixes depend on it.
+        batch_group: the ranks that together hold the batch, for what depends on all of it:
+            normalisation, caps from the data, Pareto smoothing.
 
     Raises:
-        InputError: the mask is not bool, or ids have another shape or are not integers.
+        InputError: the mask is not bool; ids have another shape or are not integers; ranks disagree
+            on the number of sequences, or their number is missing.
 
     >>> layout = Layout(torch.tensor([[True, True, False], [True, True, True]]))
     >>> layout.sequence_total(torch.ones(2, 3))
@@ -39,7 +51,7 @@ class Layout:
             [3., 3., 3.]])
     """
 
-    __slots__ = ("_segments", "_sequences", "mask")
+    __slots__ = ("_segments", "_sequences", "batch_group", "mask", "sequence_group", "zigzag")
 
     def __init__(
         self,
@@ -47,16 +59,27 @@ class Layout:
         *,
         sequence_ids: Tensor | None = None,
         segment_ids: Tensor | None = None,
+        sequence_group: Group = None,
+        num_sequences: int | None = None,
+        zigzag: bool = False,
+        batch_group: Group = None,
     ) -> None:
         check_mask("Layout", mask)
         for name, ids in {"sequence_ids": sequence_ids, "segment_ids": segment_ids}.items():
             _check_ids(name, ids, mask)
         self.mask = mask
-        # None stands for "each row is one": sums over rows need no ids.
-        self._sequences = None if sequence_ids is None else _number_runs(sequence_ids)
+        self.sequence_group, self.zigzag, self.batch_group = sequence_group, zigzag, batch_group
+        if sequence_group is not None:
+            self._sequences = _shared(mask, sequence_ids, segment_ids, num_sequences)
+            _check_alike(self._sequences, sequence_group)
+        elif sequence_ids is not None:
+            self._sequences = _Parts(_number_runs(sequence_ids), mask.numel())
+        else:
+            self._sequences = _Parts(None, len(mask))
         self._segments = self._sequences
         if segment_ids is not None:
-            self._segments = _number_runs(segment_ids, self._sequences)
+            runs = _number_runs(segment_ids, self._sequences.ids)
+            self._segments = _Parts(runs, mask.numel())
 
     @classmethod
     def from_cu_seqlens(
@@ -73,7 +96,8 @@ class Layout:
         Raises:
             InputError: the mask has more than one row.
 
-        >>> layout = Layout.from_cu_seqlens(torch.ones(5, dtype=torch.bool), torch.tensor([0, 2, 5]))
+        >>> mask = torch.ones(5, dtype=torch.bool)
+        >>> layout = Layout.from_cu_seqlens(mask, torch.tensor([0, 2, 5]))
         >>> layout.sequence_total(torch.ones(5))
         tensor([2., 2., 3., 3., 3.])
         """
@@ -107,71 +131,87 @@ class Layout:
 
     def rows(self, start: int, stop: int) -> Layout:
         """The layout of some of the rows; sequences never cross rows."""
-        part = object.__new__(Layout)
-        part.mask = self.mask[start:stop]
-        part._sequences = _rows_of(self._sequences, start, stop)
-        part._segments = _rows_of(self._segments, start, stop)
+        part = self.with_mask(self.mask[start:stop])
+        part._sequences = self._sequences.rows(start, stop)
+        part._segments = self._segments.rows(start, stop)
         return part
 
     def with_mask(self, mask: Tensor) -> Layout:
         """The same sequences and segments with other tokens counted."""
         check_mask("Layout.with_mask", mask)
         part = object.__new__(Layout)
-        part.mask, part._sequences, part._segments = mask, self._sequences, self._segments
+        for name in Layout.__slots__:
+            setattr(part, name, getattr(self, name))
+        part.mask = mask
         return part
 
     def count(self) -> Tensor:
-        """How many tokens count; int64 ""."""
-        return torch.count_nonzero(self.mask)
+        """How many tokens of these sequences count, on all ranks that hold them; int64 ""."""
+        return sum_over(torch.count_nonzero(self.mask), self.sequence_group)
 
     def num_sequences(self) -> Tensor:
         """How many sequences have at least one token that counts; int64 ""."""
-        return torch.count_nonzero(self.sequence_starts())
+        return sum_over(torch.count_nonzero(self.sequence_starts()), self.sequence_group)
 
     def total(self, x: Tensor) -> Tensor:
-        """Sum of "b t" over the tokens that count; ""."""
+        """Sum of "b t" over the tokens that count, this rank's share of it; ""."""
         return masked(x, self.mask).sum()
 
     def mean(self, x: Tensor) -> Tensor:
-        """Mean of "b t" over the tokens that count; "". 0 when there are none."""
+        """Mean of "b t" over the tokens that count, this rank's share of it; 0 if none do."""
         return self.total(x) / self.count().clamp(min=1)
 
     def sequence_total(self, x: Tensor) -> Tensor:
         """Sum over the counted tokens of each sequence, on each of its tokens; "b t" -> "b t"."""
-        return _reduce(masked(x, self.mask), self._sequences, "sum")
+        return self._reduce(masked(x, self.mask), self._sequences, "sum")
 
     def sequence_count(self, dtype: torch.dtype) -> Tensor:
         """How many tokens of each sequence count, on each of its tokens; "b t"."""
-        return _reduce(self.mask.to(dtype), self._sequences, "sum")
+        return self._reduce(self.mask.to(dtype), self._sequences, "sum")
 
     def sequence_mean(self, x: Tensor) -> Tensor:
         """Mean over the counted tokens of each sequence, on each of its tokens; "b t" -> "b t"."""
         return self.sequence_total(x) / self.sequence_count(x.dtype).clamp(min=1)
 
     def sequence_max(self, x: Tensor) -> Tensor:
-        """Maximum over the counted tokens of each sequence; "b t" -> "b t". -inf where none count."""
-        return _reduce(torch.where(self.mask, x, -torch.inf), self._sequences, "amax")
+        """Maximum over the counted tokens of each sequence; "b t". -inf where none count."""
+        return self._reduce(torch.where(self.mask, x, -torch.inf), self._sequences, "amax")
 
     def segment_total(self, x: Tensor) -> Tensor:
         """Sum over the counted tokens of each segment, on each of its tokens; "b t" -> "b t"."""
-        return _reduce(masked(x, self.mask), self._segments, "sum")
+        return self._reduce(masked(x, self.mask), self._segments, "sum")
 
     def segment_max(self, x: Tensor) -> Tensor:
-        """Maximum over the counted tokens of each segment; "b t" -> "b t". -inf where none count."""
-        return _reduce(torch.where(self.mask, x, -torch.inf), self._segments, "amax")
+        """Maximum over the counted tokens of each segment; "b t". -inf where none count."""
+        return self._reduce(torch.where(self.mask, x, -torch.inf), self._segments, "amax")
 
     def prefix_total(self, x: Tensor) -> Tensor:
         """Sum over the counted tokens of the sequence up to and including each; "b t" -> "b t"."""
         x = masked(x, self.mask)
-        if self._sequences is None:
-            return x.cumsum(-1)
-        # The running sum of a packed row holds every earlier sequence; float64 keeps the
-        # difference exact to the digits of the result.
-        running = x.double().cumsum(-1)
-        before = running - x.double()
-        first = _run_starts(self._sequences)
-        offset = _reduce(torch.where(first, before, 0), self._sequences, "sum")
-        return (running - offset).to(x.dtype)
+        if self.sequence_group is not None:
+            chunk, chunks = self._chunk()
+            pieces = _Parts(
+                self._sequences.numbers(x) * chunks + chunk, self._sequences.number * chunks
+            )
+            return _running(x, _number_runs(pieces.ids)) + self._before(x, pieces, chunks)
+        return x.cumsum(-1) if self._sequences.ids is None else _running(x, self._sequences.ids)
+
+    def _chunk(self) -> tuple[Tensor, int]:
+        """Which chunk of its sequence each token lies in, and into how many sequences are cut."""
+        rank, ranks = dist.get_rank(self.sequence_group), dist.get_world_size(self.sequence_group)
+        if not self.zigzag:
+            return torch.full_like(self.mask, rank, dtype=torch.long), ranks
+        here = self._sequences._replace(ids=self._sequences.numbers(self.mask))
+        ones = torch.ones_like(self.mask, dtype=torch.float64)
+        second = 2 * _running(ones, _number_runs(here.ids)) > _reduce(ones, here, "sum", None)
+        return torch.where(second, 2 * ranks - 1 - rank, rank), 2 * ranks
+
+    def _before(self, x: Tensor, pieces: _Parts, chunks: int) -> Tensor:
+        """What the earlier chunks of each token's sequence add up to."""
+        totals = x.new_zeros(pieces.number).scatter_add(0, pieces.numbers(x).flatten(), x.flatten())
+        totals = rearrange(sum_over(totals, self.sequence_group), "(s c) -> s c", c=chunks)
+        before = rearrange(totals.cumsum(-1) - totals, "s c -> (s c)")
+        return before.gather(0, pieces.numbers(x).flatten()).view(x.shape)
 
     def sequence_starts(self) -> Tensor:
         """The first counted token of each sequence; bool "b t"."""
@@ -181,12 +221,68 @@ class Layout:
         """The first counted token of each segment; bool "b t"."""
         return self._first_counted(self._segments)
 
-    def _first_counted(self, runs: Tensor | None) -> Tensor:
+    def _first_counted(self, parts: _Parts) -> Tensor:
         positions = torch.arange(self.mask.shape[-1], device=self.mask.device)
+        if self.sequence_group is not None:  # positions of lower ranks come first
+            positions = positions + (dist.get_rank(self.sequence_group) << 40)
         positions = positions.expand(self.mask.shape)
         # amax of the negated position: the smallest position that counts
-        negated = torch.where(self.mask, -positions, -self.mask.shape[-1] - 1)
-        return self.mask & (-positions == _reduce(negated, runs, "amax"))
+        negated = torch.where(self.mask, -positions, torch.iinfo(torch.long).min)
+        return self.mask & (-positions == self._reduce(negated, parts, "amax"))
+
+    def _reduce(self, x: Tensor, parts: _Parts, how: Reduction) -> Tensor:
+        return _reduce(x, parts, how, self.sequence_group)
+
+
+class _Parts(NamedTuple):
+    """A partition of the tokens: the part of each, and how many parts there are at most."""
+
+    ids: Tensor | None  # None: each row is one
+    number: int
+
+    def rows(self, start: int, stop: int) -> _Parts:
+        if self.ids is None:
+            return self
+        return _Parts(self.ids[start:stop] - self.ids[start : start + 1, :1], self.number)
+
+    def numbers(self, x: Tensor) -> Tensor:
+        """The part of each token, rows counted from 0; int, of the shape of ``x``."""
+        if self.ids is not None:
+            return self.ids
+        rows = torch.arange(math.prod(x.shape[:-1]), device=x.device)
+        return rows.view(*x.shape[:-1], 1).expand(x.shape)
+
+
+def _shared(
+    mask: Tensor, sequence_ids: Tensor | None, segment_ids: Tensor | None, number: int | None
+) -> _Parts:
+    """The sequences of ranks that share them, numbered alike on all."""
+    if segment_ids is not None:
+        raise input_error(
+            "Layout", "segment_ids", expected="None where ranks share sequences", got="a tensor",
+            fix="segments that ranks cut are not supported: gather the sequences, or use another"
+            " level",
+        )
+    if sequence_ids is None:
+        return _Parts(None, math.prod(mask.shape[:-1]))
+    if number is None:
+        raise input_error(
+            "Layout", "num_sequences", expected="given with sequence_group and sequence_ids",
+            got="None", fix="number the sequences alike on all ranks, and pass how many there are",
+        )
+    return _Parts(sequence_ids, number)
+
+
+def _check_alike(parts: _Parts, group: Group) -> None:
+    device = None if parts.ids is None else parts.ids.device
+    number = torch.tensor([parts.number, -parts.number], device=device)
+    most, least = max_over(number, group).tolist()
+    if most != -least:
+        raise input_error(
+            "Layout", "num_sequences", expected="the same on all ranks of sequence_group",
+            got=f"{parts.number} here, and from {-least} to {most} on the ranks",
+            fix="give every rank its tokens of all the sequences, masked out where it has none",
+        )
 
 
 def masked(x: Tensor, mask: Tensor) -> Tensor:
@@ -289,27 +385,38 @@ def _number_runs(*ids: Tensor | None) -> Tensor:
     return starts.flatten().cumsum(0).sub(1).view(starts.shape)
 
 
-def _rows_of(runs: Tensor | None, start: int, stop: int) -> Tensor | None:
-    return None if runs is None else runs[start:stop] - runs[start:stop].flatten()[:1]
+def _running(x: Tensor, runs: Tensor) -> Tensor:
+    """Running sums that begin anew with each run."""
+    # The running sum of a row holds every earlier run; float64 keeps the difference exact to the
+    # digits of the result.
+    running = x.double().cumsum(-1)
+    before = masked(running - x.double(), _run_starts(runs))
+    numbers = runs.flatten()
+    offset = running.new_zeros(x.numel()).scatter_add(0, numbers, before.flatten())
+    return (running - offset.gather(0, numbers).view(x.shape)).to(x.dtype)
 
 
-def _reduce(x: Tensor, runs: Tensor | None, how: Reduction) -> Tensor:
-    if x.numel() == 0:
+def _reduce(x: Tensor, parts: _Parts, how: Reduction, group: Group) -> Tensor:
+    over = sum_over if how == "sum" else max_over
+    if x.numel() == 0 and group is None:
         return x
-    if runs is None:
-        row = x.sum(-1, keepdim=True) if how == "sum" else x.amax(-1, keepdim=True)
-        return row.expand_as(x)
+    lowest = 0 if how == "sum" else _lowest(x.dtype)
+    if parts.ids is None:
+        if how == "sum" or x.shape[-1] == 0:
+            row = x.sum(-1, keepdim=True) + lowest
+        else:
+            row = x.amax(-1, keepdim=True)
+        return over(row, group).expand_as(x)
     # float64 sums: a scatter adds one token after another, and thousands of float32 roundings
     # would make a packed batch differ from the padded one.
     wide = x.double() if x.is_floating_point() and how == "sum" else x
-    lowest = 0 if how == "sum" else _lowest(wide.dtype)
-    buckets = torch.full((x.numel(),), lowest, dtype=wide.dtype, device=x.device)
-    index = runs.flatten()
+    buckets = torch.full((parts.number,), lowest, dtype=wide.dtype, device=x.device)
+    index = parts.ids.flatten()
     if how == "sum":
         buckets = buckets.scatter_add(0, index, wide.flatten())
     else:
         buckets = buckets.scatter_reduce(0, index, wide.flatten(), "amax")
-    return buckets.gather(0, index).view(x.shape).to(x.dtype)
+    return over(buckets, group).gather(0, index).view(x.shape).to(x.dtype)
 
 
 def _lowest(dtype: torch.dtype) -> float | int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -21,7 +21,7 @@ from iscorrect.correction import Correction, sequence_is, sequence_tis, token_ti
 from iscorrect.errors import check_per_token, describe, input_error
 from iscorrect.gradients import with_gradient
 from iscorrect.layout import Layout, as_layout, masked
-from iscorrect.metrics import Metrics, policy_metrics
+from iscorrect.metrics import Metrics, merge, policy_metrics
 from iscorrect.objectives import Objective, ReferenceKL, Reinforce
 from iscorrect.ratios import Level, Scope, difference, is_finite, scope_of, widest
 from iscorrect.thresholds import Limit
@@ -142,9 +142,6 @@ class PolicyLoss:
             log_probs, rollout_log_probs, advantages, layout, old_log_probs, ref_log_probs, extra
         )
         self._check(batch, normalizer)
-        if normalizer is None and not callable(self.aggregation) and self.aggregation != "sum":
-            if self.over == "mask":
-                normalizer = denominator(layout, self.aggregation)
         if self._splits(batch):
             return self._by_blocks(batch, normalizer)
         return self._evaluate(batch, normalizer)[0]
@@ -161,8 +158,8 @@ class PolicyLoss:
         wide = torch.promote_types(current.dtype, torch.float32)
         present = mask & is_finite(current if old is None else difference(current, old))
         weights, keep, metrics = self.correction(
-            # A token whose current log-prob is not finite has no ratio either.
-            old_log_probs=current if old is None else torch.where(present, old, torch.nan),
+            # A token whose current log-prob is not finite has no ratio either: x − x is 0 or NaN.
+            old_log_probs=current if old is None else old + (current - current),
             rollout_log_probs=batch.rollout_log_probs, mask=layout, advantages=batch.advantages,
         )
         if self.correction.nonfinite == "neutral":
@@ -180,7 +177,8 @@ class PolicyLoss:
 
         per_token = weights * self.objective(log_probs, old, advantages, layout)
         if self.reference_kl is not None and batch.ref_log_probs is not None:
-            penalty = self.reference_kl(log_probs, batch.ref_log_probs, layout.with_mask(present))
+            known = layout.with_mask(present & is_finite(batch.ref_log_probs))
+            penalty = self.reference_kl(log_probs, batch.ref_log_probs, known)
             per_token = per_token + (weights * penalty if self.reference_kl.corrected else penalty)
         if batch.extra is not None:
             per_token = per_token + masked(batch.extra, mask)
@@ -214,6 +212,7 @@ class PolicyLoss:
         return (
             not torch.compiler.is_compiling()
             and self.scope != "batch"
+            and batch.layout.sequence_group is None
             and batch.layout.mask.device.type == "cpu"
             and batch.layout.mask.ndim == 2
             and batch.layout.mask.numel() > BLOCK
@@ -222,10 +221,12 @@ class PolicyLoss:
 
     def _by_blocks(self, batch: _Batch, normalizer: Normalizer | None) -> LossOutput:
         """Micro-batches of a few rows, each with its gradient; exact by what a normalizer means."""
+        if normalizer is None and not callable(self.aggregation) and self.aggregation != "sum":
+            normalizer = denominator(batch.layout, self.aggregation)
         differentiate = batch.log_probs.requires_grad and torch.is_grad_enabled()
         gradient = torch.empty_like(batch.log_probs)
         total = torch.zeros((), dtype=torch.float64)
-        metrics = Metrics({}, {})
+        metrics = []
         rows = max(1, BLOCK // batch.layout.mask.shape[1])
         for start in range(0, len(gradient), rows):
             part = batch.rows(start, start + rows)
@@ -233,11 +234,11 @@ class PolicyLoss:
             if differentiate:
                 (gradient[start : start + rows],) = torch.autograd.grad(loss, leaf)
             total += loss.detach()
-            metrics = metrics + seen
+            metrics.append(seen)
         total = total.to(torch.promote_types(gradient.dtype, torch.float32))
         if differentiate:
             total = with_gradient(total, (batch.log_probs, gradient))
-        return LossOutput(total, metrics)
+        return LossOutput(total, merge(metrics))
 
     def _check(self, batch: _Batch, normalizer: Normalizer | None) -> None:
         check_per_token(
@@ -249,8 +250,9 @@ class PolicyLoss:
         if (self.reference_kl is None) != (batch.ref_log_probs is None):
             given = "a tensor" if self.reference_kl is None else "None"
             raise input_error(
-                "PolicyLoss", "ref_log_probs", expected="given exactly where there is a reference_kl",
-                got=given, fix="pass reference_kl=ReferenceKL(...) and ref_log_probs together",
+                "PolicyLoss", "ref_log_probs",
+                expected="given exactly where there is a reference_kl", got=given,
+                fix="pass reference_kl=ReferenceKL(...) and ref_log_probs together",
             )
         if normalizer is not None and callable(self.aggregation):
             raise input_error(
@@ -274,11 +276,15 @@ class _Batch(NamedTuple):
     extra: Tensor | None
 
     def rows(self, start: int, stop: int) -> _Batch:
-        """Some of the rows; log_probs becomes a leaf of its own."""
-        cut = [x if x is None else x.detach()[start:stop] for x in (self.old_log_probs, self.ref_log_probs, self.extra)]
+        """Some of the rows, log_probs without its history."""
+
+        def cut(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[start:stop]
+
         return _Batch(
             self.log_probs.detach()[start:stop], self.rollout_log_probs[start:stop],
-            self.advantages[start:stop], self.layout.rows(start, stop), *cut,
+            self.advantages[start:stop], self.layout.rows(start, stop), cut(self.old_log_probs),
+            cut(self.ref_log_probs), cut(self.extra),
         )
 
 

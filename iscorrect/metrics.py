@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -26,8 +26,8 @@ class Metrics(Mapping[str, Tensor]):
         mismatch/kl_k1, kl_k2, kl_k3      mean estimate of KL(μ‖π_old), nats per token
         mismatch/log_prob_diff/mean, max  |log π_old − log μ|, nats
         mismatch/chi2/token               mean (ρ − 1)² over tokens
-        is/ratio/mean, min, max           ρ at the correction's level, before any bound; a ratio
-                                          above 1.7e13 (float32) enters mean and weight as that
+        is/ratio/mean, min, max           ρ at the correction's level, before any bound; min is at
+                                          most 1, max at least 1
         is/chi2                           mean (ρ − 1)² over its units: tokens, sequences, …
         is/weight/mean, max               weights of the units that were kept
         is/kept_weight                    Σ weights / number of units; 1 is what ρ has on average
@@ -54,17 +54,12 @@ class Metrics(Mapping[str, Tensor]):
         self.maxima = maxima
 
     def __add__(self, other: Metrics) -> Metrics:
-        sums, maxima = dict(self.sums), dict(self.maxima)
-        for name, value in other.sums.items():
-            sums[name] = sums[name] + value if name in sums else value
-        for name, value in other.maxima.items():
-            maxima[name] = torch.maximum(maxima[name], value) if name in maxima else value
-        return Metrics(sums, maxima)
+        return merge([self, other])
 
     def read(self) -> dict[str, Tensor]:
         """Every metric that the stored sums allow, by name; 0 where nothing counted."""
-        s, m = self.sums, self.maxima
-        metrics = {}
+        s, m = _widened(self.sums), _widened(self.maxima)
+        metrics: dict[str, Tensor] = {}
         if "finite" in s:
             metrics |= {
                 "batch/tokens": s["tokens"],
@@ -75,8 +70,8 @@ class Metrics(Mapping[str, Tensor]):
                 "mismatch/log_prob_diff/max": m["abs"],
                 "mismatch/chi2/token": _share(s["chi2"], s["finite"]),
                 "is/ratio/mean": _share(s["excess"] + s["usable"], s["usable"]),
-                "is/ratio/min": torch.where(m["inverse_ratio"] > 0, 1 / m["inverse_ratio"], 0),
-                "is/ratio/max": m["ratio"],
+                "is/ratio/min": torch.exp(-m["negative_log_ratio"]),
+                "is/ratio/max": torch.exp(m["log_ratio"].clamp(max=700)),
                 "is/chi2": _share(s["unit_chi2"], s["usable"]),
                 "is/weight/mean": _share(s["weight"], s["kept_units"]),
                 "is/weight/max": m["weight"],
@@ -125,8 +120,8 @@ class Metrics(Mapping[str, Tensor]):
         Returns:
             The same on every rank.
         """
-        sums = torch.stack([value.to(accumulator(value.device)) for value in self.sums.values()])
-        maxima = torch.stack([value.to(sums.dtype) for value in self.maxima.values()])
+        sums = torch.stack(list(_widened(self.sums).values()))
+        maxima = torch.stack(list(_widened(self.maxima).values()))
         dist.all_reduce(sums, group=group)
         dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=group)
         return Metrics(
@@ -134,11 +129,24 @@ class Metrics(Mapping[str, Tensor]):
         )
 
 
+def merge(parts: Sequence[Metrics]) -> Metrics:
+    """The metrics of several batches taken together: what one call on all of them would have given.
+
+    >>> merge([]).to_floats()
+    {}
+    """
+    sums = {name: None for part in parts for name in part.sums}
+    maxima = {name: None for part in parts for name in part.maxima}
+    return Metrics(
+        {n: _stack([p.sums[n] for p in parts if n in p.sums]).sum() for n in sums},
+        {n: _stack([p.maxima[n] for p in parts if n in p.maxima]).amax() for n in maxima},
+    )
+
+
 def correction_metrics(
         evidence: Evidence,
     *,
     log_ratio: Tensor,
-    ratio: Tensor,
     bounded: Tensor,
     weights: Tensor,
     keep: Tensor,
@@ -147,8 +155,7 @@ def correction_metrics(
 
     Args:
         evidence: token level, before any bound.
-        log_ratio: "b t", nats, at the correction's level.
-        ratio: "b t", its exponential, before normalisation and bound.
+        log_ratio: "b t", nats, at the correction's level, before normalisation and bound.
         bounded: bool "b t", where the bound changed the ratio.
         weights: "b t", after bound and rejection.
         keep: bool "b t".
@@ -160,7 +167,7 @@ def correction_metrics(
     limit = saturation(d.dtype)
     # d is 0 where it does not count, and so is every divergence of it.
     excess = torch.expm1(d.clamp(max=limit))
-    magnitude = d.abs()
+    lowest, highest = _min(d), _max(d)
     tokens, finite, kept = _count(layout.mask), _count(evidence.finite), _count(keep)
     sums = {
         "tokens": tokens,
@@ -169,16 +176,18 @@ def correction_metrics(
         "k1": -_sum(d),
         "k2": _sum_of_squares(d) / 2,
         "k3": _sum(excess - d),
-        "abs": _sum(magnitude),
+        "abs": _sum(d.abs()),
         "chi2": _sum_of_squares(excess),
         "bounded": _count(units & bounded),
     }
     if evidence.level == "token":
-        unit_excess, unit_weights = excess, weights
+        least, most, unit_excess, unit_weights = lowest, highest, excess, weights
         counts = {"units": tokens, "usable": finite, "kept_units": kept}
     else:
         all_units = units_of(layout, evidence.level)
-        unit_excess = masked(torch.expm1(log_ratio.clamp(max=limit)), units)
+        log_ratio = masked(log_ratio, units)
+        least, most = _min(log_ratio), _max(log_ratio)
+        unit_excess = torch.expm1(log_ratio.clamp(max=limit))
         unit_weights = masked(_heaviest(weights, layout, evidence.level), all_units)
         counts = {
             "units": _count(all_units),
@@ -191,13 +200,12 @@ def correction_metrics(
         "weight": _sum(unit_weights),
         "weight_squared": _sum_of_squares(unit_weights),
     }
-    # Ratios are positive, so a maximum over some of them may find 0 elsewhere.
     return Metrics(
         sums,
         {
-            "abs": _max(magnitude),
-            "ratio": _max(masked(ratio, units)),
-            "inverse_ratio": _max(masked(ratio.reciprocal(), units)),
+            "abs": torch.maximum(highest, -lowest),
+            "log_ratio": most.clamp(min=0),
+            "negative_log_ratio": -least.clamp(max=0),
             "weight": _max(weights),
         },
     )
@@ -221,10 +229,11 @@ def policy_metrics(log_ratio: Tensor, layout: Layout, clipped: Tensor | None) ->
     Returns:
         `policy/…`.
     """
+    limit = saturation(log_ratio.dtype)
     sums = {
         "policy_tokens": _count(layout.mask),
         "policy_k1": -_sum(log_ratio),
-        "policy_k3": _sum(torch.expm1(log_ratio.clamp(max=saturation(log_ratio.dtype))) - log_ratio),
+        "policy_k3": _sum(torch.expm1(log_ratio.clamp(max=limit)) - log_ratio),
     }
     if clipped is not None:
         sums["clipped"] = _count(clipped & layout.mask)
@@ -257,20 +266,31 @@ def effective_sample_size(weights: Tensor, mask: Tensor) -> Tensor:
 
 
 def _count(which: Tensor) -> Tensor:
-    return torch.count_nonzero(which).to(accumulator(which.device))
+    return torch.count_nonzero(which)
 
 
 def _sum(x: Tensor) -> Tensor:
-    return x.sum().to(accumulator(x.device))
+    return x.sum()
 
 
 def _sum_of_squares(x: Tensor) -> Tensor:
-    return torch.dot(x.flatten(), x.flatten()).to(accumulator(x.device))
+    return torch.dot(x.flatten(), x.flatten())
+
+
+def _stack(values: list[Tensor]) -> Tensor:
+    return torch.stack(values).to(accumulator(values[0].device))
+
+
+def _widened(totals: Totals) -> dict[str, Tensor]:
+    return {name: value.to(accumulator(value.device)) for name, value in totals.items()}
 
 
 def _max(x: Tensor) -> Tensor:
-    """The largest of nonnegative numbers; 0 of none."""
-    return (x.amax() if x.numel() else x.sum()).to(accumulator(x.device))
+    return x.amax() if x.numel() else x.sum()
+
+
+def _min(x: Tensor) -> Tensor:
+    return x.amin() if x.numel() else x.sum()
 
 
 def _share(part: Tensor, whole: Tensor) -> Tensor:

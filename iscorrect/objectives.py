@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from einops import einsum, rearrange
+from einops import rearrange
 from torch import Tensor
 
 from iscorrect.divergences import Estimator, estimator
@@ -94,27 +94,25 @@ class PPOClip:
         self, log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, layout: Layout
     ) -> Tensor:
         r = ratio(at_level(log_ratio(log_probs, old_log_probs, layout), layout, self.level))
-        loss = -advantages * r
-        if self.low is not None or self.high is not None:
-            loss = torch.maximum(loss, -advantages * r.clamp(self.low, self.high))
-        if self.dual is not None:
-            capped = torch.minimum(loss, -self.dual * advantages)
-            loss = torch.where(advantages < 0, capped, loss)
-        return loss
+        value, clipped = self._clip(r.detach(), advantages)
+        # A clipped token keeps its value and loses its gradient.
+        return torch.where(clipped, value, -advantages * r)
 
     def clipped(
         self, log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, layout: Layout
     ) -> Tensor:
         """Tokens whose gradient the clip removes; bool "b t"."""
         r = ratio(at_level(log_ratio(log_probs, old_log_probs, layout), layout, self.level))
-        out = torch.zeros_like(r, dtype=torch.bool)
-        if self.high is not None:
-            out = out | ((advantages > 0) & (r > self.high))
-        if self.low is not None:
-            out = out | ((advantages < 0) & (r < self.low))
+        return self._clip(r, advantages)[1]
+
+    def _clip(self, r: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
+        plain = value = -advantages * r
+        if self.low is not None or self.high is not None:
+            value = torch.maximum(value, -advantages * r.clamp(self.low, self.high))
         if self.dual is not None:
-            out = out | ((advantages < 0) & (r > self.dual))
-        return out
+            # −c A is an upper bound for A < 0 only; for A ≥ 0, |A| c ≥ 0 ≥ the loss.
+            value = torch.minimum(value, self.dual * advantages.abs())
+        return value, (value - plain).bool()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,7 +251,7 @@ def score_centering(
     alpha = rearrange((cap * rest).clamp(max=1), "... -> ... 1")
     coefficient = torch.minimum(p, cap * q) - alpha * p
     finite = torch.where(head.isfinite(), head, 0)
-    return advantages * einsum(coefficient, finite, "... k, ... k -> ...")
+    return advantages * (coefficient * finite).sum(-1)
 
 
 def _check_encloses_one(caller: str, low: float | None, high: float | None) -> None:

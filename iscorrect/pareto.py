@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from iscorrect.ranks import Group, gather_over, sum_over
+
 SHORTEST_TAIL = 5
 
 
@@ -20,27 +22,28 @@ class Tail(NamedTuple):
     Attributes:
         k: "", the Pareto index; inf where the tail has fewer than five members or no spread. Below
             ½ the weights have a variance, below 1 a mean.
-        index: int "m", where the largest entries stand in the flattened sample, largest first.
-        smoothed: "m", nats, the expected order statistics, largest first, never above the sample's
-            maximum.
+        positions: int "m", where the largest entries stand in the flattened sample.
+        smoothed: "m", nats, their expected order statistics, never above the sample's maximum.
         members: bool "m", which of them belong to the tail.
     """
 
     k: Tensor
-    index: Tensor
+    positions: Tensor
     smoothed: Tensor
     members: Tensor
 
 
-def pareto_tail(log_weights: Tensor, units: Tensor) -> Tail:
+def pareto_tail(log_weights: Tensor, units: Tensor, *, group: Group = None) -> Tail:
     """Fit a generalised Pareto distribution to the M = min(S/5, 3 √S) largest of S weights.
 
     Args:
         log_weights: "b t", nats.
         units: bool "b t", one token per unit; S counts them.
+        group: the ranks that together hold the sample; None: this one.
 
     Returns:
-        The tail. Its index is trustworthy below min(1 − 1/log₁₀ S, 0.7).
+        The tail, of its members those that this rank holds. Its index is trustworthy below
+        min(1 − 1/log₁₀ S, 0.7).
 
     References:
         Vehtari, Simpson, Gelman, Yao, Gabry, "Pareto smoothed importance sampling", JMLR 25 (2024).
@@ -54,42 +57,52 @@ def pareto_tail(log_weights: Tensor, units: Tensor) -> Tail:
     >>> bool((tail.k - 0.4).abs() < 0.1)
     True
     """
-    sample = torch.where(units, log_weights, -torch.inf).flatten().double()
-    size = sample.numel()
-    longest = math.ceil(min(0.2 * size, 3 * math.sqrt(size)))
-    count = torch.count_nonzero(units)
-    length = torch.minimum(0.2 * count, 3 * count.sqrt()).ceil()
+    here = torch.where(units, log_weights, -torch.inf).flatten().double()
+    top = torch.topk(here, _longest(here.numel(), group))
+    sample, first = gather_over(top.values, group)
+    positions = top.indices
+    count = sum_over(torch.count_nonzero(units).to(here.dtype), group)
+    length = torch.minimum(count / 5, 3 * count.sqrt()).floor()
+    longest = len(sample) - 1
+    if longest < 1:
+        none = torch.zeros_like(positions, dtype=torch.bool)
+        return Tail(here.new_tensor(math.inf), positions, here.gather(0, positions), none)
 
-    top = torch.topk(sample, min(longest + 1, size))
-    if longest < 1 or size <= longest:
-        none = torch.zeros_like(top.indices[:0], dtype=torch.bool)
-        return Tail(sample.new_tensor(math.inf), top.indices[:0], top.values[:0], none)
-    largest = top.values[0]
-    relative = top.values - largest
-    cutoff = relative.gather(0, length.long().view(1)).clamp(
+    order = torch.argsort(sample, descending=True, stable=True)
+    largest = sample[order[0]]
+    relative = sample[order] - largest
+    cutoff = relative.gather(0, length.long().clamp(max=longest).view(1)).clamp(
         min=math.log(torch.finfo(torch.float64).tiny)
     )
-    relative = relative[:longest]
-    members = (torch.arange(longest, device=sample.device) < length) & (relative > cutoff)
-    n = torch.count_nonzero(members)
+    members = (torch.arange(longest + 1, device=here.device) < length) & (relative > cutoff)
+    n = torch.count_nonzero(members).to(here.dtype)
     excess = torch.where(members, relative.exp() - cutoff.exp(), 0)
     k, sigma = _fit(excess, members, n)
 
-    rank = n - torch.arange(longest, device=sample.device) - 0.5  # of the excess, smallest first
+    rank = n - torch.arange(longest + 1, device=here.device) - 0.5  # smallest excess first
     quantile = sigma * torch.expm1(-k * torch.log1p(-rank / n)) / k
     quantile = torch.where(k == 0, -sigma * torch.log1p(-rank / n), quantile)
     smoothed = (quantile + cutoff.exp()).log().clamp(max=0) + largest
     fitted = (n >= SHORTEST_TAIL) & k.isfinite() & (sigma > 0)
+    mine = torch.argsort(order)[first : first + len(positions)]
     return Tail(
-        torch.where(fitted, k, torch.inf), top.indices[:longest], smoothed, members & fitted
+        torch.where(fitted, k, torch.inf), positions, smoothed[mine], (members & fitted)[mine]
     )
+
+
+def _longest(size: int, group: Group) -> int:
+    """How many of this rank's values may belong to the tail, or bound it from below."""
+    everywhere = size
+    if group is not None:
+        everywhere = int(sum_over(torch.tensor(size), group))
+    return min(size, int(min(everywhere / 5, 3 * everywhere**0.5)) + 1)
 
 
 def _fit(excess: Tensor, members: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
     """Posterior mean of index and scale; ``excess`` falls, is ≥ 0, and is 0 outside ``members``."""
     prior_scale, prior_index, prior_weight = 3, 0.5, 10
     size = excess.numel()
-    candidates = 30 + math.isqrt(size)
+    candidates = 30 + int(size**0.5)
     m = 30 + n.sqrt().floor()
     quartile = (n - (n / 4 + 0.5).floor()).long().clamp(min=0, max=size - 1)
 

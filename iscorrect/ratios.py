@@ -11,6 +11,7 @@ from torch import Tensor
 
 from iscorrect.errors import input_error
 from iscorrect.layout import Layout, masked
+from iscorrect.ranks import sum_over
 
 Level = Literal["token", "sequence", "geometric", "prefix", "segment"]
 Scope = Literal["token", "sequence", "batch"]
@@ -41,7 +42,7 @@ def log_ratio(log_probs: Tensor, rollout_log_probs: Tensor, layout: Layout) -> T
 
 
 def difference(a: Tensor, b: Tensor) -> Tensor:
-    """a − b in float32 or wider: 16-bit inputs are upcast before they are subtracted."""
+    """A − b in float32 or wider: 16-bit inputs are upcast before they are subtracted."""
     wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     return a.to(wide) - b.to(wide)
 
@@ -155,18 +156,28 @@ class Evidence:
 
     @property
     def log_probs(self) -> Tensor:
-        """log π_old "b t", nats; 0 where not finite."""
+        """Log π_old "b t", nats; 0 where not finite."""
         return masked(self.raw_log_probs.to(self.log_ratio.dtype), self.finite)
 
     @property
     def rollout_log_probs(self) -> Tensor:
-        """log μ "b t", nats; 0 where not finite."""
+        """Log μ "b t", nats; 0 where not finite."""
         return masked(self.raw_rollout_log_probs.to(self.log_ratio.dtype), self.finite)
 
     @property
     def units(self) -> Tensor:
-        """bool "b t": one token for each usable unit of the level."""
+        """Bool "b t": one token for each usable unit of the level."""
         return units(self.layout, self.level) & self.usable
+
+    def batch_count(self) -> Tensor:
+        """How many usable units the whole batch has, on all its ranks; float ""."""
+        count = torch.count_nonzero(self.units).to(self.log_ratio.dtype)
+        return sum_over(count, self.layout.batch_group)
+
+    def batch_mean(self, x: Tensor) -> Tensor:
+        """Mean of "b t" over the usable units of the whole batch, on all its ranks; ""."""
+        total = sum_over(masked(x, self.units).sum(), self.layout.batch_group)
+        return total / self.batch_count().clamp(min=1)
 
     def advantages(self, caller: str) -> Tensor:
         """Advantages "b t", 0 outside the mask.
@@ -194,7 +205,7 @@ def widest(*scopes: Scope) -> Scope:
     >>> widest("token", "sequence")
     'sequence'
     """
-    order = get_args(Scope)
+    order: tuple[Scope, ...] = get_args(Scope)
     return order[max(map(order.index, scopes))]
 
 

@@ -10,12 +10,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
-import torch
 from torch import Tensor
 
 from iscorrect.divergences import Estimator, binary_kl, estimator
 from iscorrect.errors import input_error
-from iscorrect.ratios import Evidence, Level, Scope, at_level, check_bounds, check_level, level_scope
+from iscorrect.ratios import (
+    Evidence,
+    Level,
+    Scope,
+    at_level,
+    check_bounds,
+    check_level,
+    level_scope,
+)
 from iscorrect.ratios import ratio as ratio_of
 
 Rule = Callable[[Evidence], Tensor]
@@ -89,7 +96,7 @@ class DivergenceAbove:
         estimator("DivergenceAbove", self.estimator)
         if self.over not in get_args(Over):
             raise input_error(
-                "DivergenceAbove", "over", expected="one of " + ", ".join(map(repr, get_args(Over))),
+                "DivergenceAbove", "over", expected="'token', 'mean', 'sum' or 'max'",
                 got=repr(self.over), fix="pass over='mean'",
             )
 

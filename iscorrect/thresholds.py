@@ -15,22 +15,21 @@ from torch import Tensor
 
 from iscorrect.errors import input_error
 from iscorrect.layout import masked
+from iscorrect.ranks import Group, max_over, sum_over
+from iscorrect.ratios import Evidence
 
-Units: TypeAlias = Tensor
-"""bool "b t": one token for each unit (token, sequence, …) of the ratio's level."""
-
-Limit: TypeAlias = float | Callable[[Tensor, Units], Tensor]
-"""A bound on the ratio: a number, or a callable (ratio "b t", units bool "b t") -> ""."""
+Limit: TypeAlias = float | Callable[[Tensor, Evidence], Tensor]
+"""A bound on the ratio: a number, or a callable (ratio "b t", evidence) -> ""."""
 
 
-def ionides_cap(ratio: Tensor, units: Units) -> Tensor:
+def ionides_cap(n: Tensor, mean: Tensor) -> Tensor:
     """Cap that grows with the sample, so that truncated importance sampling stays consistent.
 
         C = √n · mean(ρ)
 
     Args:
-        ratio: "b t", ≥ 0.
-        units: bool "b t", one token per unit; n counts them.
+        n: "", number of units in the estimate.
+        mean: "", mean of their ratios.
 
     Returns:
         "", ≥ 0.
@@ -38,11 +37,10 @@ def ionides_cap(ratio: Tensor, units: Units) -> Tensor:
     References:
         Ionides, "Truncated importance sampling", JCGS 17(2), 2008.
 
-    >>> ionides_cap(torch.ones(1, 4), torch.ones(1, 4, dtype=torch.bool))
-    tensor(2.)
+    >>> ionides_cap(torch.tensor(64.0), torch.tensor(1.0))
+    tensor(8.)
     """
-    n = torch.count_nonzero(units).clamp(min=1)
-    return masked(ratio, units).sum() / n.sqrt()
+    return n.sqrt() * mean
 
 
 def mse_optimal_cap(n: Tensor, chi2: Tensor) -> Tensor:
@@ -66,7 +64,7 @@ def mse_optimal_cap(n: Tensor, chi2: Tensor) -> Tensor:
     return (n * (1 + chi2).square() / 8) ** (1 / 3)
 
 
-def ess_cap(ratio: Tensor, units: Units, target: float) -> Tensor:
+def ess_cap(ratio: Tensor, units: Tensor, target: float, *, group: Group = None) -> Tensor:
     """Largest cap at which the truncated weights keep an effective sample size.
 
         C = max {c : ESS(min(ρ, c)) ≥ target}, ESS(w) = (Σ w)² / (n Σ w²)
@@ -77,6 +75,7 @@ def ess_cap(ratio: Tensor, units: Units, target: float) -> Tensor:
         ratio: "b t", ≥ 0.
         units: bool "b t", one token per unit.
         target: in (0, 1].
+        group: the ranks that together hold the sample; None: this one.
 
     Returns:
         "", the cap; the largest ratio where no truncation is needed.
@@ -87,60 +86,67 @@ def ess_cap(ratio: Tensor, units: Units, target: float) -> Tensor:
     True
     """
     ratio = masked(ratio, units)
-    n = torch.count_nonzero(units).clamp(min=1)
-    top = ratio.max() if ratio.numel() else ratio.sum()
+    n = sum_over(torch.count_nonzero(units), group).clamp(min=1)
     tiny = torch.finfo(ratio.dtype).tiny
-    low = torch.where(units & (ratio > 0), ratio, torch.inf).min() if ratio.numel() else top
-    low = torch.minimum(low, top).clamp(min=tiny).log()
-    high = top.clamp(min=tiny).log()
-    fits = _ess(ratio, top, n) >= target
+    nothing = ratio.new_zeros(1)
+    top = max_over(torch.cat([ratio.flatten(), nothing]).max(), group)
+    inverse = masked(ratio.reciprocal(), ratio.bool())
+    bottom = 1 / max_over(torch.cat([inverse.flatten(), nothing]).max(), group).clamp(min=tiny)
+    low, high = torch.minimum(bottom, top).clamp(min=tiny).log(), top.clamp(min=tiny).log()
+    fits = (_ess(ratio, top, n, group) >= target) | (top == 0)
     for _ in range(40):
         middle = (low + high) / 2
-        enough = _ess(ratio, middle.exp(), n) >= target
+        enough = _ess(ratio, middle.exp(), n, group) >= target
         low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
     return torch.where(fits, top, low.exp())
 
 
-def _ess(ratio: Tensor, cap: Tensor, n: Tensor) -> Tensor:
+def _ess(ratio: Tensor, cap: Tensor, n: Tensor, group: Group) -> Tensor:
     # relative to the cap, so that squares neither overflow nor vanish
     weights = torch.minimum(ratio, cap) / cap.clamp(min=torch.finfo(ratio.dtype).tiny)
-    return weights.sum().square() / (n * weights.square().sum()).clamp(min=1e-30)
+    sums = sum_over(torch.stack([weights.sum(), weights.square().sum()]), group)
+    return sums[0].square() / (n * sums[1]).clamp(min=1e-30)
 
 
 @dataclass(frozen=True)
 class IonidesCap:
-    """:func:`ionides_cap` as a limit for a bound.
+    """:func:`ionides_cap` of the batch, as a limit for a bound.
 
-    >>> IonidesCap()(torch.ones(1, 4), torch.ones(1, 4, dtype=torch.bool))
-    tensor(2.)
+    >>> IonidesCap()
+    IonidesCap()
     """
 
-    def __call__(self, ratio: Tensor, units: Units) -> Tensor:
-        return ionides_cap(ratio, units)
+    def __call__(self, ratio: Tensor, evidence: Evidence) -> Tensor:
+        return ionides_cap(evidence.batch_count(), evidence.batch_mean(ratio))
 
 
 @dataclass(frozen=True)
 class MSEOptimalCap:
-    """:func:`mse_optimal_cap` as a limit for a bound, with n and χ² taken from the batch.
+    """:func:`mse_optimal_cap` of the batch, as a limit for a bound.
 
     The sample's χ² underestimates a heavy tail, and the cap with it.
 
-    >>> MSEOptimalCap()(torch.ones(1, 64), torch.ones(1, 64, dtype=torch.bool))
-    tensor(2.)
+    >>> MSEOptimalCap()
+    MSEOptimalCap()
     """
 
-    def __call__(self, ratio: Tensor, units: Units) -> Tensor:
-        n = torch.count_nonzero(units).clamp(min=1)
-        chi2 = masked((ratio - 1).square(), units).sum() / n
-        return mse_optimal_cap(n, chi2)
+    def __call__(self, ratio: Tensor, evidence: Evidence) -> Tensor:
+        chi2 = evidence.batch_mean((ratio - 1).square())
+        return mse_optimal_cap(evidence.batch_count().clamp(min=1), chi2)
 
 
 @dataclass(frozen=True)
 class ESSCap:
-    """:func:`ess_cap` as a limit for a bound.
+    """:func:`ess_cap` of the batch, as a limit for a bound.
 
-    >>> ESSCap(target=0.9)(torch.ones(1, 4), torch.ones(1, 4, dtype=torch.bool))
-    tensor(1.)
+    Args:
+        target: effective share of the sample, in (0, 1].
+
+    Raises:
+        InputError: the target is not in (0, 1].
+
+    >>> ESSCap(target=0.9)
+    ESSCap(target=0.9)
     """
 
     target: float = 0.5
@@ -152,5 +158,5 @@ class ESSCap:
                 got=repr(self.target), fix="pass target=0.5",
             )
 
-    def __call__(self, ratio: Tensor, units: Units) -> Tensor:
-        return ess_cap(ratio, units, self.target)
+    def __call__(self, ratio: Tensor, evidence: Evidence) -> Tensor:
+        return ess_cap(ratio, evidence.units, self.target, group=evidence.layout.batch_group)

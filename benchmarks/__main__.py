@@ -1,0 +1,44 @@
+"""``python -m benchmarks``: run cases, or rewrite the documentation's tables."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+
+CASES = ("overhead", "linear", "memory", "head", "fp16_switch")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("cases", nargs="+", choices=[*CASES, "report"], metavar="case",
+                        help=f"one or more of {', '.join(CASES)}, report")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU")
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--small", action="store_true",
+                        help="sizes of a few seconds, printed and not recorded")
+    given = parser.parse_args()
+    # before torch is imported: its thread pools are sized on loading
+    os.environ["OMP_NUM_THREADS"] = str(given.threads)
+
+    import torch
+
+    from benchmarks import report
+    from benchmarks.harness import Setting, record
+    from benchmarks.screen import show
+
+    torch.set_num_threads(given.threads)
+    setting = Setting(given.device, given.threads, given.rounds, given.small)
+    for case in given.cases:
+        if case == "report":
+            report.main()
+            continue
+        workloads = importlib.import_module(f"benchmarks.{case}").run(setting)
+        show(workloads)
+        if not given.small:
+            print(f"recorded in {record(case, workloads, setting)}")
+
+
+if __name__ == "__main__":
+    main()

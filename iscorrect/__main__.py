@@ -1,0 +1,7 @@
+"""``python -m iscorrect``."""
+
+import sys
+
+from iscorrect.cli import main
+
+sys.exit(main())

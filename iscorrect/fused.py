@@ -1,0 +1,485 @@
+"""From hidden states to the loss, its metrics and its gradients in one pass over the vocabulary.
+
+In a corrected policy-gradient loss the derivative in a token's log-prob is known as soon as that
+log-prob is: weights carry no gradient, and denominators count the mask. So the gradients of hidden
+states and weights are made while the chunk's probabilities are still in the buffer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from iscorrect.aggregate import Aggregation, Normalizer, aggregate
+from iscorrect.correction import Correction, uncorrected
+from iscorrect.errors import check_per_token, input_error
+from iscorrect.layout import Layout, as_layout
+from iscorrect.linear import (
+    Gradients,
+    Head,
+    Reader,
+    Tokens,
+    check_chunk_size,
+    check_first_order,
+    linear_log_probs,
+)
+from iscorrect.logprobs import Support
+from iscorrect.loss import LossOutput, PolicyLoss
+from iscorrect.objectives import CISPO, Objective, Reinforce
+from iscorrect.ratios import Scope, scope_of, widest
+
+
+def fused_policy_loss(
+    loss_fn: PolicyLoss,
+    *,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    rollout_log_probs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | Layout,
+    old_log_probs: Tensor | None = None,
+    ref_log_probs: Tensor | None = None,
+    extra: Tensor | None = None,
+    normalizer: Normalizer | None = None,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    chunk_size: int | None = None,
+    head_dtype: torch.dtype = torch.float32,
+    support: Tensor | Support | None = None,
+    sequence_scratch: bool = False,
+) -> LossOutput:
+    """A policy loss of a linear head's log-probs, its gradients made in the forward pass.
+
+        loss_fn(linear_log_probs(hidden, weight, target), …)
+
+    One pass over the vocabulary makes log-probs and gradients, 6 n v d operations instead of 8.
+    Tokens outside the mask cost nothing, tokens whose derivative is 0 no gradient. Where
+    the loss of a token looks farther than the tokens at hand (a correction of whole sequences
+    under the policy being trained, a batch-wide bound), a second pass recomputes the logits.
+
+    Args:
+        loss_fn: the loss.
+        hidden: "b t d", with gradient; t predicts ``target`` at t.
+        weight: "v d", with gradient.
+        target: int "b t".
+        rollout_log_probs: "b t", log μ, nats, as the engine reported.
+        advantages: "b t", or "b" for one per row.
+        mask: bool "b t", or a layout.
+        old_log_probs: "b t", log π_old. None: π itself, without gradient.
+        ref_log_probs: "b t", log π_ref, where the loss has a ``reference_kl``.
+        extra: "b t", a per-token loss that no weight multiplies; may carry gradient.
+        normalizer: the whole batch's count, where this is a micro-batch.
+        bias: "v", with gradient.
+        temperature: τ > 0, the sampler's.
+        softcap: c > 0, as in Gemma's final logits; None for none.
+        chunk_size: tokens whose logits are held at a time.
+        head_dtype: what the head's output is rounded to; see :func:`linear_log_probs`.
+        support: the kept ids, as in :func:`log_probs_from_logits`.
+        sequence_scratch: hold one more gradient of the weight, so that sequences longer than a
+            chunk take one pass too where their weight is one factor: it is multiplied at the end.
+
+    Returns:
+        loss "" and metrics. The gradients are kept once: backward runs once.
+
+    Raises:
+        InputError: see :class:`PolicyLoss` and :func:`linear_log_probs`.
+        RuntimeError: a second backward through the same loss.
+
+    >>> from iscorrect.correction import token_tis
+    >>> hidden = torch.zeros(1, 2, 8, requires_grad=True)
+    >>> weight = torch.ones(4, 8, requires_grad=True)
+    >>> loss, metrics = fused_policy_loss(
+    ...     PolicyLoss(correction=token_tis()), hidden=hidden, weight=weight,
+    ...     target=torch.tensor([[0, 1]]), rollout_log_probs=torch.full((1, 2), -1.4),
+    ...     advantages=torch.ones(1), mask=torch.tensor([[True, True]]),
+    ... )
+    >>> loss.backward()
+    >>> weight.grad.shape
+    torch.Size([4, 8])
+    """
+    layout = as_layout("fused_policy_loss", mask)
+    if not isinstance(loss_fn, PolicyLoss):
+        raise input_error(
+            "fused_policy_loss", "loss_fn", expected="a PolicyLoss", got=repr(loss_fn),
+            fix="pass PolicyLoss(correction=token_tis())",
+        )
+    if isinstance(advantages, Tensor) and advantages.shape == layout.mask.shape[:-1]:
+        advantages = advantages.unsqueeze(-1).expand(layout.mask.shape)
+    batch = _Batch(
+        rollout_log_probs, advantages, layout, old_log_probs, ref_log_probs, normalizer
+    )
+    check_per_token(
+        "fused_policy_loss", layout.mask, gradient=("extra",), extra=extra, advantages=advantages,
+        rollout_log_probs=rollout_log_probs, old_log_probs=old_log_probs,
+        ref_log_probs=ref_log_probs,
+    )
+
+    def evaluate(log_probs: Tensor, extra: Tensor | None) -> LossOutput:
+        return loss_fn(
+            log_probs, rollout_log_probs=rollout_log_probs, advantages=advantages, mask=layout,
+            old_log_probs=old_log_probs, ref_log_probs=ref_log_probs, extra=extra,
+            normalizer=normalizer,
+        )
+
+    head = Head(weight, bias, temperature, softcap, head_dtype)
+    tokens = Tokens.of(
+        "fused_policy_loss", head, hidden=hidden, target=target, mask=layout.mask, support=support
+    )
+    size = check_chunk_size("fused_policy_loss", chunk_size, tokens)
+    inputs = (hidden, weight, bias, extra)
+    wanted = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in inputs]
+    if any(wanted[:3]):
+        made = _in_one_pass(
+            loss_fn, batch, head, tokens, size=size, sequence_scratch=sequence_scratch,
+            wanted=wanted,
+        )
+        if made is not None:
+            log_probs, ready = made
+            loss, metrics = evaluate(log_probs, None if extra is None else extra.detach())
+            loss = _Ready.apply(loss, ready, *inputs)  # type: ignore[no-untyped-call]
+            return LossOutput(loss, metrics)
+    log_probs = linear_log_probs(
+        hidden, weight, target, bias=bias, temperature=temperature, softcap=softcap,
+        chunk_size=size, head_dtype=head_dtype, support=support, layout=layout,
+    )
+    return evaluate(log_probs, extra)
+
+
+def fp32_head_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    rollout_log_probs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | Layout,
+    old_log_probs: Tensor | None = None,
+    correction: Correction = uncorrected(),
+    objective: Objective = CISPO(),
+    aggregation: Aggregation = "token-mean",
+    normalizer: Normalizer | None = None,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+) -> LossOutput:
+    """Policy-gradient loss of log-probs from an LM head in float32, the rest staying in 16 bits.
+
+        loss = aggregate(w · objective(log π)),  log π from z = h Wᵀ in float32
+
+    A 16-bit head rounds each logit to 8 or 11 bits, which is most of what a 16-bit trainer and
+    engine differ by. Its products are exact in float32, so nothing but the output need be wider.
+    The engine's head has to be in float32 as well. Weights are 1 unless a correction is given for
+    what the other layers leave.
+
+    Args:
+        hidden: "b t d", with gradient; t predicts ``target`` at t.
+        weight: "v d", with gradient; tied to the embedding or not.
+        target: int "b t".
+        rollout_log_probs: "b t", log μ, nats, as the engine reported.
+        advantages: "b t", or "b" for one per row.
+        mask: bool "b t", or a layout.
+        old_log_probs: "b t", log π_old, from a float32 head too. None: π itself.
+        correction: gives w from π_old/μ.
+        objective: callable (log_probs, old_log_probs, advantages, layout) -> loss "b t".
+        aggregation: see :func:`aggregate`.
+        normalizer: the whole batch's count, where this is a micro-batch.
+        bias: "v", with gradient.
+        temperature: τ > 0, the sampler's.
+        softcap: c > 0, as in Gemma's final logits; None for none.
+
+    Returns:
+        loss "" and metrics; `mismatch/…` tells what is left.
+
+    Raises:
+        InputError: see :func:`fused_policy_loss`.
+
+    References:
+        MiniMax-M1 (arXiv 2506.13585, §3.2), whose objective is CISPO.
+
+    >>> hidden = torch.zeros(1, 2, 8, dtype=torch.bfloat16, requires_grad=True)
+    >>> loss, metrics = fp32_head_loss(
+    ...     hidden, torch.zeros(4, 8, dtype=torch.bfloat16), torch.tensor([[0, 1]]),
+    ...     rollout_log_probs=torch.full((1, 2), -1.4), advantages=torch.ones(1),
+    ...     mask=torch.tensor([[True, True]]),
+    ... )
+    >>> loss
+    tensor(1.3863, grad_fn=<_ReadyBackward>)
+    """
+    loss_fn = PolicyLoss(correction=correction, objective=objective, aggregation=aggregation)
+    return fused_policy_loss(
+        loss_fn, hidden=hidden, weight=weight, target=target, rollout_log_probs=rollout_log_probs,
+        advantages=advantages, mask=mask, old_log_probs=old_log_probs, normalizer=normalizer,
+        bias=bias, temperature=temperature, softcap=softcap, head_dtype=torch.float32,
+    )
+
+
+class _Batch(NamedTuple):
+    """What a loss knows of each token beside its log-prob."""
+
+    rollout_log_probs: Tensor
+    advantages: Tensor
+    layout: Layout
+    old_log_probs: Tensor | None
+    ref_log_probs: Tensor | None
+    normalizer: Normalizer | None
+
+
+@torch.no_grad()
+def _in_one_pass(
+    loss_fn: PolicyLoss, batch: _Batch, head: Head, tokens: Tokens, *, size: int,
+    sequence_scratch: bool, wanted: list[bool],
+) -> tuple[Tensor, list[Tensor | None]] | None:
+    """Log-probs "b t" and the gradients of hidden, weight, bias and extra; None if it takes two."""
+    known = batch.old_log_probs is not None
+    scope = _scope(loss_fn, known=known)
+    if scope == "batch":
+        return None
+    if scope == "token":
+        # Tokens without advantage rarely have a derivative: together they make chunks without one.
+        idle = batch.advantages.flatten()[tokens.index] == 0
+        tokens = tokens[idle.argsort(stable=True)]
+        parts = [slice(i, min(i + size, len(tokens))) for i in range(0, len(tokens), size)]
+    else:
+        parts = _whole_sequences(batch.layout, tokens, size)
+        by_factor = sequence_scratch and loss_fn.reference_kl is None
+        if not by_factor and any(part.stop - part.start > size for part in parts):
+            return None
+    into = Gradients.zeros(head, tokens, hidden=wanted[0], weight=wanted[1], bias=wanted[2])
+    scale = _scale(loss_fn, batch, head.wide(tokens.hidden))
+    derivative = _Derivative.of(loss_fn, batch, tokens.index, scope, scale)
+    log_probs = scale.new_zeros(scale.numel())
+    scratch = None
+    with torch.autocast(tokens.hidden.device.type, enabled=False):
+        reader = Reader(head, tokens, size)
+        for part in parts:
+            chunk = tokens[part]
+            if len(chunk) <= size:
+                chosen = _chunk(reader, chunk, derivative[part], into)
+            else:
+                scratch = scratch or into.another()
+                chosen = _long_sequence(reader, chunk, derivative[part], into, scratch)
+            log_probs[chunk.index] = chosen
+    if known and loss_fn.correction.scope != "token" and not bool(log_probs.isfinite().all()):
+        # A token that is not finite takes its sequence with it, which was not known beforehand.
+        return None
+    return log_probs.view(scale.shape), [
+        into.hidden, into.weight, into.bias, scale if wanted[3] else None
+    ]
+
+
+def _scope(loss_fn: PolicyLoss, *, known: bool) -> Scope:
+    """How far a token's loss looks at log-probs of the policy being trained."""
+    if callable(loss_fn.aggregation) or loss_fn.over == "kept":
+        return "batch"
+    # With old log-probs, weights do not depend on the policy being trained.
+    return widest(scope_of(loss_fn.objective), "token" if known else loss_fn.correction.scope)
+
+
+def _whole_sequences(layout: Layout, tokens: Tokens, size: int) -> list[slice]:
+    """As many sequences as fit into a chunk; a longer one by itself."""
+    first = layout.sequence_starts().flatten()[tokens.index].nonzero().squeeze(-1).tolist()
+    parts: list[slice] = []
+    for start, stop in zip(first, [*first[1:], len(tokens)], strict=True):
+        if parts and stop - parts[-1].start <= size:
+            parts[-1] = slice(parts[-1].start, stop)
+        else:
+            parts.append(slice(start, stop))
+    return parts
+
+
+def _scale(loss_fn: PolicyLoss, batch: _Batch, dtype: torch.dtype) -> Tensor:
+    """∂ loss / ∂ per-token loss "b t": aggregations are linear, and know the mask beforehand."""
+    assert not callable(loss_fn.aggregation)
+    with torch.enable_grad():
+        x = torch.zeros_like(batch.layout.mask, dtype=dtype).requires_grad_()
+        total = aggregate(
+            x, batch.layout, loss_fn.aggregation, normalizer=batch.normalizer,
+            horizon=loss_fn.horizon,
+        )
+    return torch.autograd.grad(total, x)[0]
+
+
+@dataclass(frozen=True, eq=False)
+class _Derivative:
+    """∂ loss / ∂ log p of some tokens "n", by automatic differentiation of the loss itself.
+
+    Attributes:
+        loss_fn: with ``weights`` for a correction where they are known.
+        scale: "n", ∂ loss / ∂ per-token loss.
+        weights: "n", or None where they depend on the log-probs.
+        sequences: int "n", or None where no part asks.
+        segments: the same.
+    """
+
+    loss_fn: PolicyLoss
+    scale: Tensor
+    rollout: Tensor
+    advantages: Tensor
+    old: Tensor | None
+    ref: Tensor | None
+    weights: Tensor | None
+    sequences: Tensor | None
+    segments: Tensor | None
+
+    @classmethod
+    def of(
+        cls, loss_fn: PolicyLoss, batch: _Batch, index: Tensor, scope: Scope, scale: Tensor
+    ) -> _Derivative:
+        def pick(x: Tensor) -> Tensor:
+            return x.reshape(-1)[index]
+
+        layout, old, ref = batch.layout, batch.old_log_probs, batch.ref_log_probs
+        whole = scope == "sequence"
+        weights = None
+        if old is not None:
+            weights = loss_fn.correction(
+                old_log_probs=old, rollout_log_probs=batch.rollout_log_probs, mask=layout,
+                advantages=batch.advantages,
+            ).weights
+        return cls(
+            loss_fn, pick(scale), pick(batch.rollout_log_probs), pick(batch.advantages),
+            None if old is None else pick(old), None if ref is None else pick(ref),
+            None if weights is None else pick(weights),
+            pick(layout.sequence_starts()).cumsum(0) if whole else None,
+            pick(layout.segment_starts()).cumsum(0) if whole else None,
+        )
+
+    def __getitem__(self, part: slice) -> _Derivative:
+        tensors: dict[str, Any] = {
+            field.name: value[part] for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return replace(self, **tensors)
+
+    def __call__(self, log_probs: Tensor) -> Tensor:
+        """"n", what the loss says."""
+        # positions of a part are not the batch's; the whole batch is looked at afterwards
+        correction = replace(self.loss_fn.correction, nonfinite="drop")
+        if self.loss_fn.correction.nonfinite == "neutral":
+            correction = self.loss_fn.correction
+        return self._differentiate(log_probs, replace(self.loss_fn, correction=correction))
+
+    def without_factor(self, log_probs: Tensor) -> Tensor:
+        """"n", what it would be but for what depends on whole sequences."""
+        objective = self.loss_fn.objective
+        if scope_of(objective) != "token":
+            objective = Reinforce()
+        loss_fn = replace(self.loss_fn, correction=uncorrected(), objective=objective)
+        return self._differentiate(log_probs, loss_fn)
+
+    def _differentiate(self, log_probs: Tensor, loss_fn: PolicyLoss) -> Tensor:
+        def row(x: Tensor) -> Tensor:
+            return rearrange(x, "n -> 1 n")
+
+        mask = row(torch.ones_like(log_probs, dtype=torch.bool))
+        layout = Layout(mask)
+        if self.sequences is not None and self.segments is not None:
+            layout = Layout(
+                mask, sequence_ids=row(self.sequences), segment_ids=row(self.segments)
+            )
+        scale, rollout = row(self.scale), self.rollout
+        if self.weights is not None and self.old is not None:
+            weights = row(self.weights)
+            loss_fn = replace(loss_fn, correction=Correction(bound=lambda ratio, _: weights))
+            # a ratio of 1, so that nothing but the log-probs at hand can spoil it
+            rollout = self.old
+        loss_fn = replace(
+            loss_fn, aggregation=lambda per_token, _: (scale * per_token).sum(), horizon=None
+        )
+        leaf = log_probs.detach().requires_grad_()
+        with torch.enable_grad():
+            loss, _ = loss_fn(
+                row(leaf), rollout_log_probs=row(rollout), advantages=row(self.advantages),
+                mask=layout, old_log_probs=None if self.old is None else row(self.old),
+                ref_log_probs=None if self.ref is None else row(self.ref),
+            )
+        return torch.autograd.grad(loss, leaf)[0]
+
+
+def _chunk(
+    reader: Reader, tokens: Tokens, derivative: _Derivative, into: Gradients
+) -> Tensor:
+    """Log-probs of tokens whose derivatives depend on no others."""
+    log_probs, _ = reader.read(tokens)
+    reader.differentiate(tokens, log_probs, derivative(log_probs), into)
+    return log_probs
+
+
+def _long_sequence(
+    reader: Reader, tokens: Tokens, derivative: _Derivative, into: Gradients, scratch: Gradients
+) -> Tensor:
+    """Log-probs of a sequence longer than a chunk.
+
+    Its gradient is gathered without the sequence's factor, and multiplied by it once that is known.
+    Where it turns out that there is no such factor, the sequence is read again.
+    """
+    for total in (scratch.weight, scratch.bias):
+        if total is not None:
+            total.zero_()
+    size, parts, guesses = reader.size, [], []
+    for part, chunk in tokens.chunks(size):
+        log_probs, _ = reader.read(chunk)
+        guesses.append(derivative[part].without_factor(log_probs))
+        reader.differentiate(chunk, log_probs, guesses[-1], scratch)
+        parts.append(log_probs)
+    log_probs, guess = torch.cat(parts), torch.cat(guesses)
+    truth = derivative(log_probs)
+    factor = _factor(truth, guess)
+    if factor is not None:
+        for total, add in ((into.weight, scratch.weight), (into.bias, scratch.bias)):
+            if total is not None and add is not None:
+                total.add_(add.mul_(factor))
+        if into.hidden is not None:
+            into.hidden[tokens.index] *= factor
+        return log_probs
+    if into.hidden is not None:
+        into.hidden[tokens.index] = 0
+    for part, chunk in tokens.chunks(size):
+        reader.read(chunk)
+        reader.differentiate(chunk, log_probs[part], truth[part], into)
+    return log_probs
+
+
+def _factor(truth: Tensor, guess: Tensor) -> Tensor | None:
+    """The number that turns the guess into the truth, if there is one."""
+    square = torch.dot(guess, guess)
+    factor = torch.dot(truth, guess) / torch.where(square > 0, square, 1)
+    tolerance = 16 * torch.finfo(truth.dtype).eps * truth.abs().amax()
+    return factor if bool(((truth - factor * guess).abs() <= tolerance).all()) else None
+
+
+class _Ready(torch.autograd.Function):
+    """A loss whose gradients have been made."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, loss: Tensor, gradients: list[Tensor | None], *inputs: Tensor | None
+    ) -> Tensor:
+        ctx.gradients = gradients
+        ctx.like = [None if x is None else (x.shape, x.dtype) for x in inputs]
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        check_first_order("fused_policy_loss")
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "fused_policy_loss: its gradients were handed over by the first backward and are"
+                " not kept twice; compute the loss again for another backward"
+            )
+        gradients, ctx.gradients = ctx.gradients, None
+        ready: list[Tensor | None] = []
+        for made, like in zip(gradients, ctx.like, strict=True):
+            if made is None:
+                ready.append(None)
+                continue
+            shape, dtype = like
+            # The loss scale is multiplied in before a float16 gradient is rounded.
+            ready.append(made.mul_(grad).view(shape).to(dtype))
+        return (None, None, *ready)

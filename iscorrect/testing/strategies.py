@@ -1,0 +1,239 @@
+"""Hypothesis strategies for policies, batches, layouts, corrections and losses.
+
+Numbers are drawn from coarse grids, so that a failing example shrinks to one that can be read.
+
+>>> from hypothesis import given
+>>> @given(batches())
+... def log_ratios_vanish_where_policies_agree(batch):
+...     d = batch.log_probs - batch.log_probs
+...     assert not batch.layout.total(d)
+>>> log_ratios_vanish_where_policies_agree()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from iscorrect.aggregate import Aggregation
+from iscorrect.bounds import Bound, Clip, ConfidenceCap, Ignore, Mask, ParetoSmooth, Truncate
+from iscorrect.correction import PRESETS, Correction
+from iscorrect.layout import Layout, pad_sequences
+from iscorrect.loss import PolicyLoss
+from iscorrect.objectives import CISPO, Objective, PPOClip, Reinforce
+from iscorrect.ratios import Level
+from iscorrect.reject import BinaryKL, DivergenceAbove, ProbabilityShift, RatioOutside, Rule, Veto
+from iscorrect.testing.tabular import TabularPolicy, sequences
+
+
+class Batch(NamedTuple):
+    """What a loss is given.
+
+    Attributes:
+        log_probs: "b t", log π.
+        rollout_log_probs: "b t", log μ.
+        advantages: "b t", equal within a sequence.
+        layout: which tokens count.
+    """
+
+    log_probs: Tensor
+    rollout_log_probs: Tensor
+    advantages: Tensor
+    layout: Layout
+
+    def each(self, change: Callable[[Tensor], Tensor], layout: Layout) -> Batch:
+        """The batch with every tensor changed alike."""
+        ours, theirs, advantages, _ = self
+        return Batch(change(ours), change(theirs), change(advantages), layout)
+
+    def row(self, i: int) -> Batch:
+        """One row as a batch of its own."""
+        return self.each(lambda x: x[i : i + 1], self.layout.rows(i, i + 1))
+
+
+class Case(NamedTuple):
+    """What an audit is given.
+
+    Attributes:
+        policy: π.
+        rollout_policy: μ, over the same sequences and with full support.
+        reward: "n" in [0, 1].
+    """
+
+    policy: TabularPolicy
+    rollout_policy: TabularPolicy
+    reward: Tensor
+
+
+def tensors(
+    shape: Sequence[int], *, low: float, high: float, step: float = 0.125
+) -> st.SearchStrategy[Tensor]:
+    """Float64 tensors of multiples of ``step``; they shrink towards 0."""
+    size = torch.Size(shape).numel()
+    number = st.integers(round(low / step), round(high / step)).map(lambda i: i * step)
+    return st.lists(number, min_size=size, max_size=size).map(
+        lambda values: torch.tensor(values, dtype=torch.float64).view(*shape)
+    )
+
+
+def log_probs(shape: Sequence[int]) -> st.SearchStrategy[Tensor]:
+    """Log-probs down to −4 nats; float64."""
+    return tensors(shape, low=-4, high=0)
+
+
+@st.composite
+def log_prob_pairs(
+    draw: st.DrawFn, shape: Sequence[int], spread: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Both log π and log μ of the same tokens, at most ``spread`` nats apart; float64."""
+    old = draw(log_probs(shape))
+    return old, (old - draw(tensors(shape, low=-spread, high=spread))).clamp(max=0)
+
+
+def masks(rows: int, length: int) -> st.SearchStrategy[Tensor]:
+    """Bool masks "b t" with holes, empty rows, and now and then nothing at all."""
+    row = st.lists(st.booleans(), min_size=length, max_size=length)
+    return st.lists(row, min_size=rows, max_size=rows).map(
+        lambda rows: torch.tensor(rows, dtype=torch.bool)
+    )
+
+
+@st.composite
+def layouts(draw: st.DrawFn, max_rows: int = 3, max_length: int = 4) -> Layout:
+    """Padded and packed rows, with and without segments."""
+    rows, length = draw(st.integers(1, max_rows)), draw(st.integers(1, max_length))
+    mask = draw(masks(rows, length))
+    starts = masks(rows, length).map(lambda starts: starts.long().cumsum(-1))
+    return Layout(
+        mask,
+        sequence_ids=draw(st.none() | starts),
+        segment_ids=draw(st.none() | starts),
+    )
+
+
+@st.composite
+def batches(
+    draw: st.DrawFn, layout: st.SearchStrategy[Layout] | None = None, spread: float = 1.0
+) -> Batch:
+    """Inputs of a loss: log-ratios of up to ``spread`` nats, one advantage per sequence."""
+    where = draw(layouts() if layout is None else layout)
+    old, rollout = draw(log_prob_pairs(where.mask.shape, spread))
+    values = draw(tensors(where.mask.shape, low=-2, high=2, step=0.5))
+    first = where.with_mask(torch.ones_like(where.mask))
+    advantages = first.sequence_total(torch.where(first.sequence_starts(), values, 0.0))
+    return Batch(old, rollout, advantages, where)
+
+
+@st.composite
+def padded_batches(
+    draw: st.DrawFn, max_rows: int = 3, max_length: int = 4, spread: float = 1.0
+) -> Batch:
+    """Inputs of a loss in which each row is one sequence of at least one token, then padding."""
+    steps = round(spread * 8)
+    token = st.tuples(st.integers(-32, 0), st.integers(-steps, steps))
+    sequence = st.tuples(st.integers(-4, 4), st.lists(token, min_size=1, max_size=max_length))
+    rows = draw(st.lists(sequence, min_size=1, max_size=max_rows))
+    pairs = [torch.tensor(tokens, dtype=torch.float64) / 8 for _, tokens in rows]
+    ours, mask = pad_sequences([pair[:, 0] for pair in pairs])
+    change, _ = pad_sequences([pair[:, 1] for pair in pairs])
+    advantages = torch.tensor([[value / 2] for value, _ in rows], dtype=torch.float64)
+    return Batch(ours, (ours - change).clamp(max=0), advantages * mask, Layout(mask))
+
+
+@st.composite
+def policies(
+    draw: st.DrawFn, vocab: int | None = None, length: int | None = None, eos: int | None = None
+) -> TabularPolicy:
+    """Tabular policies with logits in [−2, 2], of 2 or 3 tokens and up to 3 steps if not told."""
+    vocab = draw(st.integers(2, 3)) if vocab is None else vocab
+    length = draw(st.integers(1, 3)) if length is None else length
+    shape = sequences(vocab, length, eos).seen.shape
+    return TabularPolicy(draw(tensors(shape, low=-2, high=2, step=0.25)), length, eos)
+
+
+@st.composite
+def cases(
+    draw: st.DrawFn, vocab: int | None = None, length: int | None = None, eos: int | None = None
+) -> Case:
+    """Inputs of an audit: two policies with the same sequences, and a reward in [0, 1]."""
+    policy = draw(policies(vocab, length, eos))
+    change = draw(tensors(policy.logits.shape, low=-1, high=1, step=0.25))
+    rollout = TabularPolicy(policy.logits + change, policy.length, policy.eos)
+    return Case(policy, rollout, draw(tensors(policy.probabilities.shape, low=0, high=1)))
+
+
+_caps = st.sampled_from([0.5, 1.0, 1.5, 2.0, 5.0])
+_lows = st.sampled_from([0.0, 0.5, 0.9])
+
+
+def bounds() -> st.SearchStrategy[Bound | None]:
+    """Every bound of the library, and none."""
+    return st.one_of(
+        st.none(), st.just(Ignore()), _caps.map(Truncate), st.builds(Mask, _lows, st.none()),
+        st.builds(lambda low, width: Mask(low, low + width), _lows, _caps),
+        st.builds(lambda low, width: Clip(low, low + width), _lows, _caps),
+        st.builds(ConfidenceCap), st.builds(ParetoSmooth),
+    )
+
+
+def rules() -> st.SearchStrategy[Rule]:
+    """Every rejection rule that needs no advantages, and one that does."""
+    limits = st.sampled_from([0.01, 0.1, 0.5])
+    return st.one_of(
+        st.builds(
+            lambda level, low, width: RatioOutside(level=level, low=low, high=low + width),
+            levels(), _lows, _caps,
+        ),
+        st.builds(
+            lambda limit, kind, over: DivergenceAbove(limit=limit, estimator=kind, over=over),
+            limits, st.sampled_from(["k1", "k2", "k3"]),
+            st.sampled_from(["token", "mean", "sum", "max"]),
+        ),
+        st.builds(lambda low: Veto(low=low), st.sampled_from([1e-4, 0.5])),
+        limits.map(lambda limit: BinaryKL(limit=limit)),
+        limits.map(lambda limit: ProbabilityShift(limit=limit)),
+    )
+
+
+def levels() -> st.SearchStrategy[Level]:
+    """The five levels."""
+    return st.sampled_from(["token", "sequence", "geometric", "prefix", "segment"])
+
+
+def corrections() -> st.SearchStrategy[Correction]:
+    """Presets, and combinations of level, bound, up to two rules, and normalisation."""
+    combined = st.builds(
+        lambda level, bound, reject, normalize: Correction(
+            level=level, bound=bound, reject=tuple(reject), normalize=normalize
+        ),
+        levels(), bounds(), st.lists(rules(), max_size=2), st.booleans(),
+    )
+    return st.sampled_from(list(PRESETS.values())).map(lambda preset: preset()) | combined
+
+
+def objectives() -> st.SearchStrategy[Objective]:
+    """Every objective of the library."""
+    return st.one_of(
+        st.just(Reinforce()), st.just(PPOClip()), st.just(PPOClip(dual=3.0)),
+        st.just(PPOClip(low=1 - 3e-4, high=1 + 4e-4, level="geometric")), st.just(CISPO()),
+    )
+
+
+AGGREGATIONS: tuple[Aggregation, ...] = (
+    "token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm", "sum",
+)
+
+
+@st.composite
+def losses(draw: st.DrawFn) -> PolicyLoss:
+    """Corrections with objectives, aggregations and either denominator."""
+    aggregation = draw(st.sampled_from(AGGREGATIONS))
+    return PolicyLoss(
+        correction=draw(corrections()), objective=draw(objectives()), aggregation=aggregation,
+        over=draw(st.sampled_from(["mask", "kept"])),
+        horizon=8 if aggregation == "seq-mean-token-sum-norm" else None,
+    )

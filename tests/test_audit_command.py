@@ -1,0 +1,126 @@
+"""The table and the figure of `iscorrect audit`."""
+
+import argparse
+import math
+
+import pytest
+import torch
+
+from iscorrect import PRESETS, InputError, PolicyLoss, parse, sequence_tis
+from iscorrect.testing import audit
+from iscorrect.testing.command import (
+    HEADER,
+    Setting,
+    add_audit_arguments,
+    audit_rows,
+    frontier_figure,
+    run_audit,
+    sweep,
+    threshold,
+)
+
+
+def arguments(*words):
+    parser = argparse.ArgumentParser()
+    add_audit_arguments(parser)
+    return parser.parse_args(words)
+
+
+def cells(setting, corrections):
+    rows = audit_rows(setting, corrections)
+    return {row[0]: dict(zip(HEADER, row, strict=True)) for row in rows}
+
+
+@pytest.fixture(scope="module")
+def setting():
+    return Setting.of("noise=0.3", vocab=2, length=3, average=128)
+
+
+def test_numbers_of_the_table_are_those_of_the_audit(setting):
+    row = cells(setting, ["sequence-tis:cap=1.5"])
+    loss_fn = PolicyLoss(correction=sequence_tis(1.5), aggregation="seq-mean-token-sum")
+    found = audit(loss_fn, setting.policy, setting.rollout_policy, setting.reward)
+    norm = found.target.norm().item()
+    assert row["sequence-tis:cap=1.5"] == {
+        "correction": "sequence-tis:cap=1.5",
+        "bias": f"{found.bias / norm:.3f}",
+        "cosine": f"{found.cosine:.3f}",
+        "std": f"{found.std / math.sqrt(128) / norm:.3f}",
+        "rmse": f"{math.sqrt(found.bias**2 + found.std**2 / 128) / norm:.3f}*",
+        "mean weight": f"{found.mean_weight:.3f}",
+        "ESS": f"{found.ess:.3f}",
+    }
+
+
+def test_the_star_is_on_the_least_error(setting):
+    rows = cells(setting, ["uncorrected", "sequence-is", "sequence-tis"])
+    errors = {name: float(row["rmse"].rstrip("* ")) for name, row in rows.items()}
+    starred = [name for name, row in rows.items() if row["rmse"].endswith("*")]
+    assert starred == [min(errors, key=errors.get)]
+
+
+def test_what_looks_at_the_batch_is_sampled_and_says_so(setting):
+    rows = cells(setting, ["pareto-is", "sequence-is"])
+    assert "±" in rows["pareto-is"]["bias"]
+    assert "±" not in rows["sequence-is"]["bias"]
+    assert rows["sequence-is"]["bias"] == "0.000"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_sweep_has_the_preset_itself_in_it_and_rises(preset):
+    name = threshold(preset)
+    found = [parse(text) for text in sweep(preset)]
+    assert parse(preset) in found
+    if name is None:
+        assert len(found) == 1
+    else:
+        assert len(set(found)) == len(found) > 5
+
+
+def test_a_sweep_keeps_the_other_arguments():
+    assert all(parse(text).bound.low == 0.25 for text in sweep("icepop:low=0.25,high=4"))
+    assert sweep("token-mis:high=none") == ["token-mis:high=none"]
+
+
+def test_the_command_prints_a_row_for_every_preset(capsys):
+    assert run_audit(arguments("--vocab", "2", "--length", "2", "--average", "32")) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in PRESETS)
+
+
+def test_the_command_sweeps_and_draws(capsys, tmp_path):
+    file = tmp_path / "frontier.png"
+    words = ["token-tis", "icepop", "--length", "2", "--sweep", "cap", "--plot", str(file)]
+    assert run_audit(arguments(*words)) == 0
+    printed = capsys.readouterr().out
+    assert "token-tis:cap=2 " in printed.replace("│", " ")
+    assert "icepop" not in printed
+    assert file.stat().st_size > 0
+
+
+def test_the_figure_marks_the_least_error_of_all_thresholds(setting):
+    axes = frontier_figure(setting, ["uncorrected", "sequence-tis"]).axes[0]
+    *curves, star, circle = axes.lines
+    points = torch.cat([torch.tensor(curve.get_xydata()) for curve in curves])
+    marked = torch.tensor(star.get_xydata()[0])
+    assert (points.norm(dim=1) >= marked.norm() - 1e-12).all()
+    assert any(torch.equal(point, marked) for point in points)
+    assert torch.allclose(
+        torch.tensor(circle.get_xydata()).double().norm(dim=1), marked.norm(), rtol=1e-5
+    )
+    assert parse(star.get_label().removeprefix("least error: ")).level in ("sequence", "token")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["token-tiss"], "did you mean 'token-tis'"),
+        (["--mismatch", "bf17"], "`mismatch` must be one of"),
+        (["icepop", "--sweep", "cap"], "icepop: high"),
+        (["--vocab", "100", "--length", "9"], "100 ** 9"),
+    ],
+)
+def test_messages_say_what_there_is(words, message):
+    with pytest.raises(InputError) as error:
+        run_audit(arguments(*words))
+    assert message in str(error.value)

@@ -1,0 +1,261 @@
+"""The ready checks pass what is right and catch each planted mistake."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from iscorrect import (
+    PRESETS,
+    Correction,
+    InputError,
+    Layout,
+    PolicyLoss,
+    PPOClip,
+    at_level,
+    global_normalizer,
+    sequence_is,
+    sequence_mis,
+    sequence_tis,
+    token_is,
+    token_tis,
+    uncorrected,
+)
+from iscorrect.testing.checks import (
+    check_finite,
+    check_identity_when_equal,
+    check_invariant_to_microbatching,
+    check_invariant_to_packing,
+    check_invariant_to_padding,
+    check_no_gradient_outside_mask,
+    check_unbiased,
+)
+
+tokens_of_the_batch = partial(global_normalizer, gradients="summed")
+
+
+def sequences_of_the_batch(mask):
+    return mask.any(-1).sum()
+
+
+def fails(check, *arguments, **options):
+    """The message with which a check fails."""
+    with pytest.raises(AssertionError) as error:
+        check(*arguments, **options)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_passes_the_checks_that_hold_for_all(preset):
+    loss_fn = PolicyLoss(correction=PRESETS[preset]())
+    check_invariant_to_padding(loss_fn)
+    check_invariant_to_packing(loss_fn)
+    check_no_gradient_outside_mask(loss_fn)
+    check_finite(loss_fn)
+
+
+@pytest.mark.parametrize("aggregation", ["seq-mean-token-sum", "seq-mean-token-mean", "sum"])
+def test_every_aggregation_passes_the_checks_that_hold_for_all(aggregation):
+    loss_fn = PolicyLoss(correction=sequence_tis(), aggregation=aggregation)
+    check_invariant_to_padding(loss_fn)
+    check_invariant_to_packing(loss_fn)
+    check_no_gradient_outside_mask(loss_fn)
+    check_finite(loss_fn)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_is_the_identity_between_equal_policies(preset):
+    check_identity_when_equal(
+        PolicyLoss(correction=PRESETS[preset]()), PolicyLoss(correction=uncorrected())
+    )
+
+
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "pareto-is"])
+def test_every_preset_without_batch_statistics_adds_up_over_micro_batches(preset):
+    loss_fn = PolicyLoss(correction=PRESETS[preset]())
+    check_invariant_to_microbatching(loss_fn, tokens_of_the_batch)
+
+
+def test_sequence_importance_sampling_is_unbiased_with_any_baseline_that_ignores_the_sequence():
+    loss_fn = PolicyLoss(correction=sequence_is(), aggregation="seq-mean-token-sum")
+    check_unbiased(loss_fn)
+    check_unbiased(loss_fn, batch=2, group="rloo")
+    check_unbiased(loss_fn, batch=2, group="dr-grpo", scale=1 / 2)
+
+
+def test_three_policies_are_unbiased_where_both_ratios_are_products():
+    loss_fn = PolicyLoss(
+        correction=sequence_is(), aggregation="seq-mean-token-sum",
+        objective=lambda log_probs, old, advantages, layout: -advantages * log_probs
+        * at_level(log_probs.detach() - old, layout, "sequence").exp(),
+    )
+    check_unbiased(loss_fn, old=True)
+
+
+def test_what_is_biased_is_found_to_be():
+    for correction in (uncorrected(), token_is(), sequence_tis(1.1), sequence_mis(high=1.1)):
+        loss_fn = PolicyLoss(correction=correction, aggregation="seq-mean-token-sum")
+        message = fails(check_unbiased, loss_fn)
+        assert message.startswith("check_unbiased: the expected gradient is")
+        for word in ("∇J", "logits = [[", "rollout_logits = [[", "reward = ["):
+            assert word in message
+
+
+# Planted mistakes, each in a loss that would otherwise be sequence importance sampling.
+
+
+def sequence_loss(log_probs, *, rollout_log_probs, advantages, mask, ratio, normalizer=None):
+    """Σ w A log π / number of sequences, with a weight of the caller's."""
+    layout = mask if isinstance(mask, Layout) else Layout(mask)
+    log_probs = torch.where(layout.mask, log_probs, 0)
+    d = torch.where(layout.mask, log_probs - torch.where(layout.mask, rollout_log_probs, 0), 0)
+    weights = ratio(d, layout)
+    scale = layout.num_sequences() if normalizer is None else normalizer
+    return -layout.total(weights * advantages * log_probs) / scale
+
+
+def correct(d, layout):
+    return at_level(d, layout, "sequence").detach().exp()
+
+
+def not_detached(d, layout):
+    return at_level(d, layout, "sequence").exp()
+
+
+def upside_down(d, layout):
+    return at_level(-d, layout, "sequence").detach().exp()
+
+
+def sum_of_exponentials(d, layout):
+    return layout.sequence_total(d.detach().exp())
+
+
+def geometric_for_product(d, layout):
+    return at_level(d, layout, "geometric").detach().exp()
+
+
+def counted_twice(d, layout):
+    return at_level(2 * d, layout, "sequence").detach().exp()
+
+
+def test_the_loss_without_a_mistake_passes_everything():
+    loss_fn = partial(sequence_loss, ratio=correct)
+    check_unbiased(loss_fn)
+    check_identity_when_equal(
+        loss_fn, PolicyLoss(correction=uncorrected(), aggregation="seq-mean-token-sum")
+    )
+    check_invariant_to_padding(loss_fn)
+    check_invariant_to_packing(loss_fn)
+    check_invariant_to_microbatching(loss_fn, sequences_of_the_batch)
+    check_no_gradient_outside_mask(loss_fn)
+
+
+@pytest.mark.parametrize(
+    "ratio",
+    [not_detached, upside_down, sum_of_exponentials, geometric_for_product, counted_twice],
+)
+def test_a_wrong_weight_is_caught_as_a_bias(ratio):
+    message = fails(check_unbiased, partial(sequence_loss, ratio=ratio))
+    assert "check_unbiased: the expected gradient is" in message
+
+
+@pytest.mark.parametrize("ratio", [not_detached, sum_of_exponentials])
+def test_a_weight_that_is_not_one_or_carries_gradient_is_caught_between_equal_policies(ratio):
+    message = fails(
+        check_identity_when_equal, partial(sequence_loss, ratio=ratio),
+        PolicyLoss(correction=uncorrected(), aggregation="seq-mean-token-sum"),
+    )
+    assert "differs from the uncorrected one" in message
+
+
+def test_a_ratio_in_the_weight_and_again_in_the_objective_is_caught():
+    # The weight is π_old/μ; an objective on π/μ, not π/π_old, counts π_old/μ a second time.
+    def loss_fn(log_probs, *, rollout_log_probs, old_log_probs, advantages, mask):
+        inner = PolicyLoss(
+            correction=sequence_is(), aggregation="seq-mean-token-sum",
+            objective=PPOClip(low=None, high=None, level="sequence"),
+        )
+        weights = inner.correction(
+            old_log_probs=old_log_probs, rollout_log_probs=rollout_log_probs, mask=mask
+        ).weights
+        update = at_level(log_probs - rollout_log_probs, Layout(mask), "sequence").exp()
+        return -(weights * update * advantages).masked_fill(~mask, 0).sum() / len(mask)
+
+    assert "old_logits" in fails(check_unbiased, loss_fn, old=True)
+
+
+def test_a_mask_applied_after_the_exponential_is_caught():
+    def loss_fn(log_probs, *, rollout_log_probs, advantages, mask):
+        weights = (log_probs - rollout_log_probs).exp().detach()
+        return -(weights * advantages * log_probs * mask).sum()
+
+    message = fails(check_no_gradient_outside_mask, loss_fn)
+    assert "outside the mask change the loss" in message
+    assert "nan" in message
+
+
+def test_a_ratio_that_overflows_is_caught():
+    def loss_fn(log_probs, *, rollout_log_probs, advantages, mask):
+        weights = torch.where(mask, log_probs - rollout_log_probs, 0).exp().detach()
+        return -(weights * advantages * log_probs).masked_fill(~mask, 0).sum()
+
+    assert "check_finite: the loss is" in fails(check_finite, loss_fn)
+
+
+def test_a_denominator_over_kept_tokens_is_caught():
+    loss_fn = PolicyLoss(correction=sequence_mis(high=1.2), over="kept")
+    message = fails(check_invariant_to_microbatching, loss_fn, tokens_of_the_batch)
+    assert "the parts do not add up to the whole" in message
+
+
+def test_a_denominator_of_the_rank_alone_is_caught():
+    def loss_fn(log_probs, *, normalizer=None, **tensors):
+        return PolicyLoss(correction=token_tis())(log_probs, **tensors)
+
+    assert "do not add up" in fails(
+        check_invariant_to_microbatching, loss_fn, tokens_of_the_batch
+    )
+
+
+def test_a_statistic_of_the_micro_batch_is_caught():
+    loss_fn = PolicyLoss(correction=Correction(level="token", normalize=True))
+    assert "do not add up" in fails(
+        check_invariant_to_microbatching, loss_fn, tokens_of_the_batch
+    )
+
+
+def test_packing_off_by_one_is_caught():
+    inner = partial(sequence_loss, ratio=correct)
+
+    def loss_fn(log_probs, *, mask, **tensors):
+        if mask.mask.shape[0] == 1:
+            starts = mask.sequence_starts().roll(1, dims=-1)
+            mask = Layout(mask.mask, sequence_ids=starts.long().cumsum(-1))
+        return inner(log_probs, mask=mask, **tensors)
+
+    message = fails(check_invariant_to_packing, loss_fn)
+    assert "the packed loss differs from the padded one" in message
+
+
+def test_a_denominator_of_the_padded_width_is_caught():
+    def loss_fn(log_probs, *, mask, **tensors):
+        total = PolicyLoss(correction=token_tis(), aggregation="sum")
+        return total(log_probs, mask=mask, **tensors).loss / mask.numel()
+
+    assert "columns before and" in fails(check_invariant_to_padding, loss_fn)
+
+
+def test_the_smallest_example_is_the_one_shown():
+    def loss_fn(log_probs, *, rollout_log_probs, advantages, mask):
+        return -(1.5 * advantages * log_probs).masked_fill(~mask, 0).sum()
+
+    message = fails(
+        check_identity_when_equal, loss_fn,
+        PolicyLoss(correction=uncorrected(), aggregation="sum"),
+    )
+    assert "layout = [[True]]" in message
+
+
+def test_errors_of_the_loss_come_through():
+    with pytest.raises(InputError, match="`mask` must be"):
+        check_finite(lambda log_probs, *, mask, **_: Layout(mask.float()))

@@ -1,0 +1,126 @@
+"""Nothing on the loss path synchronises, branches on values, or breaks the graph."""
+
+import pytest
+import torch
+from batches import make_batch
+from test_layout import OBJECTIVES, loss_and_gradient, pack
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import iscorrect as ic
+from iscorrect import PRESETS, Layout, PolicyLoss
+
+BOUNDS = {
+    "clip": ic.Clip(0.5, 2.0),
+    "ionides": ic.Truncate(ic.IonidesCap()),
+    "mse": ic.Truncate(ic.MSEOptimalCap()),
+    "ess": ic.Mask(high=ic.ESSCap(0.8)),
+}
+CORRECTIONS = {name: preset() for name, preset in PRESETS.items()} | {
+    name: ic.Correction(bound=bound, normalize=True, reject=(ic.Veto(high=10.0),))
+    for name, bound in BOUNDS.items()
+}
+
+
+def inputs(batch, layout_ids=None):
+    layout = Layout(batch.mask, sequence_ids=layout_ids)
+    return dict(
+        rollout_log_probs=batch.rollout_log_probs, advantages=batch.advantages, mask=layout,
+        old_log_probs=batch.old_log_probs, ref_log_probs=batch.ref_log_probs,
+    )
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("name", CORRECTIONS)
+def test_a_loss_runs_on_fake_tensors_so_nothing_reads_a_value(name, objective, packed):
+    loss_fn = PolicyLoss(
+        correction=CORRECTIONS[name], objective=OBJECTIVES[objective],
+        aggregation="seq-mean-token-mean", reference_kl=ic.ReferenceKL(),
+    )
+    batch = make_batch(0, rows=4, width=8).to(torch.float32)
+    with FakeTensorMode() as mode:
+        fake = type(batch)(*(mode.from_tensor(x) for x in batch))
+        ids = mode.from_tensor(torch.arange(8).expand(4, 8) // 3) if packed else None
+        log_probs = fake.log_probs.clone().requires_grad_()
+        loss, metrics = loss_fn(log_probs, **inputs(fake, ids))
+        loss.backward()
+        assert loss.shape == ()
+        assert all(value.shape == () for value in metrics.values())
+        assert log_probs.grad.shape == log_probs.shape
+
+
+@pytest.mark.parametrize(
+    ("name", "objective", "packed"),
+    [
+        ("token-tis", "reinforce", False),
+        ("sequence-mis", "ppo", True),
+        ("icepop", "gspo", True),
+        ("confidence-is", "cispo", False),
+        ("kpop", "prefix-ppo", True),
+        ("dppo", "sequence-ppo", False),
+        ("geometric-rs", "ppo", False),
+        ("trust-region-mask", "reinforce", True),
+        ("off-policy-negative", "ppo", False),
+        ("topr", "reinforce", False),
+        ("pareto-is", "reinforce", False),
+        ("mse", "ppo", False),
+    ],
+)
+def test_one_graph_serves_two_batch_shapes(name, objective, packed):
+    loss_fn = PolicyLoss(
+        correction=CORRECTIONS[name], objective=OBJECTIVES[objective],
+        reference_kl=ic.ReferenceKL(),
+    )
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def step(log_probs, batch, ids):
+        return loss_fn(log_probs, **inputs(batch, ids))
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
+    compiled_graphs = []
+    for seed, (rows, width) in enumerate([(4, 8), (6, 12)]):
+        batch = make_batch(seed, rows=rows, width=width)
+        ids = torch.arange(width).expand(rows, width) // 3 if packed else None
+        log_probs = batch.log_probs.clone().requires_grad_()
+        loss, metrics = compiled(log_probs, batch, ids)
+        compiled_graphs.append(counter.frame_count)
+        loss.backward()
+        expected, gradient, expected_metrics = loss_and_gradient(
+            loss_fn, batch, Layout(batch.mask, sequence_ids=ids)
+        )
+        torch.testing.assert_close(loss.detach(), expected, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(log_probs.grad[batch.mask], gradient, rtol=1e-9, atol=1e-12)
+        assert metrics.to_floats() == pytest.approx(expected_metrics, rel=1e-9, abs=1e-12)
+    first, second = compiled_graphs
+    assert first == second
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_default_compiler_agrees_with_eager(packed):
+    loss_fn = PolicyLoss(correction=ic.token_tis(), objective=ic.PPOClip())
+    batch = make_batch(1, rows=4, width=8).to(torch.float32)
+    ids = pack(batch)[1] if packed else None
+    batch = pack(batch)[0] if packed else batch
+    layout = ids or Layout(batch.mask)
+
+    @torch.compile(fullgraph=True)
+    def step(log_probs):
+        return loss_fn(
+            log_probs, rollout_log_probs=batch.rollout_log_probs, advantages=batch.advantages,
+            mask=layout, old_log_probs=batch.old_log_probs,
+        )
+
+    log_probs = batch.log_probs.clone().requires_grad_()
+    loss, metrics = step(log_probs)
+    loss.backward()
+    eager = batch.log_probs.clone().requires_grad_()
+    expected, expected_metrics = loss_fn(
+        eager, rollout_log_probs=batch.rollout_log_probs, advantages=batch.advantages,
+        mask=layout, old_log_probs=batch.old_log_probs,
+    )
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(log_probs.grad, eager.grad)
+    assert metrics.to_floats() == pytest.approx(expected_metrics.to_floats(), rel=1e-5, abs=1e-6)

@@ -1,0 +1,372 @@
+"""Log-probs from hidden states agree with the logits they never make."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from iscorrect import InputError, Layout, Support, log_probs_from_logits
+from iscorrect import linear as linear_module
+from iscorrect.linear import linear_log_probs
+
+B, T, D, V = 3, 7, 16, 41
+
+
+def make(dtype=torch.float64, *, bias=True, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(B, T, D, generator=generator, dtype=torch.float64).to(dtype)
+    weight = torch.randn(V, D, generator=generator, dtype=torch.float64).to(dtype)
+    target = torch.randint(V, (B, T), generator=generator)
+    b = torch.randn(V, generator=generator, dtype=torch.float64).to(dtype) if bias else None
+    return hidden, weight, b, target
+
+
+def plain(hidden, weight, bias, target, *, temperature=1.0, softcap=None, support=None):
+    """The logits of every token, all at once."""
+    logits = hidden @ weight.T
+    if bias is not None:
+        logits = logits + bias
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return log_probs_from_logits(logits, target, temperature=temperature, support=support)
+
+
+def gradients(function, *inputs, of):
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    out = function(*leaves)
+    (torch.where(out.isfinite(), out, 0) * of).sum().backward()
+    return out.detach(), [x.grad for x in leaves]
+
+
+def relative(a, b):
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+def supports(target):
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.stack([torch.randperm(V, generator=generator)[:6] for _ in range(B * T)])
+    ids = ids.view(B, T, 6)
+    ids[ids == target[..., None]] = -1
+    ids[..., 0] = target
+    ids[0, 1, 0] = -1
+    ids[1, 0] = -1
+    kept = ids >= 0
+    offsets = torch.nn.functional.pad(kept.flatten(0, 1).sum(1).cumsum(0), (1, 0))
+    return {"padded": ids, "rows": Support(ids[kept], offsets)}
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 1000])
+@pytest.mark.parametrize(
+    ("temperature", "softcap", "bias"), [(1.0, None, False), (0.7, None, True), (1.3, 2.0, True)]
+)
+@pytest.mark.parametrize("support", [None, "padded", "rows"])
+def test_values_and_gradients_are_those_of_the_logits(
+    chunk_size, temperature, softcap, bias, support
+):
+    hidden, weight, b, target = make(bias=bias)
+    kept = None if support is None else supports(target)[support]
+    rest = {"temperature": temperature, "softcap": softcap, "support": kept}
+    inputs = [hidden, weight] if b is None else [hidden, weight, b]
+    of = torch.randn(B, T, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+    def ours(hidden, weight, bias=None):
+        return linear_log_probs(hidden, weight, target, bias=bias, chunk_size=chunk_size, **rest)
+
+    def oracle(hidden, weight, bias=None):
+        return plain(hidden, weight, bias, target, **rest)
+
+    value, grads = gradients(ours, *inputs, of=of)
+    expected, expected_grads = gradients(oracle, *inputs, of=of)
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(grads, expected_grads, rtol=1e-11, atol=1e-12)
+    assert value.isfinite().all() == (support is None)
+
+
+def test_gradcheck():
+    hidden, weight, bias, target = make()
+    inputs = [x.requires_grad_() for x in (hidden[:1, :3], weight[:9], bias[:9])]
+
+    def function(hidden, weight, bias):
+        return linear_log_probs(
+            hidden, weight, target[:1, :3] % 9, bias=bias, softcap=3.0, temperature=0.8,
+            chunk_size=2,
+        )
+
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+@given(st.integers(1, 50), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+def test_the_chunk_size_changes_nothing(chunk_size, dtype):
+    hidden, weight, bias, target = make(dtype)
+    whole = linear_log_probs(hidden, weight, target, bias=bias, chunk_size=B * T)
+    parts = linear_log_probs(hidden, weight, target, bias=bias, chunk_size=chunk_size)
+    torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-5)
+
+
+@given(st.integers(0, 2**20), st.sampled_from([1.0, 10.0, 100.0]))
+def test_a_log_prob_is_never_positive(seed, scale):
+    hidden, weight, bias, target = make(torch.float32, seed=seed)
+    assert (linear_log_probs(scale * hidden, weight, target, bias=bias) <= 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_no_less_exact_than_the_naive_path(dtype):
+    """Errors against float64 of the same inputs, over many tokens."""
+    generator = torch.Generator().manual_seed(0)
+    n, v, d = 128, 4099, 256
+    hidden = torch.randn(n, d, generator=generator).to(dtype)
+    weight = (torch.randn(v, d, generator=generator) / 8).to(dtype)
+    target = torch.randint(v, (n,), generator=generator)
+    of = torch.randn(n, generator=generator, dtype=torch.float64)
+    exact, exact_grads = gradients(
+        lambda h, w: plain(h, w, None, target), hidden.double(), weight.double(), of=of
+    )
+    ours, our_grads = gradients(
+        lambda h, w: linear_log_probs(h, w, target, chunk_size=32), hidden, weight, of=of
+    )
+    naive, naive_grads = gradients(
+        lambda h, w: (h @ w.T).float().log_softmax(-1).gather(-1, target[:, None])[:, 0],
+        hidden, weight, of=of,
+    )
+    assert (ours - exact).square().mean() <= (naive - exact).square().mean()
+    if dtype != torch.float32:
+        assert (ours - exact).abs().max() < 1e-5
+        assert (naive - exact).abs().max() > 1e-3
+    for ours_, naive_, exact_ in zip(our_grads, naive_grads, exact_grads, strict=True):
+        # in float32 both have the error of the same product, up to the luck of rounding
+        assert relative(ours_, exact_) <= 1.02 * relative(naive_, exact_)
+
+
+def test_the_targets_own_gradient_keeps_its_digits_where_it_is_all_but_certain():
+    hidden = torch.tensor([[1.0]], requires_grad=True)
+    weight = torch.tensor([[18.0], [0.0]])
+    linear_log_probs(hidden, weight, torch.tensor([0])).backward()
+    exact = 18 * torch.sigmoid(torch.tensor(-18.0, dtype=torch.float64))
+    torch.testing.assert_close(hidden.grad.double()[0, 0], exact, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_16_bit_head_repeats_what_an_engine_with_one_computes(dtype):
+    hidden, weight, _, target = make(dtype, bias=False)
+    rounded = (hidden.double() @ weight.double().T).to(dtype)
+    ours = linear_log_probs(hidden, weight, target, head_dtype=dtype)
+    torch.testing.assert_close(
+        ours, log_probs_from_logits(rounded.float(), target), rtol=0, atol=3e-2
+    )
+    assert not torch.equal(ours, linear_log_probs(hidden, weight, target))
+
+
+def test_entropy_and_its_variance_come_from_the_same_pass():
+    hidden, weight, bias, target = make()
+    out = linear_log_probs(hidden, weight, target, bias=bias, entropy=True, chunk_size=4)
+    log_p = (hidden @ weight.T + bias).log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    variance = (log_p.exp() * log_p.square()).sum(-1) - entropy.square()
+    torch.testing.assert_close(out.log_probs, plain(hidden, weight, bias, target))
+    torch.testing.assert_close(out.entropy, entropy)
+    torch.testing.assert_close(out.surprisal_variance, variance)
+
+
+def test_entropy_of_a_support_counts_the_support_alone():
+    hidden, weight, bias, target = make()
+    ids = torch.stack([target, (target + 1) % V], -1)
+    out = linear_log_probs(hidden, weight, target, bias=bias, entropy=True, support=ids)
+    log_p = (hidden @ weight.T + bias).gather(-1, ids).log_softmax(-1)
+    torch.testing.assert_close(out.entropy, -(log_p.exp() * log_p).sum(-1))
+
+
+class Largest(TorchDispatchMode):
+    """The largest floating tensor that any operation returns."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor) and x.is_floating_point():
+                self.entries = max(self.entries, x.numel())
+        return out
+
+
+def test_the_logits_of_a_batch_never_exist():
+    hidden, weight, bias, target = make(torch.float32)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    with Largest() as largest:
+        linear_log_probs(hidden, weight, target, bias=bias, chunk_size=2).sum().backward()
+    assert largest.entries == V * D
+    assert V * D < B * T * V
+
+
+@pytest.fixture
+def rows_multiplied(monkeypatch):
+    """How many rows went through the forward and the weight's backward product."""
+    counts = {"forward": 0, "backward": 0}
+    product, accumulate = linear_module._product, linear_module._accumulate
+
+    def counted_product(a, b, *, out):
+        counts["forward"] += len(a)
+        product(a, b, out=out)
+
+    def counted_accumulate(total, a, b):
+        if total.shape == (V, D):
+            counts["backward"] += len(b)
+        accumulate(total, a, b)
+
+    monkeypatch.setattr(linear_module, "_product", counted_product)
+    monkeypatch.setattr(linear_module, "_accumulate", counted_accumulate)
+    return counts
+
+
+def test_what_does_not_count_is_never_computed(rows_multiplied):
+    hidden, weight, bias, target = make(torch.float32)
+    mask = torch.zeros(B, T, dtype=torch.bool)
+    mask[0, :3] = mask[2, 5] = True
+    hidden[~mask] = torch.nan
+    target[~mask] = -100
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    out = linear_log_probs(hidden, weight, target, bias=bias, layout=Layout(mask), chunk_size=2)
+    assert rows_multiplied["forward"] == 4
+    assert (out[~mask] == 0).all()
+    (out * torch.tensor([[1.0], [1.0], [0.0]])).sum().backward()
+    assert rows_multiplied == {"forward": 4 + 3, "backward": 3}
+    assert (hidden.grad[~mask] == 0).all()
+    assert hidden.grad.isfinite().all()
+    assert weight.grad.isfinite().all()
+
+
+def test_nan_under_the_mask_is_not_hidden():
+    hidden, weight, bias, target = make(torch.float32)
+    hidden[1, 2, 0] = torch.nan
+    weight.requires_grad_()
+    out = linear_log_probs(hidden, weight, target, bias=bias)
+    assert out.isnan().nonzero().tolist() == [[1, 2]]
+    out.sum().backward()
+    assert weight.grad.isnan().any()
+
+
+def test_autocast_does_not_narrow_the_head():
+    hidden, weight, bias, target = make(torch.float32)
+    weight.requires_grad_()
+    expected = linear_log_probs(hidden, weight, target, bias=bias)
+    (gradient,) = torch.autograd.grad(expected.sum(), weight)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = linear_log_probs(hidden, weight, target, bias=bias)
+        out.sum().backward()
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+    torch.testing.assert_close(weight.grad, gradient, rtol=0, atol=0)
+
+
+def test_a_frozen_head_gets_no_gradient(rows_multiplied):
+    hidden, weight, bias, target = make(torch.float32)
+    hidden.requires_grad_()
+    linear_log_probs(hidden, weight, target, bias=bias).sum().backward()
+    assert hidden.grad is not None
+    assert weight.grad is None
+    assert rows_multiplied["backward"] == 0
+
+
+def test_a_transposed_weight_gets_its_own_gradient():
+    hidden, weight, bias, target = make()
+    of = torch.ones(B, T, dtype=torch.float64)
+    _, (expected,) = gradients(lambda w: plain(hidden, w, bias, target), weight, of=of)
+    _, (got,) = gradients(
+        lambda w: linear_log_probs(hidden, w.T, target, bias=bias), weight.T.contiguous(), of=of
+    )
+    torch.testing.assert_close(got.T, expected)
+
+
+def test_16_bit_hidden_states_meet_float32_master_weights():
+    hidden, weight, bias, target = make(torch.float32)
+    narrow = hidden.to(torch.bfloat16)
+    out = linear_log_probs(narrow, weight, target, bias=bias)
+    torch.testing.assert_close(out, plain(narrow.float(), weight, bias, target))
+
+
+def test_token_ids_may_be_narrow_integers():
+    hidden, weight, bias, target = make()
+    out = linear_log_probs(hidden, weight, target.int(), bias=bias)
+    torch.testing.assert_close(out, plain(hidden, weight, bias, target.int()))
+    torch.testing.assert_close(out, linear_log_probs(hidden, weight, target, bias=bias))
+
+
+def test_blocks_of_an_upcast_weight_make_the_whole(monkeypatch):
+    hidden, weight, bias, target = make(torch.bfloat16)
+    of = torch.randn(B, T, generator=torch.Generator().manual_seed(3))
+
+    def run():
+        return gradients(
+            lambda h, w, b: linear_log_probs(h, w, target, bias=b), hidden, weight, bias, of=of
+        )
+
+    whole = run()
+    monkeypatch.setattr(linear_module, "BLOCK", 5 * D)
+    torch.testing.assert_close(run(), whole)
+
+
+def test_no_tokens_give_no_log_probs_and_zero_gradients():
+    weight = torch.randn(V, D, requires_grad=True)
+    hidden = torch.zeros(2, 0, D, requires_grad=True)
+    out = linear_log_probs(hidden, weight, torch.zeros(2, 0, dtype=torch.int64))
+    assert out.shape == (2, 0)
+    out.sum().backward()
+    assert (weight.grad == 0).all()
+    masked = linear_log_probs(
+        torch.randn(2, 3, D), weight, torch.zeros(2, 3, dtype=torch.int64),
+        layout=torch.zeros(2, 3, dtype=torch.bool),
+    )
+    assert (masked == 0).all()
+
+
+def test_differentiating_twice_says_that_it_is_not_supported():
+    hidden, weight, bias, target = make()
+    hidden.requires_grad_()
+    out = linear_log_probs(hidden, weight, target, bias=bias).sum()
+    with pytest.raises(RuntimeError, match=r"twice .* is not supported"):
+        torch.autograd.grad(out, hidden, create_graph=True)
+
+
+BAD = {
+    "narrow weight": ({"weight": torch.zeros(V, D + 1)}, "hidden"),
+    "integer weight": ({"weight": torch.zeros(V, D, dtype=torch.int64)}, "weight"),
+    "weight of three axes": ({"weight": torch.zeros(1, V, D)}, "weight"),
+    "target beyond the vocabulary": ({"target": torch.full((B, T), V)}, "target"),
+    "negative target": ({"target": torch.full((B, T), -100)}, "target"),
+    "float target": ({"target": torch.zeros(B, T)}, "target"),
+    "shifted target": ({"target": torch.zeros(B, T + 1, dtype=torch.int64)}, "target"),
+    "integer hidden": ({"hidden": torch.zeros(B, T, D, dtype=torch.int64)}, "hidden"),
+    "bias of another width": ({"bias": torch.zeros(V + 1)}, "bias"),
+    "no temperature": ({"temperature": 0.0}, "temperature"),
+    "negative softcap": ({"softcap": -1.0}, "softcap"),
+    "empty chunks": ({"chunk_size": 0}, "chunk_size"),
+    "integer head": ({"head_dtype": torch.int8}, "head_dtype"),
+    "float mask": ({"layout": torch.ones(B, T)}, "mask"),
+    "mask of other tokens": ({"layout": torch.ones(B, T + 1, dtype=torch.bool)}, "layout"),
+    "support of other tokens": (
+        {"support": torch.zeros(B, T + 1, 2, dtype=torch.int64)}, "support",
+    ),
+    "offsets of other tokens": (
+        {"support": Support(torch.zeros(2, dtype=torch.int64), torch.tensor([0, 2]))}, "support",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_names_the_argument(case):
+    hidden, weight, bias, target = make(torch.float32)
+    given_, argument = BAD[case]
+    arguments = {"hidden": hidden, "weight": weight, "target": target, "bias": bias} | given_
+    with pytest.raises(InputError, match=rf"`{argument}` must be .* Fix: "):
+        linear_log_probs(**arguments)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float32_output_and_upcast_agree_on_a_gpu(dtype, monkeypatch):
+    hidden, weight, bias, target = (x.cuda() for x in make(dtype))
+    wide_output = linear_log_probs(hidden, weight, target, bias=bias)
+    monkeypatch.setattr(linear_module, "WIDE_OUTPUT", False)
+    upcast = linear_log_probs(hidden, weight, target, bias=bias)
+    torch.testing.assert_close(wide_output, upcast, rtol=1e-5, atol=1e-5)

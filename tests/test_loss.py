@@ -1,0 +1,372 @@
+"""Policy losses: composition, gradients, micro-batches, blocks of rows."""
+
+import itertools
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from batches import batches, make_batch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_layout import OBJECTIVES, loss_and_gradient
+
+import iscorrect as ic
+from iscorrect import PRESETS, Layout, PolicyLoss, loss, token_tis
+
+MICRO_AGGREGATIONS = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
+
+
+def call(loss_fn, batch, **changes):
+    tensors = batch._replace(**changes)
+    return loss_fn(
+        tensors.log_probs, rollout_log_probs=tensors.rollout_log_probs,
+        advantages=tensors.advantages, mask=tensors.mask, old_log_probs=tensors.old_log_probs,
+    )
+
+
+@given(batch=batches())
+def test_the_loss_is_the_weighted_objective_over_the_tokens_of_the_mask(batch):
+    value, _ = call(PolicyLoss(correction=token_tis(1.2), objective=ic.PPOClip()), batch)
+    total = n = 0.0
+    for s, current, m in zip(batch.sequences(), batch.log_probs, batch.mask, strict=True):
+        r = np.exp(current[m].numpy() - s.old)
+        surrogate = np.minimum(r * s.advantages, np.clip(r, 0.8, 1.2) * s.advantages)
+        total -= (np.minimum(oracle.token_is(s), 1.2) * surrogate).sum()
+        n += len(s.old)
+    assert value.item() == pytest.approx(total / max(n, 1), rel=1e-10, abs=1e-12)
+
+
+@given(batch=batches())
+def test_omitting_old_log_probs_weighs_the_current_policy(batch):
+    loss_fn = PolicyLoss(correction=token_tis())
+    log_probs = batch.log_probs.clone().requires_grad_()
+    value, _ = loss_fn(
+        log_probs, rollout_log_probs=batch.rollout_log_probs, advantages=batch.advantages,
+        mask=batch.mask,
+    )
+    value.backward()
+    weights = token_tis()(
+        old_log_probs=batch.log_probs, rollout_log_probs=batch.rollout_log_probs, mask=batch.mask
+    ).weights
+    n = max(1, batch.mask.sum().item())
+    expected = torch.where(batch.mask, -weights * batch.advantages / n, 0)
+    torch.testing.assert_close(log_probs.grad, expected, rtol=1e-12, atol=1e-15)
+
+
+def test_bypass_leaves_the_correction_to_the_ppo_ratio():
+    batch = make_batch(1)
+    loss_fn = PolicyLoss(correction=token_tis(), objective=ic.PPOClip())
+    value, metrics = call(loss_fn, batch, old_log_probs=batch.rollout_log_probs)
+    plain, _ = call(
+        PolicyLoss(correction=ic.uncorrected(), objective=ic.PPOClip()), batch,
+        old_log_probs=batch.rollout_log_probs,
+    )
+    assert metrics["is/weight/mean"] == 1
+    assert torch.equal(value, plain)
+
+
+def test_advantages_may_be_one_per_row():
+    batch = make_batch(2)
+    per_row = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    expanded = per_row[:, None].expand(batch.mask.shape)
+    a, _ = call(PolicyLoss(), batch, advantages=per_row)
+    b, _ = call(PolicyLoss(), batch, advantages=expanded)
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("named", "spec"),
+    [
+        (ic.token_tis_loss, PolicyLoss(correction=token_tis())),
+        (ic.masked_is_loss, PolicyLoss(correction=ic.icepop())),
+        (
+            ic.sequence_is_loss,
+            PolicyLoss(correction=ic.sequence_is(), aggregation="seq-mean-token-sum"),
+        ),
+    ],
+)
+def test_named_losses_are_compositions(named, spec):
+    batch = make_batch(3, scale=0.5)
+    assert torch.equal(call(named, batch).loss, call(spec, batch).loss)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("aggregation", MICRO_AGGREGATIONS)
+@given(
+    batch=batches(), preset=st.sampled_from(sorted(set(PRESETS) - {"pareto-is"})),
+    cut=st.integers(1, 3),
+)
+def test_micro_batches_with_a_normalizer_add_up_to_the_batch(
+    objective, aggregation, batch, preset, cut
+):
+    loss_fn = PolicyLoss(
+        correction=PRESETS[preset](), objective=OBJECTIVES[objective], aggregation=aggregation
+    )
+    whole, gradient, metrics = loss_and_gradient(
+        PolicyLoss(**{**vars(loss_fn), "reference_kl": ic.ReferenceKL()}), batch, Layout(batch.mask)
+    )
+    loss_fn = PolicyLoss(**{**vars(loss_fn), "reference_kl": ic.ReferenceKL()})
+    normalizer = ic.global_normalizer(batch.mask, aggregation, gradients="summed")
+    log_probs = batch.log_probs.clone().requires_grad_()
+    total, merged = 0.0, None
+    for start in range(0, len(batch.mask), cut):
+        part = batch._replace(log_probs=log_probs).rows(slice(start, start + cut))
+        value, seen = loss_fn(
+            part.log_probs, rollout_log_probs=part.rollout_log_probs, advantages=part.advantages,
+            mask=part.mask, old_log_probs=part.old_log_probs, ref_log_probs=part.ref_log_probs,
+            normalizer=normalizer,
+        )
+        value.backward()
+        total, merged = total + value.detach(), seen if merged is None else merged + seen
+    torch.testing.assert_close(total, whole, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(log_probs.grad[batch.mask], gradient, rtol=1e-12, atol=1e-12)
+    assert merged.to_floats() == pytest.approx(metrics, rel=1e-12, abs=1e-12)
+
+
+def ragged(rows, width, dtype=torch.float32):
+    batch = make_batch(4, rows=rows, width=width, scale=0.1)
+    return batch.to(dtype)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_blocks_of_rows_equal_the_whole(monkeypatch, objective, preset):
+    batch = ragged(7, 9, torch.float64)
+    loss_fn = PolicyLoss(
+        correction=PRESETS[preset](), objective=OBJECTIVES[objective],
+        aggregation="seq-mean-token-mean", reference_kl=ic.ReferenceKL(coefficient=0.1),
+    )
+    layout = Layout(batch.mask)
+    expected, expected_gradient, expected_metrics = loss_and_gradient(loss_fn, batch, layout)
+    monkeypatch.setattr(loss, "BLOCK", 20)
+    value, gradient, metrics = loss_and_gradient(loss_fn, batch, layout)
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-12, atol=1e-12)
+    assert metrics == pytest.approx(expected_metrics, rel=1e-12, abs=1e-12)
+
+
+def test_blocks_of_rows_serve_packed_rows_and_bf16(monkeypatch):
+    batch = ragged(6, 10).to(torch.bfloat16)
+    ids = torch.arange(10).expand(6, 10) // 4
+    layout = Layout(batch.mask, sequence_ids=ids)
+    loss_fn = PolicyLoss(correction=ic.sequence_tis(), objective=ic.PPOClip(level="geometric"),
+                         reference_kl=ic.ReferenceKL())
+    expected = loss_and_gradient(loss_fn, batch, layout)
+    monkeypatch.setattr(loss, "BLOCK", 25)
+    value, gradient, metrics = loss_and_gradient(loss_fn, batch, layout)
+    torch.testing.assert_close(value, expected[0])
+    torch.testing.assert_close(gradient, expected[1])
+    assert metrics == pytest.approx(expected[2], rel=1e-6, abs=1e-6)
+
+
+def test_blocks_of_rows_scale_with_the_incoming_gradient_and_refuse_a_second_backward(monkeypatch):
+    monkeypatch.setattr(loss, "BLOCK", 20)
+    batch = ragged(7, 9, torch.float64)
+    log_probs = batch.log_probs.clone().requires_grad_()
+    value, _ = call(PolicyLoss(), batch, log_probs=log_probs)
+    (one,) = torch.autograd.grad(value, log_probs, retain_graph=True)
+    (three,) = torch.autograd.grad(3 * value, log_probs, retain_graph=True)
+    torch.testing.assert_close(three, 3 * one)
+    (gradient,) = torch.autograd.grad(value**2, log_probs, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.sum().backward()
+
+
+def test_blocks_of_rows_ask_for_no_gradient_where_none_is_wanted(monkeypatch):
+    batch = ragged(7, 9, torch.float64)
+    expected, _ = call(PolicyLoss(), batch)
+    monkeypatch.setattr(loss, "BLOCK", 20)
+    with torch.no_grad():
+        value, _ = call(PolicyLoss(), batch, log_probs=batch.log_probs.clone().requires_grad_())
+    assert not value.requires_grad
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("over", ["mask", "kept"])
+def test_denominators_count_the_mask_or_what_is_kept(over):
+    batch = make_batch(6, rows=3, width=8, scale=1.0)
+    value, _ = call(PolicyLoss(correction=ic.icepop(), over=over), batch)
+    _, keep, _ = ic.icepop()(
+        old_log_probs=batch.old_log_probs, rollout_log_probs=batch.rollout_log_probs,
+        mask=batch.mask,
+    )
+    total, _ = call(PolicyLoss(correction=ic.icepop(), aggregation="sum"), batch)
+    assert 0 < keep.sum() < batch.mask.sum()
+    denominator = batch.mask.sum() if over == "mask" else keep.sum()
+    torch.testing.assert_close(value, total / denominator)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+@pytest.mark.parametrize("over", ["mask", "kept"])
+def test_a_batch_in_which_everything_is_rejected_gives_zero_and_finite_gradients(
+    objective, preset, over
+):
+    batch = make_batch(8)
+    nan = torch.full_like(batch.rollout_log_probs, torch.nan)
+    loss_fn = PolicyLoss(
+        correction=PRESETS[preset](), objective=OBJECTIVES[objective], over=over
+    )
+    for changes in ({"rollout_log_probs": nan}, {"mask": torch.zeros_like(batch.mask)}):
+        log_probs = batch.log_probs.clone().requires_grad_()
+        value, metrics = call(loss_fn, batch, log_probs=log_probs, **changes)
+        value.backward()
+        assert value == 0
+        assert not log_probs.grad.any()
+        assert metrics["is/rejected"] == 1
+        assert all(np.isfinite(list(metrics.to_floats().values())))
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (1, 1)])
+def test_zero_sequences_and_one_token_are_batches_too(shape):
+    x = torch.full(shape, -1.0, requires_grad=True)
+    value, metrics = PolicyLoss(correction=token_tis(), objective=ic.PPOClip())(
+        x, rollout_log_probs=x.detach(), advantages=torch.ones(shape), mask=torch.ones(shape).bool()
+    )
+    value.backward()
+    assert value == (-1 if shape == (1, 1) else 0)
+    assert x.grad.shape == shape
+    assert all(np.isfinite(list(metrics.to_floats().values())))
+
+
+@pytest.mark.parametrize("nonfinite", ["drop", "neutral"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("which", ["log_probs", "old_log_probs", "rollout_log_probs"])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_value_that_is_not_finite_never_reaches_the_loss(nonfinite, objective, which, value):
+    batch = make_batch(9, rows=2, width=5)
+    batch = batch._replace(mask=torch.tensor([[True] * 5, [True, True, False, True, False]]))
+    clean = [torch.nan_to_num(x, -1.0, -1.0, -1.0) for x in batch[:-1]]
+    batch = type(batch)(*clean, batch.mask)
+    broken = getattr(batch, which).clone()
+    broken[0, 2] = value
+    batch = batch._replace(**{which: broken})
+    log_probs = batch.log_probs.clone().requires_grad_()
+    loss_fn = PolicyLoss(
+        correction=ic.Correction(nonfinite=nonfinite), objective=OBJECTIVES[objective]
+    )
+    result, metrics = call(loss_fn, batch, log_probs=log_probs)
+    result.backward()
+    assert result.isfinite()
+    assert log_probs.grad.isfinite().all()
+    assert log_probs.grad[0, 3] != 0 or "ppo" in objective or objective == "gspo"
+    if which == "log_probs":
+        assert log_probs.grad[0, 2] == 0
+    assert metrics["is/nonfinite"] == 1 / 8
+
+
+def test_a_reference_that_is_not_finite_is_left_out_of_the_penalty():
+    batch = make_batch(12)
+    i, j = batch.mask.nonzero()[0]
+    ref = batch.ref_log_probs.clone()
+    ref[i, j] = torch.nan
+    loss_fn = PolicyLoss(reference_kl=ic.ReferenceKL(coefficient=0.3))
+    value, gradient, _ = loss_and_gradient(
+        loss_fn, batch._replace(ref_log_probs=ref), Layout(batch.mask)
+    )
+    ref[i, j] = batch.log_probs[i, j]
+    expected = loss_and_gradient(loss_fn, batch._replace(ref_log_probs=ref), Layout(batch.mask))
+    torch.testing.assert_close(value, expected[0])
+    torch.testing.assert_close(gradient, expected[1])
+
+
+def test_an_extra_term_is_added_under_the_mask_without_a_weight():
+    batch = make_batch(10)
+    extra = batch.advantages.clone().requires_grad_()
+    log_probs = batch.log_probs.clone().requires_grad_()
+    loss_fn = PolicyLoss(correction=token_tis())
+    value, _ = loss_fn(
+        log_probs, rollout_log_probs=batch.rollout_log_probs, advantages=batch.advantages,
+        mask=batch.mask, extra=extra,
+    )
+    plain, _ = loss_fn(
+        log_probs, rollout_log_probs=batch.rollout_log_probs, advantages=batch.advantages,
+        mask=batch.mask,
+    )
+    torch.testing.assert_close(value - plain, batch.advantages[batch.mask].mean())
+    value.backward()
+    torch.testing.assert_close(extra.grad, batch.mask.double() / batch.mask.sum())
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_the_reference_penalty_is_weighted_only_where_it_says_so(estimator, corrected):
+    batch = make_batch(12, scale=0.5)
+    penalty = ic.ReferenceKL(coefficient=0.3, estimator=estimator, corrected=corrected)
+    loss_fn = PolicyLoss(correction=ic.icepop(), reference_kl=penalty)
+    value, _, _ = loss_and_gradient(loss_fn, batch, Layout(batch.mask))
+    plain, _ = call(PolicyLoss(correction=ic.icepop()), batch)
+    total = 0.0
+    for s, current, ref, m in zip(
+        batch.sequences(), batch.log_probs, batch.ref_log_probs, batch.mask, strict=True
+    ):
+        d = (ref - current)[m].numpy()
+        k = {"k1": -d, "k2": d**2 / 2, "k3": np.expm1(d) - d}[estimator]
+        total += (k * (oracle.icepop(s) if corrected else 1)).sum()
+    expected = 0.3 * total / batch.mask.sum().item()
+    assert (value - plain).item() == pytest.approx(expected, rel=1e-10)
+
+
+def test_a_callable_may_take_the_place_of_every_part():
+    batch = make_batch(13)
+    mine = PolicyLoss(
+        correction=ic.Correction(
+            bound=lambda ratio, evidence: ratio.sqrt(),
+            reject=(lambda evidence: evidence.log_ratio < 0.05,),
+        ),
+        objective=lambda log_probs, old, advantages, layout: -advantages * log_probs,
+        aggregation=lambda per_token, layout: layout.total(per_token) / 10,
+    )
+    value, metrics = call(mine, batch)
+    total = 0.0
+    for s, current, m in zip(batch.sequences(), batch.log_probs, batch.mask, strict=True):
+        d = oracle.log_ratio(s)
+        total -= (np.exp(d / 2) * (d < 0.05) * s.advantages * current[m].numpy()).sum()
+    torch.testing.assert_close(value.item(), total / 10)
+    assert mine.scope == "batch"
+    assert 0 < metrics["is/rejected"] < 1
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_autocast_changes_nothing(objective, preset):
+    batch = make_batch(16).to(torch.float32)
+    loss_fn = PolicyLoss(correction=PRESETS[preset](), objective=OBJECTIVES[objective],
+                         reference_kl=ic.ReferenceKL())
+    layout = Layout(batch.mask)
+    expected = loss_and_gradient(loss_fn, batch, layout)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, gradient, metrics = loss_and_gradient(loss_fn, batch, layout)
+    assert torch.equal(loss, expected[0])
+    assert torch.equal(gradient, expected[1])
+    assert metrics == expected[2]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_float32_loss_stays_float32_whatever_its_normalizer(dtype):
+    batch = make_batch(14).to(dtype)
+    normalizer = ic.global_normalizer(batch.mask, gradients="summed")
+    value, _ = PolicyLoss()(
+        batch.log_probs, rollout_log_probs=batch.rollout_log_probs, advantages=batch.advantages,
+        mask=batch.mask, normalizer=normalizer,
+    )
+    assert value.dtype == torch.float32
+
+
+def test_float64_stays_float64():
+    for objective, preset in itertools.product(OBJECTIVES.values(), PRESETS.values()):
+        value, _ = call(PolicyLoss(correction=preset(), objective=objective), make_batch(14))
+        assert value.dtype == torch.float64
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("preset", ["uncorrected", "token-tis", "sequence-mis", "topr"])
+def test_gradients_are_those_of_finite_differences(objective, preset):
+    batch = make_batch(15, rows=2, width=4)
+    clean = torch.where(batch.mask, batch.log_probs, -1.0).requires_grad_()
+    loss_fn = PolicyLoss(correction=PRESETS[preset](), objective=OBJECTIVES[objective])
+    # CISPO's weight carries no gradient, so its loss is no function of which it is the derivative.
+    if objective == "cispo":
+        loss_fn = PolicyLoss(correction=PRESETS[preset](), objective=ic.CISPO(low=1.0, high=1.0))
+    assert torch.autograd.gradcheck(lambda x: call(loss_fn, batch, log_probs=x).loss, (clean,))

@@ -1,0 +1,160 @@
+"""Metrics against plain definitions."""
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from batches import batches, make_batch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import iscorrect as ic
+from iscorrect import Correction, Metrics, PolicyLoss
+
+
+def metrics_of(correction, batch):
+    return correction(
+        old_log_probs=batch.old_log_probs, rollout_log_probs=batch.rollout_log_probs,
+        mask=batch.mask, advantages=batch.advantages,
+    ).metrics
+
+
+def share(mask):
+    return np.mean(mask) if len(mask) else 0.0
+
+
+@given(batch=batches())
+def test_mismatch_metrics_are_means_over_tokens(batch):
+    d = np.concatenate([oracle.log_ratio(s) for s in batch.sequences()])
+    r = oracle.exp(d)
+    expected = {
+        "batch/tokens": len(d),
+        "mismatch/kl_k1": share(-d),
+        "mismatch/kl_k2": share(d**2 / 2),
+        "mismatch/kl_k3": share(np.expm1(d) - d),
+        "mismatch/log_prob_diff/mean": share(np.abs(d)),
+        "mismatch/log_prob_diff/max": np.abs(d).max(initial=0),
+        "mismatch/chi2/token": share((r - 1) ** 2),
+        "is/ratio/mean": share(r),
+        "is/ratio/min": r.min(initial=1),
+        "is/ratio/max": r.max(initial=1),
+        "is/nonfinite": 0,
+    }
+    actual = metrics_of(ic.token_tis(), batch).to_floats()
+    assert {k: actual[k] for k in expected} == pytest.approx(expected, rel=1e-9, abs=1e-14)
+
+
+@given(batch=batches(), cap=st.sampled_from([0.9, 1.0, 1.5]))
+def test_weight_metrics_count_units_of_the_level(batch, cap):
+    for correction, weigh in (
+        (ic.token_tis(cap), lambda s: np.minimum(oracle.token_is(s), cap)),
+        (
+            ic.sequence_mis(high=cap),
+            lambda s: oracle.product(s)[:1] * (oracle.product(s)[:1] <= cap),
+        ),
+    ):
+        ratios = np.concatenate([
+            oracle.product(s)[:1] if correction.level == "sequence" else oracle.token_is(s)
+            for s in batch.sequences()
+        ])
+        weights = np.concatenate([weigh(s) for s in batch.sequences()])
+        kept = weights[weights != 0]
+        actual = metrics_of(correction, batch).to_floats()
+        expected = {
+            "is/weight/mean": share(kept),
+            "is/weight/max": weights.max(initial=0),
+            "is/kept_weight": share(weights),
+            "is/ess": oracle.ess(weights),
+            "is/bounded": share(weights != ratios),
+            "is/chi2": share((ratios - 1) ** 2),
+        }
+        assert {k: actual[k] for k in expected} == pytest.approx(expected, rel=1e-9, abs=1e-14)
+
+
+def test_rejection_counts_tokens():
+    batch = make_batch(0, rows=4, width=6, scale=1.0)
+    _, keep, metrics = ic.icepop()(
+        old_log_probs=batch.old_log_probs, rollout_log_probs=batch.rollout_log_probs,
+        mask=batch.mask,
+    )
+    rejected = 1 - keep.sum() / batch.mask.sum()
+    assert metrics["is/rejected"].item() == pytest.approx(rejected.item())
+
+
+def test_a_token_rule_leaves_a_sequence_its_weight_while_one_token_is_left():
+    old = torch.tensor([[-1.0, -1.0, -1.0]])
+    rollout = torch.tensor([[-1.5, -1.0, -1.0]])
+    rule = ic.RatioOutside(level="token", low=0.9, high=1.1)
+    _, keep, metrics = Correction(level="sequence", reject=(rule,))(
+        old_log_probs=old, rollout_log_probs=rollout, mask=torch.ones(1, 3, dtype=torch.bool)
+    )
+    assert keep.tolist() == [[False, True, True]]
+    assert metrics["is/kept_weight"].item() == pytest.approx(np.exp(0.5))
+    assert metrics["is/rejected"].item() == pytest.approx(1 / 3)
+
+
+def test_the_update_is_measured_against_the_old_policy():
+    batch = make_batch(1)
+    _, metrics = PolicyLoss(objective=ic.PPOClip())(
+        batch.log_probs, rollout_log_probs=batch.rollout_log_probs, advantages=batch.advantages,
+        mask=batch.mask, old_log_probs=batch.old_log_probs,
+    )
+    d = (batch.log_probs - batch.old_log_probs)[batch.mask].numpy()
+    assert metrics["policy/kl_k1"].item() == pytest.approx(-d.mean())
+    assert metrics["policy/kl_k3"].item() == pytest.approx((np.expm1(d) - d).mean())
+    r, a = np.exp(d), batch.advantages[batch.mask].numpy()
+    clipped = ((a > 0) & (r > 1.2)) | ((a < 0) & (r < 0.8))
+    assert metrics["policy/clipped"].item() == pytest.approx(clipped.mean())
+
+
+def test_k3_keeps_its_digits_where_good_stacks_live():
+    d = torch.tensor([1e-4, -1e-4, 3e-3])
+    exact = torch.expm1(d.double()) - d.double()
+    torch.testing.assert_close(ic.k3(d).double(), exact, rtol=1e-2, atol=0)
+    naive = (d.exp() - d - 1).double()
+    assert ((naive - exact).abs() > 0.5 * exact)[:2].all()
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 100.0])
+def test_ratios_of_any_size_give_finite_metrics_in_float32(scale):
+    batch = make_batch(2, rows=5, width=30, scale=scale).to(torch.float32)
+    for preset in ic.PRESETS.values():
+        values = metrics_of(preset(), batch).to_floats().values()
+        assert np.isfinite(list(values)).all()
+
+
+def test_merging_keeps_what_one_side_lacks():
+    batch = make_batch(3)
+    a = metrics_of(ic.token_tis(), batch)
+    assert (a + Metrics({}, {})).to_floats() == a.to_floats() == (Metrics({}, {}) + a).to_floats()
+    assert Metrics({}, {}).to_floats() == {}
+    assert len(Metrics({}, {})) == 0
+    with pytest.raises(KeyError):
+        a["policy/clipped"]
+
+
+def test_metrics_print_their_names():
+    assert "mismatch/kl_k3" in repr(metrics_of(ic.token_tis(), make_batch(4)))
+
+
+def test_effective_sample_size_ignores_scale_and_padding():
+    weights = torch.tensor([[1e30, 2e30, torch.nan]])
+    mask = torch.tensor([[True, True, False]])
+    assert ic.effective_sample_size(weights, mask).item() == pytest.approx(0.9)
+    assert ic.effective_sample_size(weights, torch.zeros_like(mask)) == 0
+
+
+@given(seed=st.integers(0, 99))
+def test_binary_kl_is_that_of_the_two_outcomes(seed):
+    rng = np.random.default_rng(seed)
+    p, q = rng.random((2, 20))
+    expected = p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))
+    actual = ic.binary_kl(torch.from_numpy(np.log(p)), torch.from_numpy(np.log(q)))
+    np.testing.assert_allclose(actual, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_binary_kl_of_certain_tokens_is_zero_or_infinite():
+    certain, half = torch.tensor([0.0]), torch.tensor([0.5]).log()
+    assert ic.binary_kl(certain, certain) == 0
+    assert ic.binary_kl(half, certain) == torch.inf
+    assert ic.binary_kl(certain, half).item() == pytest.approx(np.log(2))
