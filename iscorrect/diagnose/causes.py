@@ -117,7 +117,7 @@ def diagnose(dump: LogProbDump, *, null: LogProbDump | None = None) -> list[Find
 
 
 def _doubtless(estimate: Estimate, tokens: Tokens) -> bool:
-    """Beyond five standard errors, and more where few sequences say how large those are."""
+    """Beyond 4.5 standard errors, and more where few sequences say how large those are."""
     s = tokens.sequences
     return s >= 8 and abs(estimate.z) > 4.5 * (1 + 8 / s)
 
