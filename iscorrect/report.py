@@ -53,9 +53,11 @@ SAMPLE = 2**20
 CORRECTIONS = (
     "uncorrected", "token-tis:cap=2", "icepop", "sequence-tis:cap=2", "sequence-mis:high=3",
 )
+WORST_GROUPS = 5
 MOST_PLACES = 12  # steps and versions that are listed: those with the largest k3
 EDGES = {
     "position": (0, 16, 64, 256, 1024, 4096),
+    "length": (0, 64, 256, 1024, 4096, 16384),
     "rollout probability": (0.0, 0.1, 0.5, 0.9, 0.99),
 }
 
@@ -187,6 +189,8 @@ class _Pass:
         self.outside += float(outside.sum(dtype=torch.float64))
         position = dump.mask.cumsum(1) - 1
         self._bin("position", position, mask=mask, k3=k3, outside=outside)
+        length = counts[:, None].expand_as(mask)
+        self._bin("length", length, mask=mask, k3=k3, outside=outside)
         self._bin("rollout probability", p, mask=mask, k3=k3, outside=outside)
         for name in ("step", "policy_version"):
             values = getattr(dump, name)
@@ -303,7 +307,8 @@ def summarise(
         compared[name]["is/bias_mass"] = gathered.distance[name] / max(gathered.units[name], 1)
     return Report(
         source=source, sequences=gathered.sequences, metrics=metrics, corrections=compared,
-        places=_places(gathered.places, tokens), findings=findings, sample=sample,
+        places=_places(gathered.places, tokens) + _worst_groups(sample),
+        findings=findings, sample=sample,
         advice=advise(
             sample, samples=samples or gathered.sequences, length=length or round(mean_length),
             findings=findings,
@@ -330,6 +335,24 @@ def _places(places: dict[tuple[str, int], _Sums], tokens: float) -> list[dict[st
             "outside": sums.outside / sums.tokens,
         })
     return rows
+
+
+def _worst_groups(sample: LogProbDump) -> list[dict[str, Any]]:
+    """The groups of the sample with the largest k3; shares are of the sample."""
+    tokens = Tokens.of(sample)
+    if tokens.group is None:
+        return []
+    groups, inverse = np.unique(tokens.group[tokens.row], return_inverse=True)
+    count = np.bincount(inverse)
+    k3 = np.bincount(inverse, weights=np.expm1(np.minimum(tokens.d, 30)) - tokens.d) / count
+    outside = np.bincount(inverse, weights=np.abs(tokens.d) > math.log(2)) / count
+    return [
+        {
+            "place": f"group {groups[i]}", "tokens": float(count[i] / len(tokens)),
+            "kl_k3": float(k3[i]), "outside": float(outside[i]),
+        }
+        for i in np.argsort(-k3)[:WORST_GROUPS]
+    ]
 
 
 @dataclass(frozen=True)
