@@ -178,20 +178,20 @@ def _unsampled(tokens: Tokens) -> tuple[Finding | None, Array]:
     everything = np.ones(len(tokens), dtype=bool)
     if tokens.gap is None or len(tokens) < 8:
         return None, everything
-    sums = np.convolve(tokens.gap, np.ones(8), "valid")
+    both = tokens.gap + np.minimum(tokens.d, 0)  # surprisal of the less surprised side
+    sums = np.convolve(both, np.ones(8), "valid")
     whole = tokens.row[7:] == tokens.row[:-7]
     starts = np.flatnonzero(whole & (sums > 8 * 4.0))
     foreign = np.zeros(len(tokens), dtype=bool)
     for offset in range(8):
         foreign[starts + offset] = True
-    alike = float(np.median(np.abs(tokens.d[foreign]))) < 0.5 if foreign.any() else False
-    if not alike or int(foreign.sum()) < 24:
+    if int(foreign.sum()) < 24:
         return None, everything
     share = float(foreign.mean())
     return Finding(
         "environment tokens in the mask",
         f"{int(foreign.sum())} tokens ({share:.2%}) lie in runs whose surprisal exceeds the"
-        f" entropy by {float(tokens.gap[foreign].mean()):.1f} nats per token on both sides:"
+        f" entropy by {float(both[foreign].mean()):.1f} nats per token on both sides:"
         " nobody sampled them",
         "print the masked tokens around a turn's boundary; tool and user text must have mask 0",
         share,
