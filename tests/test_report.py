@@ -114,11 +114,20 @@ class TestNumbers:
 
     def test_places_add_up_to_the_whole(self):
         report = summarise([some_dump()])
-        for kind in ("position", "rollout probability", "step"):
+        for kind in ("position", "length", "rollout probability", "step"):
             rows = [row for row in report.places if row["place"].startswith(kind)]
             assert sum(row["tokens"] for row in rows) == pytest.approx(1)
             total = sum(row["tokens"] * row["kl_k3"] for row in rows)
             assert total == pytest.approx(report.metrics["mismatch/kl_k3"], rel=1e-4)
+
+    def test_the_groups_that_differ_most_are_listed_first(self):
+        dump = some_dump()
+        group = torch.arange(40) // 4
+        old = torch.where((group == 6)[:, None], dump.old_log_probs - 1, dump.old_log_probs)
+        report = summarise([replace(dump, old_log_probs=old, group=group)])
+        listed = [row["place"] for row in report.places if row["place"].startswith("group")]
+        assert len(listed) == 5
+        assert listed[0] == "group 6"
 
     def test_of_many_steps_the_worst_are_listed(self):
         dump = some_dump(sequences=200)
@@ -279,8 +288,9 @@ class TestCommand:
         pty = pytest.importorskip("pty")
         parent, child = pty.openpty()
         code = (
-            "import sys; from iscorrect.report import *; from iscorrect.dumps import stream_dump;"
-            f"print_report(summarise(stream_dump({str(path)!r})), sys.stdout)"
+            "from iscorrect.report import print_report, summarise;"
+            "from iscorrect.dumps import stream_dump;"
+            f"print_report(summarise(stream_dump({str(path)!r})))"
         )
         process = subprocess.Popen([sys.executable, "-c", code], stdout=child, env=os.environ)
         os.close(child)
@@ -292,8 +302,8 @@ class TestCommand:
             pass
         os.close(parent)
         assert process.wait() == 0
-        assert "━" in text.decode()
-        assert "token-tis:cap=2" in text.decode()
+        assert b"\x1b[" in text  # rich's styles
+        assert b"token-tis:cap=2" in text
 
 
 class TestThresholds:

@@ -16,7 +16,7 @@ from iscorrect.errors import input_error
 from iscorrect.pareto import pareto_tail
 from iscorrect.thresholds import mse_optimal_cap
 
-# What a correction is for: hardware, and weights that differ on purpose. The rest is to be repaired.
+# What a correction is for: hardware, and weights that differ on purpose. The rest is repaired.
 CORRECTABLE = (
     NOISE, "stale weights", "quantised rollout", "heavy tail", "16-bit LM head",
     "larger than 16-bit",
@@ -105,8 +105,8 @@ def advise(
         settled = "above" if heavy else "below"
         advice.append(Advice(
             "Bound the token ratios",
-            f"{outside:.2%} of tokens have a ratio outside [0.5, 2]; the Pareto index of the tail is"
-            f" {tail:.2f}, {settled} the 0.7 up to which averages of weights settle",
+            f"{outside:.2%} of tokens have a ratio outside [0.5, 2]; the Pareto index of the tail"
+            f" is {tail:.2f}, {settled} the 0.7 up to which averages of weights settle",
             "token-tis:cap=2",
         ))
     advice += _precision(tokens, findings, total, length)
