@@ -141,7 +141,9 @@ def test_weights_on_the_advantages_do_the_same_without_vllm(path, tmp_path, mode
     ("loss_type", "aggregation"), [("dapo", "token-mean"), ("grpo", "seq-mean-token-mean")]
 )
 def test_a_policy_loss_that_is_trls_trains_as_trl_does(path, tmp_path, loss_type, aggregation):
-    changes = dict(loss_type=loss_type, num_iterations=2, beta=0.1)
+    changes = dict(
+        loss_type=loss_type, num_iterations=2, beta=0.1, use_bias_correction_kl=False
+    )
     plain = run(Plain, path, tmp_path, changes=changes | modes("token_truncate", 1.2, None))
     loss = PolicyLoss(
         correction=from_trl("token_truncate", 1.2), objective=PPOClip(low=0.8, high=1.2),
@@ -204,6 +206,13 @@ REFUSED = {
     "off-policy mask": (
         dict(off_policy_mask_threshold=0.5), dict(policy_loss=PolicyLoss()),
         "off_policy_mask_threshold", "got 0.5",
+    ),
+    "another coefficient": (
+        dict(beta=0.1), dict(policy_loss=PolicyLoss()), "beta", "ReferenceKL(coefficient=beta)"
+    ),
+    "a scaled penalty": (
+        dict(beta=0.1), dict(policy_loss=PolicyLoss(reference_kl=ReferenceKL(coefficient=0.1))),
+        "use_bias_correction_kl", "set use_bias_correction_kl=False",
     ),
     "vespo": (
         dict(loss_type="vespo"), dict(correction=sequence_is()), "loss_type", "loss_type='dapo'"

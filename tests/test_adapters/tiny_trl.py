@@ -19,7 +19,7 @@ def save_model(path):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(WORDS), hidden_size=64, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=2, head_dim=32, max_position_embeddings=64,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=32, max_position_embeddings=256,
         bos_token_id=None, eos_token_id=1, pad_token_id=0, initializer_range=0.3,
     )
     LlamaForCausalLM(config).save_pretrained(path)
