@@ -84,7 +84,7 @@ def main() -> None:
         beta=0.0, top_k=0, max_completion_length=options.length, use_cpu=options.cpu,
         bf16=not options.cpu, use_vllm=options.engine == "vllm",
         vllm_mode="colocate", vllm_max_model_length=options.length + 64,
-        vllm_gpu_memory_utilization=0.3,
+        vllm_gpu_memory_utilization=0.3, model_init_kwargs={"dtype": "float32"},
     )
     trainer = Trainer(
         model=options.model, reward_funcs=correct, args=settings, train_dataset=sums(1000),

@@ -184,7 +184,7 @@ def test_a_dump_of_a_run_reads_back(path, tmp_path):
     assert dump.token_ids.shape == dump.advantages.shape == dump.mask.shape
     report = subprocess.run(
         [sys.executable, "-m", "iscorrect", "report", str(tmp_path / "dump")],
-        capture_output=True, text=True, check=True,
+        cwd=tmp_path, capture_output=True, text=True, check=True,
         env=os.environ | {"PYTHONPATH": str(Path(iscorrect.__file__).parents[1])},
     )
     assert "kl" in report.stdout.lower()

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 import iscorrect
 from iscorrect.dumps import read_dump
@@ -32,7 +33,7 @@ ENGINES = [
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_example_trains_three_steps_logs_metrics_and_dumps(tmp_path, engine):
-    model = save_model(tmp_path / "model")
+    model = save_model(tmp_path / "model", torch.bfloat16)
     arguments = ["--engine", engine, "--steps", "3", "--length", "16", "--cpu"]
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / "trl_grpo.py"), model, str(tmp_path), *arguments],
@@ -43,13 +44,13 @@ def test_the_example_trains_three_steps_logs_metrics_and_dumps(tmp_path, engine)
     dump = read_dump(tmp_path / "dump")
     assert sorted(set(dump.step.tolist())) == [0, 1, 2]
     difference = (dump.old_log_probs - dump.rollout_log_probs)[dump.mask].abs()
-    # transformers samples with the model itself; vLLM serves a float32 checkpoint as bfloat16
+    # transformers samples with the model itself; vLLM with its weights in bfloat16
     assert difference.mean() < (1e-4 if engine == "transformers" else 0.1)
     if engine == "vllm":
         assert difference.mean() > 1e-5
     report = subprocess.run(
         [sys.executable, "-m", "iscorrect", "report", str(tmp_path / "dump")],
-        capture_output=True, text=True, check=False, env=os.environ | ENVIRONMENT,
+        cwd=tmp_path, capture_output=True, text=True, check=False, env=os.environ | ENVIRONMENT,
     )
     assert report.returncode in (0, 1), report.stderr[-3000:]
     assert "KL" in report.stdout

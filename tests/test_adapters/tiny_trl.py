@@ -9,7 +9,7 @@ LENGTH = 6
 WORDS = ["<pad>", "<eos>", *map(str, range(30))]
 
 
-def save_model(path):
+def save_model(path, dtype=torch.float32):
     """A Llama of 2 layers with a vocabulary of 32 words."""
     vocabulary = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="0"))
     vocabulary.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -22,7 +22,7 @@ def save_model(path):
         num_attention_heads=2, num_key_value_heads=2, head_dim=32, max_position_embeddings=256,
         bos_token_id=None, eos_token_id=1, pad_token_id=0, initializer_range=0.3,
     )
-    LlamaForCausalLM(config).save_pretrained(path)
+    LlamaForCausalLM(config).to(dtype).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return str(path)
 
