@@ -20,7 +20,7 @@ FLOORS = [
     {"bounds"},
     {"correction"},
     {"loss", "dumps"},
-    {"fused", "testing", "diagnose"},
+    {"fused", "testing", "diagnose", "adapters"},
     {"plots", "rollouts", "compare"},
     {"report", "demo"},
     {"cli"},
