@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, reject
+from hypothesis import strategies as st
 
 import iscorrect
 from iscorrect import (
@@ -97,6 +99,39 @@ def test_every_mode_trains_as_plain_trl_does(path, tmp_path, mode, clip_min):
     assert log["mismatch/log_prob_diff/mean"] == pytest.approx(
         plain.state.log_history[0]["sampling/sampling_logp_difference/mean"]
     )
+
+
+@pytest.fixture(scope="module")
+def scorer(path, tmp_path_factory):
+    """A plain trainer, whose weights can be asked for."""
+    return Plain(
+        model=path, reward_funcs=reward, args=arguments(tmp_path_factory.mktemp("scorer")),
+        train_dataset=dataset(),
+    )
+
+
+@given(
+    st.sampled_from(MODES), st.none() | st.floats(1.0, 5.0), st.none() | st.floats(0.0, 1.0),
+    st.sampled_from([1e-3, 0.3, 5.0, 200.0]), st.integers(0, 100),
+)
+def test_the_weights_are_those_that_trl_computes(scorer, mode, high, low, noise, shift):
+    if mode.endswith("truncate") and high is None and low is None:
+        reject()  # torch.clamp refuses to have no bound
+    if high is None and noise > 1:
+        reject()  # TRL's unbounded ratios overflow
+    scorer.noise = noise
+    scorer.vllm_importance_sampling_mode = mode
+    scorer.vllm_importance_sampling_clip_max = high
+    scorer.vllm_importance_sampling_clip_min = low
+    prompts = [{"prompt": f"{shift % 9} {shift % 29 + i // 2}"} for i in range(4)]
+    batch = scorer._generate_and_score_completions(prompts)
+    mask = batch["completion_mask"].bool()
+    ours = from_trl(mode, high, low)(
+        old_log_probs=batch["old_per_token_logps"],
+        rollout_log_probs=batch["sampling_per_token_logps"], mask=mask,
+    ).weights
+    theirs = batch["importance_sampling_ratio"].expand(mask.shape)
+    torch.testing.assert_close(ours[mask], theirs[mask], rtol=1e-5, atol=1e-7)
 
 
 LOSSES = {

@@ -51,13 +51,15 @@ def rollout(model, prompt_ids, noise=0.3):
 class SimulatedEngine:
     """Makes a GRPOTrainer believe that vLLM sampled."""
 
+    noise = 0.3
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.use_vllm = self.args.use_vllm = True
         self.losses = []
 
     def _generate_single_turn(self, prompt_ids, *_, **__):
-        return rollout(self.accelerator.unwrap_model(self.model), prompt_ids)
+        return rollout(self.accelerator.unwrap_model(self.model), prompt_ids, self.noise)
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
