@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import ctypes
 import gc
 import importlib.metadata
 import platform
@@ -165,3 +166,28 @@ def commit() -> str:
         cwd=Path(__file__).parent,
     )
     return found.stdout.strip()
+
+
+def extra_memory(run: Callable[[], object], device: str) -> float | str:
+    """Bytes that one run holds at its peak beyond what was there before; run it once beforehand."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        before = _resident("VmRSS")
+        # makes the kernel forget the highest resident size so far
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+        run()
+        return _resident("VmHWM") - before
+    except OSError:
+        return "not measured"
+
+
+def _resident(field: str) -> int:
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    line = next(line for line in status.splitlines() if line.startswith(field + ":"))
+    return int(line.split()[1]) * 1024

@@ -15,6 +15,7 @@ from iscorrect.fused import fused_policy_loss
 from iscorrect.linear import linear_log_probs
 
 CAP = 2.0
+TOKEN_TIS = PolicyLoss(correction=token_tis(CAP))
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,9 @@ def make(
     )
 
 
-def ours(problem: Problem, loss_fn: PolicyLoss = PolicyLoss(correction=token_tis(CAP)),
-         **options: object) -> Callable[[], object]:
+def ours(
+    problem: Problem, loss_fn: PolicyLoss = TOKEN_TIS, **options: object
+) -> Callable[[], object]:
     def step() -> Tensor:
         forget(problem)
         loss, _ = fused_policy_loss(
@@ -160,11 +162,11 @@ def every_peer(name: str, problem: Problem, setting: Setting) -> Workload:
     missing = {}
     for provider, package in peers.PACKAGES.items():
         try:
-            step = theirs(problem, peers.load(provider))
+            step = theirs(problem, peers.load(provider, setting.device))
             agree(runs["iscorrect, one pass"], step, problem)
             runs[provider], versions[provider] = step, package
-        except ImportError:
-            missing[provider] = "not installed"
+        except peers.UnavailableError as why:
+            missing[provider] = str(why)
         except (RuntimeError, NotImplementedError, ValueError) as error:
             missing[provider] = f"fails: {type(error).__name__}"
     runs["limit: the products alone, float32"] = products(problem)
@@ -215,25 +217,27 @@ def realistic(size: dict[str, int], setting: Setting) -> Workload:
     workload = Workload(
         "group-batch",
         f"{b} × {t} positions in ragged rows, {counted:.0%} of them counted, 40 % of the rows "
-        f"without advantage; vocabulary {size['v']}, width {size['d']}, float32. Padding is removed "
-        "for everyone but where the name says so.",
+        f"without advantage; vocabulary {size['v']}, width {size['d']}, float32. Padding is "
+        "removed for everyone but where the name says so.",
     )
     runs = {"iscorrect, one pass": ours(problem)}
-    versions = {"iscorrect, one pass": "iscorrect"}
+    versions, missing = {"iscorrect, one pass": "iscorrect"}, {}
     for provider in ("materialised", *peers.BOUNDED):
         try:
-            runs[provider] = theirs(problem, peers.load(provider))
+            runs[provider] = theirs(problem, peers.load(provider, setting.device))
             versions[provider] = peers.PACKAGES[provider]
-        except ImportError:
-            workload.add(provider, peers.PACKAGES[provider], **{"wall, ms": "not installed"})
+        except peers.UnavailableError as why:
+            missing[provider] = str(why)
     if "TRL, chunked" in runs:
         name = "TRL, chunked, padding kept as in its trainer"
-        runs[name] = theirs(problem, peers.load("TRL, chunked"), padded=True)
+        runs[name] = theirs(problem, peers.load("TRL, chunked", setting.device), padded=True)
         versions[name] = "trl"
     times = interleave(runs, setting)
     for provider, taken in times.items():
         values = summary(taken, times["materialised"], setting.device)
         workload.add(provider, versions[provider], **values)
+    for provider, why in missing.items():
+        workload.add(provider, peers.PACKAGES[provider], **{"wall, ms": why})
     return workload
 
 

@@ -57,8 +57,8 @@ def measure(name: str, batch: Batch, setting: Setting) -> Workload:
     workload = Workload(
         name,
         f"{b} × {t} tokens in ragged rows, {share:.0%} of them counted; {policies}, token-TIS; "
-        "loss, gradient of the log-probs, and all metrics as floats. verl and TRL compute their own "
-        "metrics (TRL's loss has few); all others compute the same ones.",
+        "loss, gradient of the log-probs, and all metrics as floats. verl and TRL compute their "
+        "own metrics (TRL's loss has few); all others compute the same ones.",
     )
     packages = {"iscorrect": "iscorrect", "iscorrect, torch.compile": "iscorrect"} | PEERS
     providers: dict[str, Provider] = {
@@ -93,7 +93,7 @@ def backward(provider: Provider, batch: Batch) -> tuple[Tensor, dict[str, float]
 
 
 def check(providers: dict[str, Provider], batch: Batch) -> None:
-    """All compute the same loss, the same gradient, and, where the names agree, the same metrics."""
+    """All compute the same loss and gradient, and, where the names agree, the same metrics."""
     expected, expected_metrics = backward(providers["iscorrect"], batch)
     assert batch.log_probs.grad is not None
     gradient = batch.log_probs.grad.clone()
@@ -253,8 +253,9 @@ def trl(batch: Batch) -> Provider:
         _get_per_token_logps_and_entropies=lambda *_, **__: (batch.log_probs, entropies, None),
         _metrics=logged, beta=0.0, epsilon_low=1 - LOW, epsilon_high=HIGH - 1,
         importance_sampling_level="token", use_vllm=True, vllm_importance_sampling_correction=True,
-        current_gradient_accumulation_steps=1, off_policy_mask_threshold=None, aux_loss_enabled=False,
-        top_entropy_quantile=1.0, _entropy_bonus_enabled=False, use_adaptive_entropy=False,
+        current_gradient_accumulation_steps=1, off_policy_mask_threshold=None,
+        aux_loss_enabled=False, top_entropy_quantile=1.0, _entropy_bonus_enabled=False,
+        use_adaptive_entropy=False,
     )
     inputs = {
         "prompt_ids": mask[:, :0], "prompt_mask": mask[:, :0], "completion_ids": mask,

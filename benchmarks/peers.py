@@ -22,6 +22,7 @@ PACKAGES = {
     "Liger, chunked": "liger-kernel",
     "verl, fused linear": "verl",
     "Apple CCE, torch.compile": "cut-cross-entropy",
+    "Apple CCE, Triton": "cut-cross-entropy",
     "prime-rl, fused linear": "prime-rl",
 }
 
@@ -32,9 +33,18 @@ BOUNDED = (
 """Those whose memory does not grow with tokens × vocabulary."""
 
 
-def load(name: str) -> LogProbs:
-    """Raises ImportError where the package, or what is needed of it, is missing."""
-    return LOADERS[name]()
+class UnavailableError(Exception):
+    """Why a peer cannot run here, in words for a table."""
+
+
+def load(name: str, device: str) -> LogProbs:
+    """A peer, or :class:`UnavailableError`."""
+    if "Triton" in name and device != "cuda":
+        raise UnavailableError("needs a GPU")
+    try:
+        return LOADERS[name]()
+    except ImportError as error:
+        raise UnavailableError("not installed") from error
 
 
 def materialised(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
@@ -63,7 +73,8 @@ def _trl() -> LogProbs:
     from trl.kernels import ChunkedLogProbFunction
 
     def log_probs(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        return ChunkedLogProbFunction.apply(hidden, weight, None, target, 1.0, 2048, None, 1.0, ())[0]
+        options = (1.0, 2048, None, 1.0, ())
+        return ChunkedLogProbFunction.apply(hidden, weight, None, target, *options)[0]
 
     return log_probs
 
@@ -84,11 +95,11 @@ def _verl() -> LogProbs:
     return lambda hidden, weight, target: module(hidden, weight, target)[0]
 
 
-def _cce() -> LogProbs:
+def _cce(impl: str) -> LogProbs:
     from cut_cross_entropy import linear_cross_entropy
 
     return lambda hidden, weight, target: -linear_cross_entropy(
-        hidden, weight, target, reduction="none", impl="torch_compile"
+        hidden, weight, target, reduction="none", impl=impl
     )
 
 
@@ -117,6 +128,7 @@ LOADERS: dict[str, Callable[[], LogProbs]] = {
     "TRL, chunked": _trl,
     "Liger, chunked": _liger,
     "verl, fused linear": _verl,
-    "Apple CCE, torch.compile": _cce,
+    "Apple CCE, torch.compile": partial(_cce, "torch_compile"),
+    "Apple CCE, Triton": partial(_cce, "cce"),
     "prime-rl, fused linear": _prime_rl,
 }

@@ -32,14 +32,22 @@ def rewrite(text: str) -> str:
 
 
 def tables(case: str, workload: str | None) -> str:
-    """Every table of a case, or of one of its workloads, one device after the other."""
+    """Every table of a case, or of one of its workloads, one device after the other.
+
+    A device without a record has no table, and the text says so.
+    """
     parts = [
-        table(rows)
+        f"**{name}**\n\n{table(rows)}"
         for path in sorted(RECORDS.glob(f"{case}-*.csv"))
         for name, rows in workloads(path)
         if workload in (None, name)
     ]
-    return "\n".join(parts) if parts else "No record: this case has not been run.\n"
+    parts += [
+        f"Not run on {name}: no record of `python -m benchmarks {case} --device {device}`.\n"
+        for device, name in {"cpu": "a CPU", "cuda": "a GPU"}.items()
+        if not (RECORDS / f"{case}-{device}.csv").exists()
+    ]
+    return "\n".join(parts)
 
 
 def workloads(path: Path) -> Iterator[tuple[str, list[dict[str, str]]]]:
@@ -80,7 +88,7 @@ def pretty(value: str) -> str:
         number = float(value)
     except ValueError:
         return value
-    if number == 0 or 1e-3 <= abs(number) < 1e5:
-        digits = max(0, 2 - len(str(int(abs(number)))) + 1) if abs(number) >= 1 else 3
-        return f"{number:,.{digits}f}"
-    return f"{number:.1e}"
+    if number != 0 and not 1e-2 <= abs(number) < 1e5:
+        return f"{number:.1e}"
+    whole = len(str(int(abs(number)))) if abs(number) >= 1 else 0
+    return f"{number:,.{max(0, 3 - whole)}f}"

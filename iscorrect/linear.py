@@ -184,7 +184,7 @@ class Tokens:
         """Check the inputs and pick what counts; asks a GPU once how many tokens that is."""
         head.check(caller)
         _check_tokens(caller, head, hidden, target, mask)
-        flat = target.flatten()
+        flat = target.flatten().long()
         if mask is None:
             index = torch.arange(flat.numel(), device=flat.device)
         else:

@@ -66,6 +66,7 @@ def log_probs_from_logits(
     tensor([-0.6931])
     """
     _check(logits, target, temperature)
+    target = target.long()
     if support is None and not torch.compiler.is_compiling():
         result: Tensor = _LogProbs.apply(logits, target, temperature, inplace_backward)  # type: ignore[no-untyped-call]
         return result

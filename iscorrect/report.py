@@ -50,6 +50,7 @@ SAMPLE = 2**20
 CORRECTIONS = (
     "uncorrected", "token-tis:cap=2", "icepop", "sequence-tis:cap=2", "sequence-mis:high=3",
 )
+MOST_PLACES = 12  # steps and versions that are listed: those with the largest k3
 EDGES = {
     "position": (0, 16, 64, 256, 1024, 4096),
     "rollout probability": (0.0, 0.1, 0.5, 0.9, 0.99),
@@ -141,6 +142,7 @@ class _Pass:
         self.generator = torch.Generator().manual_seed(self.seed)
 
     def add(self, dump: LogProbDump) -> None:
+        """Take a piece in."""
         layout = Layout(dump.mask)
         old, rollout = dump.old_log_probs, dump.rollout_log_probs
         d = masked(old - rollout, dump.mask)
@@ -228,6 +230,7 @@ class _Pass:
             self.keys = [key[key < self.chance] for key in self.keys]
 
     def pearson(self) -> float:
+        """Correlation of the probabilities; NaN where one side is constant."""
         n, p, q, pp, qq, pq = self.moments
         spread = (n * pp - p * p) * (n * qq - q * q)
         return float((n * pq - p * q) / math.sqrt(spread)) if spread > 0 else math.nan
@@ -307,8 +310,12 @@ def summarise(
 
 def _places(places: dict[tuple[str, int], _Sums], tokens: float) -> list[dict[str, Any]]:
     rows = []
+    dated = sorted(s.k3 / s.tokens for (name, _), s in places.items() if name not in EDGES)
+    least = dated[-MOST_PLACES - 1] if len(dated) > MOST_PLACES else -1.0
     for (name, key), sums in sorted(places.items()):
         edges = EDGES.get(name)
+        if edges is None and sums.k3 / sums.tokens <= least:
+            continue
         if edges is None:
             label = f"{name.replace('_', ' ')} {key}"
         elif key + 1 < len(edges):
@@ -419,7 +426,10 @@ def _print_rich(report: Report, file: TextIO) -> None:
         drawn = RichTable(title=table.title, title_justify="left", title_style="bold")
         prose = table.title in ("Findings", "What to do")
         for i, name in enumerate(table.header):
-            drawn.add_column(name, justify="left" if prose or i == 0 else "right")
+            first_of_numbers = i == 0 and not prose
+            drawn.add_column(
+                name, justify="left" if prose or i == 0 else "right", no_wrap=first_of_numbers
+            )
         for row in table.rows:
             drawn.add_row(*row)
         console.print(drawn)
@@ -528,6 +538,7 @@ def _write_figures(sample: LogProbDump, directory: Path) -> dict[str, bytes]:
         picture = io.BytesIO()
         figure.savefig(picture, format="png", dpi=110)
         pictures[name] = picture.getvalue()
+        figure.set_layout_engine("none")  # the layout stays; it is costly to find twice
         (directory / f"{name}.png").write_bytes(pictures[name])
         figure.savefig(directory / f"{name}.svg")
         table = tabulate(sample)
@@ -648,9 +659,11 @@ def _with_progress(paths: Sequence[str]) -> Iterator[LogProbDump]:
 
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("reading", total=len(files))
+        sequences = 0
         for file in files:
             for piece in stream_dump(file):
-                progress.update(task, description=f"reading {file.name}")
+                sequences += len(piece)
+                progress.update(task, description=f"{file.name}: {sequences:,} sequences so far")
                 yield piece
             progress.advance(task)
 

@@ -285,6 +285,13 @@ def test_16_bit_hidden_states_meet_float32_master_weights():
     torch.testing.assert_close(out, plain(narrow.float(), weight, bias, target))
 
 
+def test_token_ids_may_be_narrow_integers():
+    hidden, weight, bias, target = make()
+    out = linear_log_probs(hidden, weight, target.int(), bias=bias)
+    torch.testing.assert_close(out, plain(hidden, weight, bias, target.int()))
+    torch.testing.assert_close(out, linear_log_probs(hidden, weight, target, bias=bias))
+
+
 def test_blocks_of_an_upcast_weight_make_the_whole(monkeypatch):
     hidden, weight, bias, target = make(torch.bfloat16)
     of = torch.randn(B, T, generator=torch.Generator().manual_seed(3))

@@ -95,8 +95,8 @@ def diagnose(dump: LogProbDump, *, null: LogProbDump | None = None) -> list[Find
         if finding:
             findings.append(finding)
             tokens = tokens.where(belongs)
-    if len(tokens) == 0:
-        return findings
+        if len(tokens) == 0:
+            return findings
     for explain in (
         _wrong_prompt, _temperature, _penalty, _truncation, _never_synchronised, _stale_over_time,
         _stale_prefix, _stale, _other_weights, _heavy_tail,
@@ -478,16 +478,6 @@ def _heavy_tail(tokens: Tokens) -> Finding | None:
             " layout",
             n / len(d),
         )
-    noise = tokens.logit_noise()
-    if noise > max(SCALES):
-        return Finding(
-            "larger than 16-bit rounding, without a pattern",
-            f"log-odds typically differ by {noise:.2g}, where bfloat16 kernels differ by 0.01 to"
-            " 0.2",
-            "score the same tokens twice with each side alone; the side that disagrees with itself"
-            " is at fault",
-            noise,
-        )
     return None
 
 
@@ -594,14 +584,21 @@ def _noise(tokens: Tokens, null: LogProbDump | None) -> Finding:
         )
     noise = tokens.logit_noise()
     evidence = f"log-odds typically differ by {noise:.2g}, log-probs by {tokens.typical():.2g}"
-    cause = next((c for limit, c in SCALES.items() if noise < limit), SCALES[max(SCALES)])
     if null is not None:
         floor = Tokens.of(null).typical()
         evidence += f", those of the null by {floor:.2g}"
         if tokens.typical() <= 1.5 * floor:
             return Finding(NOISE, evidence, "none needed", noise)
+    if noise >= max(SCALES):
+        return Finding(
+            "larger than 16-bit rounding, without a pattern",
+            f"{evidence}, where bfloat16 kernels make the former 0.01 to 0.2",
+            "score the same tokens twice with each side alone; the side that disagrees with itself"
+            " is at fault",
+            noise,
+        )
     return Finding(
-        cause, evidence,
+        next(cause for limit, cause in SCALES.items() if noise < limit), evidence,
         "score the same tokens twice with the trainer under another batch shape; float32 on both"
         " sides must make it vanish",
         noise,
