@@ -183,6 +183,11 @@ def test_a_dump_of_the_batch_reads_back(tmp_path):
     dump = read_dump(tmp_path)
     assert dump.step.tolist() == [3] * 4
     assert dump.num_tokens == int(batch.mask.sum())
+    for _ in range(2):
+        unnumbered = data_proto(batch)
+        unnumbered.meta_info = {}
+        hook(unnumbered, OFF)
+    assert sorted(set(read_dump(tmp_path).step.tolist())) == [1, 2, 3]
 
 
 @pytest.mark.parametrize("setting", ["rollout_is", "rollout_rs"])
