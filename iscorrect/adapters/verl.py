@@ -32,7 +32,7 @@ def install(correction: Correction, dumps: DumpWriter | None = None) -> None:
 
     Args:
         correction: must not look at advantages, which verl computes later.
-        dumps: writes both log-probs of every batch, numbered from 0 where verl does not say the step.
+        dumps: writes both log-probs of every batch, counted from 0 where verl names no step.
     """
     from verl.trainer.ppo import rollout_corr_helper
 
