@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ from iscorrect.correction import Correction
 from iscorrect.divergences import k2, k3
 from iscorrect.errors import input_error
 from iscorrect.layout import masked
-from iscorrect.ratios import Evidence, Level, Scope, at_level, scope_of
+from iscorrect.ratios import Evidence, Level, Scope, at_level, scope_of, widest
 from iscorrect.reject import DivergenceAbove, Over, RatioOutside, Rule, Veto
 
 TRLMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
@@ -88,6 +88,11 @@ class HeldBound:
     bound: Bound | None
     limit: float = SAFETY
 
+    @property
+    def scope(self) -> Scope:
+        """The bound's own."""
+        return "token" if self.bound is None else scope_of(self.bound)
+
     def __call__(self, ratio: Tensor, evidence: Evidence) -> Tensor:
         held = ratio.clamp(math.exp(-self.limit), math.exp(self.limit))
         return held if self.bound is None else self.bound(held, evidence)
@@ -119,6 +124,8 @@ class HeldRule:
 class Overflow:
     """Drop what float32 cannot hold as a ratio at the correction's level: log ρ above 88.7."""
 
+    scope: ClassVar[Scope] = "sequence"
+
     def __call__(self, evidence: Evidence) -> Tensor:
         limit = math.log(torch.finfo(torch.float32).max)
         return at_level(evidence.log_ratio, evidence.layout, evidence.level) <= limit
@@ -145,6 +152,11 @@ class AReaLRule:
     upper: float
     lower: float | None
 
+    @property
+    def scope(self) -> Scope:
+        """"token" where nothing is reduced."""
+        return "token" if self.over == "token" else "sequence"
+
     def __call__(self, evidence: Evidence) -> Tensor:
         d, layout = evidence.log_ratio, evidence.layout
         x = {"kl_k2": k2(d), "kl_k3": k3(-d)}.get(self.metric, d)
@@ -170,6 +182,11 @@ class ClipWhere:
 
     rule: Rule
     bound: Bound
+
+    @property
+    def scope(self) -> Scope:
+        """The wider of the two."""
+        return widest(scope_of(self.rule), scope_of(self.bound))
 
     def __call__(self, ratio: Tensor, evidence: Evidence) -> Tensor:
         return torch.where(self.rule(evidence), ratio, self.bound(ratio, evidence))

@@ -158,6 +158,17 @@ class CorrectedGRPO:
                         name.strip("_"), f"{off} with a policy_loss, which does not apply it",
                         repr(getattr(self, name)), "turn it off, or pass correction= alone",
                     )
+            penalty = self.policy_loss.reference_kl
+            if args.beta != (penalty.coefficient if penalty else 0):
+                raise _refusal(
+                    "beta", "the coefficient of the policy_loss's reference_kl, 0 without one",
+                    repr(args.beta), "pass reference_kl=ReferenceKL(coefficient=beta)",
+                )
+            if args.beta and args.use_bias_correction_kl:
+                raise _refusal(
+                    "use_bias_correction_kl", "False with a policy_loss, which does not apply it",
+                    "True", "set use_bias_correction_kl=False",
+                )
         elif args.use_vllm and not args.vllm_importance_sampling_correction:
             raise _refusal(
                 "vllm_importance_sampling_correction",

@@ -7,6 +7,7 @@ them.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -31,7 +32,7 @@ def install(correction: Correction, dumps: DumpWriter | None = None) -> None:
 
     Args:
         correction: must not look at advantages, which verl computes later.
-        dumps: writes both log-probs of every batch.
+        dumps: writes both log-probs of every batch, counted from 0 where verl names no step.
     """
     from verl.trainer.ppo import rollout_corr_helper
 
@@ -50,6 +51,7 @@ def batch_hook(correction: Correction, dumps: DumpWriter | None = None) -> Hook:
     As in verl, tokens that a rule rejects leave ``response_mask``, those whose weight the bound
     makes 0 stay in it. Where a rule rejects the whole batch the mask stays too, with weights of 0.
     """
+    batches = itertools.count()
 
     def add_to_batch(batch: Any, config: Mapping[str, Any]) -> tuple[Any, dict[str, float]]:
         for setting in ("rollout_is", "rollout_rs"):
@@ -71,7 +73,8 @@ def batch_hook(correction: Correction, dumps: DumpWriter | None = None) -> Hook:
         keep = rules(**evidence).keep
         keep = torch.where(keep.any(), keep, evidence["mask"])
         if dumps is not None:
-            dumps.write(step=int(batch.meta_info.get("global_steps", 0)), **evidence)
+            number = next(batches)
+            dumps.write(step=int(batch.meta_info.get("global_steps", number)), **evidence)
         batch.batch["rollout_is_weights"] = weights
         batch.batch["response_mask"] = (response_mask * keep).to(response_mask.dtype)
         return batch, verl_metrics(correction, keep=keep, **evidence) | metrics.to_floats()

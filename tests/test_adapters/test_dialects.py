@@ -207,6 +207,17 @@ def test_settings_at_their_defaults_are_the_presets_of_the_table():
     assert from_openrlhf().bound == Clip(0.5, 5.0)
 
 
+def test_only_normalised_dialects_look_across_the_batch():
+    mis = dict(custom_tis_function_path="x.mis.f", tis_mode="mask", use_rs=True)
+    local = [
+        from_trl(), from_verl("token", 2.0, rollout_rs="seq_max_k2", rollout_rs_threshold=1.0),
+        from_slime(slime_arguments(**mis)), from_areal(agg="max"),
+        from_areal(action="clamp", agg="sum"), from_nemo_rl(), from_openrlhf("seq-mask-tis"),
+    ]
+    assert {correction.scope for correction in local} <= {"token", "sequence"}
+    assert from_verl("token", 2.0, True).scope == "batch"
+
+
 REFUSED = {
     "trl mode": (lambda: from_trl("token"), "mode", "'token_truncate'"),
     "verl level": (lambda: from_verl("geometric"), "rollout_is", "'token', 'sequence'"),

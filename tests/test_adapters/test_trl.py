@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, reject
+from hypothesis import strategies as st
 
 import iscorrect
 from iscorrect import (
@@ -99,6 +101,39 @@ def test_every_mode_trains_as_plain_trl_does(path, tmp_path, mode, clip_min):
     )
 
 
+@pytest.fixture(scope="module")
+def scorer(path, tmp_path_factory):
+    """A plain trainer, whose weights can be asked for."""
+    return Plain(
+        model=path, reward_funcs=reward, args=arguments(tmp_path_factory.mktemp("scorer")),
+        train_dataset=dataset(),
+    )
+
+
+@given(
+    st.sampled_from(MODES), st.none() | st.floats(1.0, 5.0), st.none() | st.floats(0.0, 1.0),
+    st.sampled_from([1e-3, 0.3, 5.0, 200.0]), st.integers(0, 100),
+)
+def test_the_weights_are_those_that_trl_computes(scorer, mode, high, low, noise, shift):
+    if mode.endswith("truncate") and high is None and low is None:
+        reject()  # torch.clamp refuses to have no bound
+    if high is None and noise > 1:
+        reject()  # TRL's unbounded ratios overflow
+    scorer.noise = noise
+    scorer.vllm_importance_sampling_mode = mode
+    scorer.vllm_importance_sampling_clip_max = high
+    scorer.vllm_importance_sampling_clip_min = low
+    prompts = [{"prompt": f"{shift % 9} {shift % 29 + i // 2}"} for i in range(4)]
+    batch = scorer._generate_and_score_completions(prompts)
+    mask = batch["completion_mask"].bool()
+    ours = from_trl(mode, high, low)(
+        old_log_probs=batch["old_per_token_logps"],
+        rollout_log_probs=batch["sampling_per_token_logps"], mask=mask,
+    ).weights
+    theirs = batch["importance_sampling_ratio"].expand(mask.shape)
+    torch.testing.assert_close(ours[mask], theirs[mask], rtol=1e-5, atol=1e-7)
+
+
 LOSSES = {
     "grpo": {}, "bnpo": {}, "dr_grpo": {}, "cispo": dict(epsilon_high=5.0), "sapo": {}, "vespo": {},
     "luspo": dict(importance_sampling_level="sequence"),
@@ -141,7 +176,9 @@ def test_weights_on_the_advantages_do_the_same_without_vllm(path, tmp_path, mode
     ("loss_type", "aggregation"), [("dapo", "token-mean"), ("grpo", "seq-mean-token-mean")]
 )
 def test_a_policy_loss_that_is_trls_trains_as_trl_does(path, tmp_path, loss_type, aggregation):
-    changes = dict(loss_type=loss_type, num_iterations=2, beta=0.1)
+    changes = dict(
+        loss_type=loss_type, num_iterations=2, beta=0.1, use_bias_correction_kl=False
+    )
     plain = run(Plain, path, tmp_path, changes=changes | modes("token_truncate", 1.2, None))
     loss = PolicyLoss(
         correction=from_trl("token_truncate", 1.2), objective=PPOClip(low=0.8, high=1.2),
@@ -182,7 +219,7 @@ def test_a_dump_of_a_run_reads_back(path, tmp_path):
     assert dump.token_ids.shape == dump.advantages.shape == dump.mask.shape
     report = subprocess.run(
         [sys.executable, "-m", "iscorrect", "report", str(tmp_path / "dump")],
-        capture_output=True, text=True, check=True,
+        cwd=tmp_path, capture_output=True, text=True, check=True,
         env=os.environ | {"PYTHONPATH": str(Path(iscorrect.__file__).parents[1])},
     )
     assert "kl" in report.stdout.lower()
@@ -204,6 +241,13 @@ REFUSED = {
     "off-policy mask": (
         dict(off_policy_mask_threshold=0.5), dict(policy_loss=PolicyLoss()),
         "off_policy_mask_threshold", "got 0.5",
+    ),
+    "another coefficient": (
+        dict(beta=0.1), dict(policy_loss=PolicyLoss()), "beta", "ReferenceKL(coefficient=beta)"
+    ),
+    "a scaled penalty": (
+        dict(beta=0.1), dict(policy_loss=PolicyLoss(reference_kl=ReferenceKL(coefficient=0.1))),
+        "use_bias_correction_kl", "set use_bias_correction_kl=False",
     ),
     "vespo": (
         dict(loss_type="vespo"), dict(correction=sequence_is()), "loss_type", "loss_type='dapo'"

@@ -183,6 +183,11 @@ def test_a_dump_of_the_batch_reads_back(tmp_path):
     dump = read_dump(tmp_path)
     assert dump.step.tolist() == [3] * 4
     assert dump.num_tokens == int(batch.mask.sum())
+    for _ in range(2):
+        unnumbered = data_proto(batch)
+        unnumbered.meta_info = {}
+        hook(unnumbered, OFF)
+    assert sorted(set(read_dump(tmp_path).step.tolist())) == [1, 2, 3]
 
 
 @pytest.mark.parametrize("setting", ["rollout_is", "rollout_rs"])
@@ -223,23 +228,21 @@ def test_a_name_of_verls_cannot_be_taken():
         register_loss("vanilla", PPOClip())
 
 
-def test_verl_loads_a_module_that_installs_a_correction(tmp_path):
-    (tmp_path / "my_corrections.py").write_text(
-        "from iscorrect import PPOClip, token_tis\n"
-        "from iscorrect.adapters.verl import install, register_loss\n"
-        "install(token_tis(cap=2.0))\n"
-        "register_loss('mine', PPOClip())\n"
-    )
+def test_verl_loads_the_example_that_installs_a_correction():
+    root = Path(iscorrect.__file__).parents[1]
     program = (
         "import warnings; warnings.simplefilter('ignore')\n"
         "from verl.trainer.ppo import core_algos\n"
         "from verl.trainer.ppo.rollout_corr_helper import *\n"
         "print(compute_rollout_correction_and_add_to_batch.__module__)\n"
-        "print('mine' in core_algos.POLICY_LOSS_REGISTRY)\n"
+        "print('iscorrect_ppo' in core_algos.POLICY_LOSS_REGISTRY)\n"
     )
-    paths = os.pathsep.join([str(tmp_path), str(Path(iscorrect.__file__).parents[1])])
+    environment = {
+        "VERL_USE_EXTERNAL_MODULES": "verl_corrections",
+        "PYTHONPATH": os.pathsep.join([str(root / "examples"), str(root)]),
+    }
     run = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True,
-        env=os.environ | {"VERL_USE_EXTERNAL_MODULES": "my_corrections", "PYTHONPATH": paths},
+        env=os.environ | environment,
     )
     assert run.stdout.split() == ["iscorrect.adapters.verl", "True"]

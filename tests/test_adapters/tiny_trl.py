@@ -9,7 +9,7 @@ LENGTH = 6
 WORDS = ["<pad>", "<eos>", *map(str, range(30))]
 
 
-def save_model(path):
+def save_model(path, dtype=torch.float32):
     """A Llama of 2 layers with a vocabulary of 32 words."""
     vocabulary = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="0"))
     vocabulary.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -19,10 +19,10 @@ def save_model(path):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(WORDS), hidden_size=64, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=2, head_dim=32, max_position_embeddings=64,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=32, max_position_embeddings=256,
         bos_token_id=None, eos_token_id=1, pad_token_id=0, initializer_range=0.3,
     )
-    LlamaForCausalLM(config).save_pretrained(path)
+    LlamaForCausalLM(config).to(dtype).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return str(path)
 
@@ -51,13 +51,15 @@ def rollout(model, prompt_ids, noise=0.3):
 class SimulatedEngine:
     """Makes a GRPOTrainer believe that vLLM sampled."""
 
+    noise = 0.3
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.use_vllm = self.args.use_vllm = True
         self.losses = []
 
     def _generate_single_turn(self, prompt_ids, *_, **__):
-        return rollout(self.accelerator.unwrap_model(self.model), prompt_ids)
+        return rollout(self.accelerator.unwrap_model(self.model), prompt_ids, self.noise)
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
