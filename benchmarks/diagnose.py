@@ -1,6 +1,6 @@
 """Is the diagnosis right? Faults injected on purpose, clean rollouts, and how often it says what.
 
-    python -m benchmarks diagnose [--rollouts DIR] [--trials 100] [--clean 1000] [--write FILE]
+    python -m benchmarks.diagnose [--rollouts DIR] [--trials 100] [--clean 1000] [--write FILE]
 
 Clean dumps are real rollouts of a real engine under every pair of precisions, and a small
 transformer in two implementations; faults happen inside that transformer's engine, sampler, or
@@ -11,6 +11,7 @@ sample of whole prompts (all answers to them) of the size asked for.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import re
 import sys
@@ -25,7 +26,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import iscorrect
 from benchmarks.faulty import (
     VOCABULARY,
     Scenario,
@@ -44,6 +44,8 @@ from benchmarks.faulty import (
 )
 from iscorrect.diagnose import diagnose
 from iscorrect.dumps import LogProbDump, concatenate
+from iscorrect.rollouts import MODELS, shipped_rollouts
+from iscorrect.rollouts import PAIRS as SHIPPED_PAIRS
 
 LENGTH, ANSWERS = 128, 4
 BF16 = Stack(torch.bfloat16, fused=True), Stack(torch.bfloat16, fused=False)
@@ -61,8 +63,26 @@ class Case:
     practical: bool = False
 
 
+def _scale(engine: str, trainer: str) -> str:
+    """What noise of two precisions should be called: after the coarser."""
+    if "bf" in engine + trainer:
+        return f"{NOISE}bfloat16 scale"
+    return f"{NOISE}{'float32' if engine == trainer == 'float32' else 'float16'} scale"
+
+
+def shipped() -> dict[str, tuple[str, LogProbDump]]:
+    """The package's rollouts by name, each with what its noise should be called."""
+    dumps = {}
+    for model, (engine, trainer) in itertools.product(MODELS, SHIPPED_PAIRS):
+        dump = shipped_rollouts(model, engine, trainer)
+        dumps[f"{model}, {engine} / {trainer}"] = _scale(engine, trainer), replace(
+            dump, group=torch.arange(len(dump))
+        )
+    return dumps
+
+
 def clean_rollouts(directory: Path) -> dict[str, tuple[str, LogProbDump]]:
-    """Real rollouts by name, each with the scale of noise that its precisions should show."""
+    """The same from files that also hold tokens, the trainer's entropy, and autocast."""
     dumps = {}
     for path in sorted(directory.glob("*_rollout_*.npz")):
         arrays = np.load(path)
@@ -71,10 +91,7 @@ def clean_rollouts(directory: Path) -> dict[str, tuple[str, LogProbDump]]:
             def tensor(name: str, arrays: object = arrays) -> Tensor:
                 return torch.from_numpy(arrays[name])  # type: ignore[index]
 
-            sixteen = [p for p in (engine, pair) if p != "float32"]
-            coarse = any("bf" in p for p in sixteen)
-            scale = "bfloat16" if coarse else "float16" if sixteen else "float32"
-            dumps[f"{model}, {engine} / {pair}"] = f"{NOISE}{scale} scale", LogProbDump(
+            dumps[f"{model}, {engine} / {pair}"] = _scale(engine, pair), LogProbDump(
                 rollout_log_probs=tensor("rollout_log_probs"),
                 old_log_probs=tensor(f"trainer_log_probs_{pair}"),
                 entropy=tensor(f"trainer_entropy_{pair}"),
@@ -302,7 +319,7 @@ def run(
     rollouts: Path | None, trials: int, clean: int, sequences: int
 ) -> Iterator[tuple[str, str]]:
     """The tables by name, in Markdown."""
-    real = clean_rollouts(rollouts) if rollouts else {}
+    real = clean_rollouts(rollouts) if rollouts else shipped()
     lab = Lab(sequences)
     expected = dict(real)
     for name in ("bfloat16", "float16", "float32"):
@@ -382,8 +399,8 @@ def write_between_markers(path: Path, name: str, text: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Print the tables, and write them into a page."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks diagnose", description=__doc__)
-    shipped = Path(iscorrect.__file__).parent / "data"
-    parser.add_argument("--rollouts", type=Path, default=shipped, help="directory of real rollouts")
+    parser.add_argument("--rollouts", type=Path, metavar="DIR",
+                        help="*_rollout_*.npz with tokens and entropy; default: the shipped ones")
     parser.add_argument("--trials", type=int, default=100, help="draws for each fault and size")
     parser.add_argument("--clean", type=int, default=1000, help="clean draws in all")
     parser.add_argument("--sequences", type=int, default=64, help="of 128 tokens in a draw")

@@ -11,8 +11,8 @@ log-probs to a loss of this package, and the gradient is corrected for it:
 ... )
 >>> loss.backward()
 
-Dumps of a run are read by ``iscorrect.dumps``, explained by ``iscorrect.diagnose``; losses are tested
-by ``iscorrect.testing``.
+``iscorrect.dumps`` reads dumps of a run, ``iscorrect.diagnose`` explains them, and
+``iscorrect.testing`` tests losses.
 """
 
 from iscorrect.aggregate import aggregate, global_normalizer, group_advantages

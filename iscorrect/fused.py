@@ -239,7 +239,8 @@ def _in_one_pass(
     """Log-probs "b t" and the gradients of hidden, weight, bias and extra; None if it takes two."""
     known = batch.old_log_probs is not None
     scope = _scope(loss_fn, known=known)
-    if scope == "batch":
+    shared = batch.layout.sequence_group is not None and scope == "sequence"
+    if scope == "batch" or shared:  # other ranks hold tokens of these sequences
         return None
     if scope == "token":
         # Tokens without advantage rarely have a derivative: together they make chunks without one.

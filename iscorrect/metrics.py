@@ -144,7 +144,7 @@ def merge(parts: Sequence[Metrics]) -> Metrics:
 
 
 def correction_metrics(
-        evidence: Evidence,
+    evidence: Evidence,
     *,
     log_ratio: Tensor,
     bounded: Tensor,

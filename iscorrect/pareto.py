@@ -69,7 +69,7 @@ def pareto_tail(log_weights: Tensor, units: Tensor, *, group: Group = None) -> T
         return Tail(here.new_tensor(math.inf), positions, here.gather(0, positions), none)
 
     order = torch.argsort(sample, descending=True, stable=True)
-    largest = sample[order[0]]
+    largest = sample.amax()
     relative = sample[order] - largest
     cutoff = relative.gather(0, length.long().clamp(max=longest).view(1)).clamp(
         min=math.log(torch.finfo(torch.float64).tiny)

@@ -165,7 +165,7 @@ def plot_positions(dump: LogProbDump, *, ax: Axes | None = None) -> Axes:
 def weights(dump: LogProbDump) -> Table:
     """Share of tokens and of sequences whose ratio exceeds a value."""
     tokens = Tokens.of(dump)
-    values = np.concatenate([np.linspace(0, 1, 11)[1:], np.geomspace(1.01, 1e4, 90)])
+    values = np.concatenate([np.linspace(0, 1, 11)[1:], 1 + np.geomspace(1e-3, 1e4, 120)])
     whole = sequences(dump)["log_ratio"]
     return {
         "ratio": values,
@@ -190,7 +190,8 @@ def plot_weights(
                    label=f"above {cap:g}: {(d > math.log(cap)).mean():.2%} of tokens")
     top = table["ratio"][large][(table["tokens"] + table["sequences"])[large] > 0]
     ax.set(xscale="log", yscale="log", xlabel="ratio before any bound", ylabel="share above it",
-           title="Tail of the weights", xlim=(1, 1.5 * max([*caps, *top])))
+           title="Tail of the weights", xlim=(1, 1.5 * max([*caps, *top])),
+           ylim=(0.5 / len(d), 1))
     _plain_ticks(ax.xaxis, 1, ax.get_xlim()[1])
     ax.legend(loc="upper right")
     return ax

@@ -19,11 +19,13 @@ import operator
 import os
 import platform
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,13 +47,17 @@ from iscorrect.metrics import Metrics
 from iscorrect.pareto import pareto_tail
 from iscorrect.plots import FIGURES
 from iscorrect.ratios import at_level, ratio, units
+from iscorrect.tables import show
 
 SAMPLE = 2**20
 CORRECTIONS = (
     "uncorrected", "token-tis:cap=2", "icepop", "sequence-tis:cap=2", "sequence-mis:high=3",
 )
+WORST_GROUPS = 5
+MOST_PLACES = 12  # steps and versions that are listed: those with the largest k3
 EDGES = {
     "position": (0, 16, 64, 256, 1024, 4096),
+    "length": (0, 64, 256, 1024, 4096, 16384),
     "rollout probability": (0.0, 0.1, 0.5, 0.9, 0.99),
 }
 
@@ -141,6 +147,7 @@ class _Pass:
         self.generator = torch.Generator().manual_seed(self.seed)
 
     def add(self, dump: LogProbDump) -> None:
+        """Take a piece in."""
         layout = Layout(dump.mask)
         old, rollout = dump.old_log_probs, dump.rollout_log_probs
         d = masked(old - rollout, dump.mask)
@@ -182,6 +189,8 @@ class _Pass:
         self.outside += float(outside.sum(dtype=torch.float64))
         position = dump.mask.cumsum(1) - 1
         self._bin("position", position, mask=mask, k3=k3, outside=outside)
+        length = counts[:, None].expand_as(mask)
+        self._bin("length", length, mask=mask, k3=k3, outside=outside)
         self._bin("rollout probability", p, mask=mask, k3=k3, outside=outside)
         for name in ("step", "policy_version"):
             values = getattr(dump, name)
@@ -228,6 +237,7 @@ class _Pass:
             self.keys = [key[key < self.chance] for key in self.keys]
 
     def pearson(self) -> float:
+        """Correlation of the probabilities; NaN where one side is constant."""
         n, p, q, pp, qq, pq = self.moments
         spread = (n * pp - p * p) * (n * qq - q * q)
         return float((n * pq - p * q) / math.sqrt(spread)) if spread > 0 else math.nan
@@ -297,7 +307,8 @@ def summarise(
         compared[name]["is/bias_mass"] = gathered.distance[name] / max(gathered.units[name], 1)
     return Report(
         source=source, sequences=gathered.sequences, metrics=metrics, corrections=compared,
-        places=_places(gathered.places, tokens), findings=findings, sample=sample,
+        places=_places(gathered.places, tokens) + _worst_groups(sample),
+        findings=findings, sample=sample,
         advice=advise(
             sample, samples=samples or gathered.sequences, length=length or round(mean_length),
             findings=findings,
@@ -307,8 +318,12 @@ def summarise(
 
 def _places(places: dict[tuple[str, int], _Sums], tokens: float) -> list[dict[str, Any]]:
     rows = []
+    dated = sorted(s.k3 / s.tokens for (name, _), s in places.items() if name not in EDGES)
+    least = dated[-MOST_PLACES - 1] if len(dated) > MOST_PLACES else -1.0
     for (name, key), sums in sorted(places.items()):
         edges = EDGES.get(name)
+        if edges is None and sums.k3 / sums.tokens <= least:
+            continue
         if edges is None:
             label = f"{name.replace('_', ' ')} {key}"
         elif key + 1 < len(edges):
@@ -320,6 +335,24 @@ def _places(places: dict[tuple[str, int], _Sums], tokens: float) -> list[dict[st
             "outside": sums.outside / sums.tokens,
         })
     return rows
+
+
+def _worst_groups(sample: LogProbDump) -> list[dict[str, Any]]:
+    """The groups of the sample with the largest k3; shares are of the sample."""
+    tokens = Tokens.of(sample)
+    if tokens.group is None:
+        return []
+    groups, inverse = np.unique(tokens.group[tokens.row], return_inverse=True)
+    count = np.bincount(inverse)
+    k3 = np.bincount(inverse, weights=np.expm1(np.minimum(tokens.d, 30)) - tokens.d) / count
+    outside = np.bincount(inverse, weights=np.abs(tokens.d) > math.log(2)) / count
+    return [
+        {
+            "place": f"group {groups[i]}", "tokens": float(count[i] / len(tokens)),
+            "kl_k3": float(k3[i]), "outside": float(outside[i]),
+        }
+        for i in np.argsort(-k3)[:WORST_GROUPS]
+    ]
 
 
 @dataclass(frozen=True)
@@ -376,6 +409,7 @@ def tables(report: Report) -> list[Table]:
     ]
 
 
+PROSE = ("Findings", "What to do")
 NOTE = (
     "ESS is the effective share of the sample, kept weight what remains of a mean ratio of 1, bias"
     " mass the mean distance between the exact ratio at the correction's level and the weight that"
@@ -383,46 +417,21 @@ NOTE = (
 )
 
 
-def print_report(report: Report, file: TextIO) -> None:
-    """The terminal's summary: with rich where it is installed, else aligned text."""
-    if importlib.util.find_spec("rich") and file.isatty():
-        _print_rich(report, file)
-        return
+def print_report(report: Report) -> None:
+    """The terminal's summary."""
+    width = min(shutil.get_terminal_size().columns, 100)
     for name, text in headline(report):
-        print(f"{name:<10} {text}", file=file)
+        print(f"{name:<10} {text}")
     for table in tables(report):
-        print(f"\n{table.title}", file=file)
-        if table.title in ("Findings", "What to do"):
-            for row in table.rows:
-                print(f"  {row[0]}", file=file)
-                for text in row[1:]:
-                    print(f"      {text}", file=file)
+        if table.title not in PROSE:
+            show(table.title, table.header, table.rows)
             continue
-        columns = list(zip(table.header, *table.rows, strict=True))
-        widths = [max(map(len, column)) for column in columns]
-        for row in (table.header, *table.rows):
-            cells = [f"{row[0]:<{widths[0]}}"]
-            cells += [f"{x:>{w}}" for x, w in zip(row[1:], widths[1:], strict=True)]
-            print("  " + "  ".join(cells), file=file)
-
-
-def _print_rich(report: Report, file: TextIO) -> None:
-    from rich.console import Console
-    from rich.table import Table as RichTable
-
-    console = Console(file=file)
-    first = RichTable.grid(padding=(0, 2))
-    for name, text in headline(report):
-        first.add_row(f"[bold]{name}", text)
-    console.print(first)
-    for table in tables(report):
-        drawn = RichTable(title=table.title, title_justify="left", title_style="bold")
-        prose = table.title in ("Findings", "What to do")
-        for i, name in enumerate(table.header):
-            drawn.add_column(name, justify="left" if prose or i == 0 else "right")
-        for row in table.rows:
-            drawn.add_row(*row)
-        console.print(drawn)
+        print(f"\n{table.title}")
+        for name, *texts in table.rows:
+            print(textwrap.fill(name, width, initial_indent="* ", subsequent_indent="  "))
+            for text in texts:
+                indent = " " * 4
+                print(textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent))
 
 
 def to_markdown(report: Report, figures: Iterable[str] = ()) -> str:
@@ -477,7 +486,7 @@ def to_html(report: Report, figures: dict[str, bytes]) -> str:
         f"<dt>{html.escape(n)}</dt><dd>{html.escape(x)}</dd>" for n, x in headline(report)
     ) + "</dl>"]
     for table in tables(report):
-        kind = "prose" if table.title in ("Findings", "What to do") else "numbers"
+        kind = "prose" if table.title in PROSE else "numbers"
         body = "".join(f"<tr>{cells('td', row)}</tr>" for row in table.rows)
         note = f"<p class='note'>{NOTE}</p>" if table.title.startswith("What each") else ""
         parts.append(
@@ -528,6 +537,7 @@ def _write_figures(sample: LogProbDump, directory: Path) -> dict[str, bytes]:
         picture = io.BytesIO()
         figure.savefig(picture, format="png", dpi=110)
         pictures[name] = picture.getvalue()
+        figure.set_layout_engine("none")  # the layout stays; it is costly to find twice
         (directory / f"{name}.png").write_bytes(pictures[name])
         figure.savefig(directory / f"{name}.svg")
         table = tabulate(sample)
@@ -630,7 +640,7 @@ def run_report(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(report.to_json(), indent=2))
     else:
-        print_report(report, sys.stdout)
+        print_report(report)
         print(f"\nwritten to {directory}/report.html", file=sys.stderr)
     for condition in broken:
         print(f"fail-if: {condition}", file=sys.stderr)
@@ -648,9 +658,11 @@ def _with_progress(paths: Sequence[str]) -> Iterator[LogProbDump]:
 
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("reading", total=len(files))
+        sequences = 0
         for file in files:
             for piece in stream_dump(file):
-                progress.update(task, description=f"reading {file.name}")
+                sequences += len(piece)
+                progress.update(task, description=f"{file.name}: {sequences:,} sequences so far")
                 yield piece
             progress.advance(task)
 

@@ -1,8 +1,12 @@
 """Hypothesis profiles: `dev` by default, `ci` in CI, `deep` for a night."""
 
 import os
+from importlib.util import find_spec
 
 from hypothesis import HealthCheck, settings
+
+# imports its framework when it is collected
+collect_ignore = [] if find_spec("trl") else ["test_adapters/tiny_trl.py"]
 
 slow = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile("dev", max_examples=20, deadline=None, suppress_health_check=slow)

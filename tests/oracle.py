@@ -130,4 +130,5 @@ PRESETS = {f.__name__.replace("_", "-"): f for f in ORACLES}
 
 def ess(weights):
     weights = np.asarray(weights)
-    return weights.sum() ** 2 / (len(weights) * (weights**2).sum()) if weights.any() else 0.0
+    squares = (weights**2).sum()
+    return weights.sum() ** 2 / (len(weights) * squares) if squares > 0 else 0.0

@@ -117,6 +117,12 @@ class TestClean:
         out = roll_out(sampler=tempered(0.9), sequences=4)
         assert causes(full(out)) == ["larger than 16-bit rounding, without a pattern"]
 
+    def test_nothing_but_placeholders_is_no_error(self):
+        out = roll_out(sequences=2)
+        out["rollout_log_probs"][:] = 0
+        out["old_log_probs"][:] = -2
+        assert causes(full(out)) == ["environment tokens in the mask"]
+
     def test_one_token_is_no_error(self):
         out = {name: x[:1, :1] for name, x in roll_out().items()}
         assert len(causes(full(out))) == 1
@@ -359,9 +365,23 @@ class TestAdvice:
 
         assert width(0.1) == pytest.approx(2 * width(0.05), rel=0.1)
 
-    def test_a_wrong_setting_comes_before_any_correction(self):
+    def test_a_wrong_setting_is_to_be_fixed_and_not_corrected(self):
         advice = advise(full(roll_out(sampler=tempered(0.9))), samples=64, length=128)
+        assert len(advice) == 1
         assert advice[0].action.startswith("Fix the cause first: temperature")
+
+    def test_staleness_is_corrected(self):
+        advice = advise(full(roll_out(engine_shift=0.2)), samples=64, length=128)
+        assert advice[0].correction
+
+    def test_a_heavy_tail_is_bounded_even_where_the_kl_is_small(self):
+        out = roll_out(noise=0.01)
+        rare = np.random.default_rng(1).random(out["mass"].shape) < 0.004
+        sign = np.where(np.arange(LENGTH) % 2, 0.69, -1.2)  # so that the mean ratio stays 1
+        out["old_log_probs"] = np.minimum(out["old_log_probs"] + sign * rare, 0)
+        advice = advise(dump_of(out), samples=64, length=16)
+        assert advice[0].action == "No correction is needed"
+        assert advice[-1].correction == "token-tis:cap=2"
 
     def test_every_sentence_has_a_number_beside_it(self):
         for noise in (0.004, 0.05, 0.4):

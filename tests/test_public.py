@@ -21,7 +21,7 @@ FLOORS = [
     {"correction"},
     {"loss", "dumps"},
     {"fused", "testing", "diagnose"},
-    {"plots", "rollouts", "compare"},
+    {"plots", "rollouts", "compare", "adapters"},
     {"report", "demo"},
     {"cli"},
     {"__main__"},
@@ -76,8 +76,10 @@ def test_importing_costs_torch_numpy_and_einops_only():
     assert set(new) - set(sys.stdlib_module_names) <= {"iscorrect", "torch"}
 
 
-def test_the_readmes_python_runs():
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.S)
+@pytest.mark.parametrize("page", ["README.md", "docs/distributed.md"])
+def test_the_python_of_the_documentation_runs(page):
+    text = (README.parent / page).read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.S)
     assert blocks
     scope = {}
     for block in blocks:

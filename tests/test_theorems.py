@@ -525,6 +525,37 @@ def test_t12b_to_first_order_it_falls_with_the_size_of_the_batch():
     assert error(8) < 0.1 * slope.abs()
 
 
+def widest(rollout, gradients):
+    """√λ of E_μ Σ_t g_t g_tᵀ, from "n t g"."""
+    second = einsum(rollout.probabilities, gradients, gradients, "n, n t g, n t h -> g h")
+    return torch.linalg.eigvalsh(second)[-1].clamp(min=0).sqrt()
+
+
+@given(cases(eos=0), CAPS)
+def test_t26_the_bias_is_at_most_the_error_of_the_weight_times_the_widest_spread(case, cap):
+    f, _ = weighted_scores(case)
+    rho = sequence_ratios(*case[:2])
+    spread = widest(case.rollout_policy, f.flatten(1)[:, None])
+    weights = {
+        uncorrected(): torch.ones_like(rho), sequence_tis(cap): rho.clamp(max=cap),
+        sequence_mis(high=cap): torch.where(rho <= cap, rho, 0),
+    }
+    for correction, weight in weights.items():
+        error = (case.rollout_policy.probabilities @ (rho - weight).square()).sqrt()
+        assert audit(loss_of(correction), *case).bias <= error * spread + SLACK
+    close(case.rollout_policy.probabilities @ (rho - 1).square(), chi2(*case[:2]))
+
+
+@given(cases(), CAPS)
+def test_t26b_also_where_each_token_has_a_weight_of_its_own(case, cap):
+    gradients = case.reward[:, None, None] * token_scores(case.policy).flatten(2)
+    spread = widest(case.rollout_policy, gradients)
+    each, _ = ratios_of(case)
+    errors = sequence_ratios(*case[:2])[:, None] - each.clamp(max=cap)
+    error = (case.rollout_policy.probabilities @ errors.square().sum(-1)).sqrt()
+    assert audit(loss_of(token_tis(cap)), *case).bias <= error * spread + SLACK
+
+
 # Second moments.
 
 

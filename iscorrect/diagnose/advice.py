@@ -16,8 +16,11 @@ from iscorrect.errors import input_error
 from iscorrect.pareto import pareto_tail
 from iscorrect.thresholds import mse_optimal_cap
 
-# Not corrected but left as it is: what training does to weights, and what hardware does to numbers.
-TOLERABLE = (NOISE, "heavy tail", "quantised rollout", "16-bit LM head", "larger than 16-bit")
+# What a correction is for: hardware, and weights that differ on purpose. The rest is repaired.
+CORRECTABLE = (
+    NOISE, "stale weights", "quantised rollout", "heavy tail", "16-bit LM head",
+    "larger than 16-bit",
+)
 
 
 @dataclass(frozen=True)
@@ -81,14 +84,14 @@ def advise(
     tail = float(pareto_tail(d[None], torch.ones(1, len(d)) > 0).k)
     size = f"KL {kappa:.2g} nats per token × {length:,} tokens = {total:.2g} nats per sequence"
 
-    advice = []
-    wrong = [f for f in findings if not f.cause.startswith(TOLERABLE)]
+    wrong = [f for f in findings if not f.cause.startswith(CORRECTABLE)]
     if wrong:
-        advice.append(Advice(
+        return [Advice(
             f"Fix the cause first: {wrong[0].cause}",
-            f"{wrong[0].evidence}. A correction would hide it and pay for it in variance or bias",
-        ))
-    advice.append(_correction(total, samples, size, outside))
+            f"{wrong[0].evidence}. A correction would hide it, and pay for it in variance or bias:"
+            f" {size}",
+        )]
+    advice = [_correction(total, samples, size, outside)]
     if total >= 0.1:
         low, high = _geometric_band(kappa, length)
         advice.append(Advice(
@@ -97,11 +100,13 @@ def advise(
             " them; a constant band would mean another thing for every stack",
             f"geometric-rs:low={low:.6g},high={high:.6g}",
         ))
-    if outside > 1e-3 or (math.isfinite(tail) and tail > 0.7 and outside > 0):
+    heavy = math.isfinite(tail) and tail > 0.7
+    if advice[0].correction != "token-tis:cap=2" and (outside > 1e-3 or (heavy and outside > 0)):
+        settled = "above" if heavy else "below"
         advice.append(Advice(
             "Bound the token ratios",
-            f"{outside:.2%} of tokens have a ratio outside [0.5, 2] and the tail has Pareto index"
-            f" {tail:.2f}, where averages of weights need it below 0.7",
+            f"{outside:.2%} of tokens have a ratio outside [0.5, 2]; the Pareto index of the tail"
+            f" is {tail:.2f}, {settled} the 0.7 up to which averages of weights settle",
             "token-tis:cap=2",
         ))
     advice += _precision(tokens, findings, total, length)

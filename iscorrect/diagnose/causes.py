@@ -48,7 +48,7 @@ SCALES = {
 }
 """Upper ends of the typical difference of log-odds, and what it is the mark of."""
 
-# A share of its nats below which a log-prob exactly 0 is not a rounded certainty.
+# Where the other side is below this, a log-prob of exactly 0 is no rounded certainty.
 UNLIKELY = math.log(0.5)
 
 
@@ -95,10 +95,10 @@ def diagnose(dump: LogProbDump, *, null: LogProbDump | None = None) -> list[Find
         if finding:
             findings.append(finding)
             tokens = tokens.where(belongs)
-    if len(tokens) == 0:
-        return findings
+        if len(tokens) == 0:
+            return findings
     for explain in (
-        _wrong_prompt, _temperature, _penalty, _truncation, _never_synchronised, _stale_over_time,
+        _wrong_prompt, _temperature, _truncation, _penalty, _never_synchronised, _stale_over_time,
         _stale_prefix, _stale, _other_weights, _heavy_tail,
     ):
         finding = explain(tokens)
@@ -117,12 +117,9 @@ def diagnose(dump: LogProbDump, *, null: LogProbDump | None = None) -> list[Find
 
 
 def _doubtless(estimate: Estimate, tokens: Tokens) -> bool:
-    """Beyond five standard errors, and more where few sequences say how large those are."""
+    """Beyond 4.5 standard errors, and more where few sequences say how large those are."""
     s = tokens.sequences
     return s >= 8 and abs(estimate.z) > 4.5 * (1 + 8 / s)
-
-
-# Tokens that do not belong together.
 
 
 def _misaligned(tokens: Tokens) -> Finding | None:
@@ -181,20 +178,20 @@ def _unsampled(tokens: Tokens) -> tuple[Finding | None, Array]:
     everything = np.ones(len(tokens), dtype=bool)
     if tokens.gap is None or len(tokens) < 8:
         return None, everything
-    sums = np.convolve(tokens.gap, np.ones(8), "valid")
+    both = tokens.gap + np.minimum(tokens.d, 0)  # surprisal of the less surprised side
+    sums = np.convolve(both, np.ones(8), "valid")
     whole = tokens.row[7:] == tokens.row[:-7]
     starts = np.flatnonzero(whole & (sums > 8 * 4.0))
     foreign = np.zeros(len(tokens), dtype=bool)
     for offset in range(8):
         foreign[starts + offset] = True
-    alike = float(np.median(np.abs(tokens.d[foreign]))) < 0.5 if foreign.any() else False
-    if not alike or int(foreign.sum()) < 24:
+    if int(foreign.sum()) < 24:
         return None, everything
     share = float(foreign.mean())
     return Finding(
         "environment tokens in the mask",
         f"{int(foreign.sum())} tokens ({share:.2%}) lie in runs whose surprisal exceeds the"
-        f" entropy by {float(tokens.gap[foreign].mean()):.1f} nats per token on both sides:"
+        f" entropy by {float(both[foreign].mean()):.1f} nats per token on both sides:"
         " nobody sampled them",
         "print the masked tokens around a turn's boundary; tool and user text must have mask 0",
         share,
@@ -256,9 +253,6 @@ def _replaced(tokens: Tokens) -> tuple[Finding | None, Array]:
     ), tokens.position < first[tokens.row]
 
 
-# What moves all tokens in a pattern.
-
-
 def _wrong_prompt(tokens: Tokens) -> Finding | None:
     size = np.abs(tokens.d)
     early, late = tokens.position < 4, tokens.position >= 16
@@ -318,22 +312,6 @@ def _share_explained_by_repeats(tokens: Tokens) -> float:
     return tokens.regress(tokens.d, tokens.seen.astype(float))[1]
 
 
-def _penalty(tokens: Tokens) -> Finding | None:
-    if tokens.seen is None or not 0.01 < tokens.seen.mean() < 0.99:
-        return None
-    (effect,), explained = tokens.regress(tokens.d, tokens.seen.astype(float))
-    if not _doubtless(effect, tokens) or effect.value < 0.01 or explained < 0.05:
-        return None
-    return Finding(
-        "repetition penalty",
-        f"the trainer finds tokens that came before more likely than the engine by {effect} nats,"
-        f" which explains {explained:.0%} of the variance of log ρ",
-        "set repetition, presence and frequency penalty off; generation_config='vllm' keeps a"
-        " model's own defaults out",
-        effect.value, effect.error,
-    )
-
-
 def _truncation(tokens: Tokens) -> Finding | None:
     d = tokens.d
     if float(d.std()) > 0.5:
@@ -350,6 +328,22 @@ def _truncation(tokens: Tokens) -> Finding | None:
         "set top_p=1, top_k=-1, min_p=0, or renormalise the trainer over the kept set"
         " (iscorrect.Support)",
         excess.value, excess.error,
+    )
+
+
+def _penalty(tokens: Tokens) -> Finding | None:
+    if tokens.seen is None or not 0.01 < tokens.seen.mean() < 0.99:
+        return None
+    (effect,), explained = tokens.regress(tokens.d, tokens.seen.astype(float))
+    if not _doubtless(effect, tokens) or effect.value < 0.01 or explained < 0.05:
+        return None
+    return Finding(
+        "repetition penalty",
+        f"the trainer finds tokens that came before more likely than the engine by {effect} nats,"
+        f" which explains {explained:.0%} of the variance of log ρ",
+        "set repetition, presence and frequency penalty off; generation_config='vllm' keeps a"
+        " model's own defaults out",
+        effect.value, effect.error,
     )
 
 
@@ -478,16 +472,6 @@ def _heavy_tail(tokens: Tokens) -> Finding | None:
             " layout",
             n / len(d),
         )
-    noise = tokens.logit_noise()
-    if noise > max(SCALES):
-        return Finding(
-            "larger than 16-bit rounding, without a pattern",
-            f"log-odds typically differ by {noise:.2g}, where bfloat16 kernels differ by 0.01 to"
-            " 0.2",
-            "score the same tokens twice with each side alone; the side that disagrees with itself"
-            " is at fault",
-            noise,
-        )
     return None
 
 
@@ -594,21 +578,25 @@ def _noise(tokens: Tokens, null: LogProbDump | None) -> Finding:
         )
     noise = tokens.logit_noise()
     evidence = f"log-odds typically differ by {noise:.2g}, log-probs by {tokens.typical():.2g}"
-    cause = next((c for limit, c in SCALES.items() if noise < limit), SCALES[max(SCALES)])
     if null is not None:
         floor = Tokens.of(null).typical()
         evidence += f", those of the null by {floor:.2g}"
         if tokens.typical() <= 1.5 * floor:
             return Finding(NOISE, evidence, "none needed", noise)
+    if noise >= max(SCALES):
+        return Finding(
+            "larger than 16-bit rounding, without a pattern",
+            f"{evidence}, where bfloat16 kernels make the former 0.01 to 0.2",
+            "score the same tokens twice with each side alone; the side that disagrees with itself"
+            " is at fault",
+            noise,
+        )
     return Finding(
-        cause, evidence,
+        next(cause for limit, cause in SCALES.items() if noise < limit), evidence,
         "score the same tokens twice with the trainer under another batch shape; float32 on both"
         " sides must make it vanish",
         noise,
     )
-
-
-# Helpers of several tests.
 
 
 def _relative(tokens: Tokens) -> Array:

@@ -99,15 +99,16 @@ def audit(
             batch as one group. None: the reward is the advantage.
         advantages: float64 "c v", such as ``policy.advantages(reward)``, in place of the reward.
         old_policy: π_old, passed as ``old_log_probs``. None: the argument is not passed.
-        samples: batches to sample. None: up to 65,536 possible batches are enumerated, of more
-            20,000 are sampled.
+        samples: batches to sample, 20 at least. None: up to 65,536 possible batches are
+            enumerated, of more 20,000 are sampled.
         seed: of the samples.
 
     Returns:
         Exact to rounding by enumeration; otherwise with standard errors.
 
     Raises:
-        InputError: policies over different sequences, a reward of another shape, a group of one.
+        InputError: policies over different sequences, a reward of another shape, a group of one,
+            too few samples.
 
     >>> from iscorrect import PolicyLoss, sequence_is, token_is
     >>> from iscorrect.testing import TabularPolicy, audit, mismatch
@@ -122,7 +123,7 @@ def audit(
     True
     """
     check_same_sequences("audit", policy, rollout_policy, old_policy or policy)
-    _check(policy, reward, batch, group, advantages)
+    _check(policy, reward, batch, group, advantages, samples)
     columns = {
         "log_probs": policy.log_probs,
         "rollout_log_probs": rollout_policy.reported_log_probs,
@@ -336,6 +337,7 @@ def _check(
     batch: int,
     group: Estimator | None,
     advantages: Tensor | None,
+    samples: int | None,
 ) -> None:
     if reward.dtype != torch.float64 or reward.shape != policy.probabilities.shape:
         raise input_error(
@@ -346,6 +348,11 @@ def _check(
         raise input_error(
             "audit", "batch", expected="at least 1, and at least 2 for a group", got=repr(batch),
             fix="pass batch=2",
+        )
+    if samples is not None and samples < BLOCKS:
+        raise input_error(
+            "audit", "samples", expected=f"None or at least {BLOCKS}", got=repr(samples),
+            fix="pass samples=20_000, or None to enumerate what can be enumerated",
         )
     if advantages is not None and (group is not None or advantages.shape != policy.logits.shape):
         raise input_error(

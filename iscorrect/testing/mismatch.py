@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Literal
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -62,11 +63,12 @@ def noise(
     0.25
     """
     check_bounds("noise", sigma=sigma)
-    generator = torch.Generator().manual_seed(seed)
-    draw = torch.randn(policy.logits.shape, generator=generator, dtype=torch.float64)
-    if freedom != math.inf:
-        gamma = torch._standard_gamma(torch.full_like(draw, freedom / 2), generator=generator)
-        draw = draw / (2 * gamma / freedom).sqrt()
+    if freedom == math.inf:
+        generator = torch.Generator().manual_seed(seed)
+        draw = torch.randn(policy.logits.shape, generator=generator, dtype=torch.float64)
+    else:
+        rng = np.random.default_rng(seed)
+        draw = torch.from_numpy(rng.standard_t(freedom, tuple(policy.logits.shape)))
 
     def scaled(scale: float) -> TabularPolicy:
         return replace(policy, logits=policy.logits + scale * draw, reported=None)

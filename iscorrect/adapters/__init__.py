@@ -1,0 +1,1 @@
+"""Corrections inside the trainers that people run; each module needs its own framework only."""

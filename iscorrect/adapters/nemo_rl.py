@@ -1,0 +1,74 @@
+"""NeMo-RL: a ``LossFunction`` for the trainers that take one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from iscorrect.errors import input_error
+from iscorrect.loss import PolicyLoss
+
+MEANS = (
+    "mismatch/kl_k1", "mismatch/kl_k3", "mismatch/log_prob_diff/mean", "is/rejected", "is/nonfinite"
+)
+"""Metrics that are means over tokens, and so add up over micro-batches when scaled."""
+
+
+class CorrectedLoss:
+    """A loss of this library with the signature of NeMo-RL's ``LossFunction``.
+
+    Args:
+        policy_loss: aggregated by "token-mean" or one of "seq-…", over NeMo-RL's global counts.
+
+    Raises:
+        InputError: another aggregation, or parts that look across the batch.
+    """
+
+    def __init__(self, policy_loss: PolicyLoss) -> None:
+        from nemo_rl.algorithms.loss.interfaces import LossInputType, LossType  # type: ignore[import-not-found]
+
+        how = policy_loss.aggregation
+        if callable(how) or how == "sum" or policy_loss.scope == "batch":
+            raise input_error(
+                "CorrectedLoss", "policy_loss", expected="one whose micro-batches add up: by tokens"
+                " or sequences, with bounds that do not look across the batch",
+                got=repr(policy_loss), fix="pass aggregation='token-mean' and a fixed bound",
+            )
+        self.policy_loss = policy_loss
+        self.by_token = how == "token-mean"
+        self.loss_type = LossType.TOKEN_LEVEL if self.by_token else LossType.SEQUENCE_LEVEL
+        self.input_type = LossInputType.LOGPROB
+
+    def __call__(
+        self,
+        data: Any,
+        global_valid_seqs: Tensor,
+        global_valid_toks: Tensor,
+        next_token_logprobs: Tensor,
+        **_: Any,
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The micro-batch's share of the loss, and of the metrics; both add up.
+
+        Args:
+            data: "b s" each, of which the first position predicts nothing.
+            global_valid_seqs: "", of the whole batch.
+            global_valid_toks: "", of the whole batch.
+            next_token_logprobs: "b s-1", with gradient.
+        """
+        mask = data["token_mask"][:, 1:].bool() & data["sample_mask"].bool()[:, None]
+        reference = None
+        if self.policy_loss.reference_kl is not None:
+            reference = data["reference_policy_logprobs"][:, 1:]
+        loss, metrics = self.policy_loss(
+            next_token_logprobs, rollout_log_probs=data["generation_logprobs"][:, 1:],
+            old_log_probs=data["prev_logprobs"][:, 1:], advantages=data["advantages"][:, 1:],
+            ref_log_probs=reference, mask=mask,
+            normalizer=global_valid_toks if self.by_token else global_valid_seqs,
+        )
+        read = metrics.to_floats()
+        share = read["batch/tokens"] / float(global_valid_toks)
+        logged = {name: read[name] * share for name in MEANS}
+        return loss, logged | {
+            "loss": loss.item(), "num_valid_samples": data["sample_mask"].sum().item()
+        }

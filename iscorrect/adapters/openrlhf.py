@@ -1,0 +1,61 @@
+"""OpenRLHF: a module in the place of its ``PolicyLoss``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iscorrect.errors import input_error
+from iscorrect.loss import PolicyLoss
+
+
+class CorrectedPolicyLoss(torch.nn.Module):
+    """A loss of this library with the signature of OpenRLHF's ``PolicyLoss``.
+
+    Args:
+        policy_loss: aggregated by "token-mean", or by one of "seq-…".
+
+    Raises:
+        InputError: another aggregation; at the call: no rollout log-probs.
+    """
+
+    def __init__(self, policy_loss: PolicyLoss) -> None:
+        super().__init__()
+        if callable(policy_loss.aggregation) or policy_loss.aggregation == "sum":
+            raise input_error(
+                "CorrectedPolicyLoss", "policy_loss", expected="one with a denominator",
+                got=repr(policy_loss.aggregation), fix="pass aggregation='token-mean'",
+            )
+        self.policy_loss = policy_loss
+
+    def forward(
+        self,
+        log_probs: Tensor,
+        old_log_probs: Tensor,
+        advantages: Tensor,
+        action_mask: Tensor | None = None,
+        rollout_log_probs: Tensor | None = None,
+        dp_size: int = 1,
+        batch_num_tokens: Any = None,
+        global_batch_size: Any = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Loss, clipped share, KL of old and current policy, KL of engine and old policy."""
+        if rollout_log_probs is None:
+            raise input_error(
+                "CorrectedPolicyLoss", "rollout_log_probs", expected="the engine's log-probs",
+                got="None", fix="start OpenRLHF with --enable_vllm_is_correction",
+            )
+        by_token = self.policy_loss.aggregation == "token-mean"
+        count = batch_num_tokens if by_token else global_batch_size
+        mask = torch.ones_like(log_probs) if action_mask is None else action_mask
+        loss, metrics = self.policy_loss(
+            log_probs, rollout_log_probs=rollout_log_probs, old_log_probs=old_log_probs,
+            advantages=advantages, mask=mask.bool(),
+            # gradients are averaged over the data-parallel ranks
+            normalizer=None if count is None else count / dp_size,
+        )
+        read = metrics.read()
+        clipped = read.get("policy/clipped", loss.new_zeros(()))
+        return loss, clipped, read["policy/kl_k1"], read["mismatch/kl_k1"]

@@ -1,0 +1,199 @@
+"""TRL: a mixin over ``GRPOTrainer`` that takes a correction or a whole loss of this library."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from iscorrect.correction import Correction
+from iscorrect.dumps import DumpWriter
+from iscorrect.errors import InputError, input_error
+from iscorrect.loss import PolicyLoss
+from iscorrect.metrics import Metrics, merge
+
+MULTIMODAL = (
+    "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes",
+    "num_tiles", "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
+)
+IDLE_IN_POLICY_LOSS = {
+    "top_entropy_quantile": 1.0, "off_policy_mask_threshold": None,
+    "_entropy_bonus_enabled": False, "aux_loss_enabled": False,
+}
+"""What of TRL's own loss a PolicyLoss stands for, and the value at which it is off."""
+
+
+class CorrectedGRPO:
+    """Mixin over ``trl.GRPOTrainer``: ``class Trainer(CorrectedGRPO, GRPOTrainer)``.
+
+    A correction's weights multiply TRL's loss in the place of TRL's own; tokens of weight 0 stay in
+    its denominators. Without vLLM, log-probs come from a ``rollout_func`` that returns them, and
+    the weights multiply the advantages.
+
+    Args:
+        correction: in the place of ``vllm_importance_sampling_mode``.
+        policy_loss: in the place of ``loss_type`` and everything else that TRL's loss is made of.
+            Exactly one of the two.
+        dumps: writes the log-probs of every generation; two in one step share a file.
+
+    Raises:
+        InputError: neither or both were given; a setting of TRL would be ignored or count twice.
+    """
+
+    args: Any
+    accelerator: Any
+    model: Any
+    state: Any
+    _metrics: Any
+
+    def __init__(
+        self,
+        *args: Any,
+        correction: Correction | None = None,
+        policy_loss: PolicyLoss | None = None,
+        dumps: DumpWriter | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.correction, self.policy_loss, self.dumps = correction, policy_loss, dumps
+        self._seen: dict[str, list[Metrics]] = {"train": [], "eval": []}
+        self._check_settings()
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        batch: dict[str, Any] = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
+        rollout = batch.get("sampling_per_token_logps")
+        if rollout is None:
+            raise _refusal(
+                "rollout_func", "given and returning logprobs where use_vllm=False", "None",
+                "set use_vllm=True, or return logprobs from rollout_func",
+            )
+        mask, advantages = _mask(batch), batch["advantages"]
+        advantages = advantages.view(len(mask), -1).expand(mask.shape)
+        old = batch.get("old_per_token_logps")
+        if old is None and (self.correction or self.dumps):
+            with torch.no_grad():
+                old = self._log_probs(self.model, batch, self.args.per_device_train_batch_size)
+        if self.dumps is not None and self._mode() == "train":
+            self.dumps.write(
+                step=self.state.global_step, mask=mask, rollout_log_probs=rollout,
+                old_log_probs=old, advantages=advantages, token_ids=batch["completion_ids"],
+            )
+        for statistic in ("min", "mean", "max"):  # of weights that are not applied
+            self._metrics[self._mode()].pop(f"sampling/importance_sampling_ratio/{statistic}", None)
+        if self.correction is not None and old is not None:
+            weights, _, metrics = self.correction(
+                old_log_probs=old, rollout_log_probs=rollout, mask=mask, advantages=advantages
+            )
+            self._seen[self._mode()].append(metrics)
+            if self.args.use_vllm:
+                # TRL's VESPO takes the logarithm of padding too
+                batch["importance_sampling_ratio"] = torch.where(mask, weights, 1)
+            else:
+                batch["advantages"] = advantages * weights
+        return batch
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        if self.policy_loss is None:
+            return super()._compute_loss(model, inputs)  # type: ignore[misc, no-any-return]
+        loss, metrics = self.policy_loss(
+            self._log_probs(model, inputs), rollout_log_probs=inputs["sampling_per_token_logps"],
+            old_log_probs=inputs.get("old_per_token_logps"), advantages=inputs["advantages"],
+            ref_log_probs=inputs.get("ref_per_token_logps"), mask=_mask(inputs),
+            normalizer=self._normalizer(self.policy_loss.aggregation, inputs),
+        )
+        self._seen[self._mode()].append(metrics)
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's log, with the metrics of all ranks since the last one."""
+        mode = self._mode()
+        if self._seen[mode]:
+            metrics = merge(self._seen[mode])
+            if dist.is_available() and dist.is_initialized():
+                metrics = metrics.all_reduced()
+            prefix = "eval_" if mode == "eval" else ""
+            logs.update({prefix + name: x for name, x in metrics.to_floats().items()})
+            self._seen[mode].clear()
+        super().log(logs, start_time)  # type: ignore[misc]
+
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    def _log_probs(self, model: Any, batch: dict[str, Any], rows: int | None = None) -> Tensor:
+        log_probs: Tensor = self._get_per_token_logps_and_entropies(  # type: ignore[attr-defined]
+            model,
+            torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+            torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+            batch["completion_ids"].shape[1], batch_size=rows,
+            **{name: batch[name] for name in MULTIMODAL if name in batch},
+        )[0]
+        return log_probs
+
+    def _normalizer(self, aggregation: Any, inputs: dict[str, Any]) -> Tensor | float | None:
+        """The whole optimizer step's denominator; gradients are averaged over ranks."""
+        if callable(aggregation) or aggregation == "sum":
+            return None
+        train = self._mode() == "train"
+        steps = self.current_gradient_accumulation_steps if train else 1  # type: ignore[attr-defined]
+        if aggregation != "token-mean":
+            return float(len(inputs["completion_mask"]) * steps)
+        share = int(steps) / int(self.args.steps_per_generation) if train else 1
+        tokens: Tensor = inputs["num_items_in_batch"].clamp(min=1)
+        return tokens / int(self.accelerator.num_processes) * share
+
+    def _check_settings(self) -> None:
+        args = self.args
+        if (self.correction is None) == (self.policy_loss is None):
+            raise _refusal(
+                "correction, policy_loss", "exactly one of the two",
+                "both" if self.correction else "neither", "pass correction=token_tis()",
+            )
+        if self.policy_loss is not None:
+            for name, off in IDLE_IN_POLICY_LOSS.items():
+                if getattr(self, name) != off:
+                    raise _refusal(
+                        name.strip("_"), f"{off} with a policy_loss, which does not apply it",
+                        repr(getattr(self, name)), "turn it off, or pass correction= alone",
+                    )
+            penalty = self.policy_loss.reference_kl
+            if args.beta != (penalty.coefficient if penalty else 0):
+                raise _refusal(
+                    "beta", "the coefficient of the policy_loss's reference_kl, 0 without one",
+                    repr(args.beta), "pass reference_kl=ReferenceKL(coefficient=beta)",
+                )
+            if args.beta and args.use_bias_correction_kl:
+                raise _refusal(
+                    "use_bias_correction_kl", "False with a policy_loss, which does not apply it",
+                    "True", "set use_bias_correction_kl=False",
+                )
+        elif args.use_vllm and not args.vllm_importance_sampling_correction:
+            raise _refusal(
+                "vllm_importance_sampling_correction",
+                "True: TRL multiplies weights, which the correction replaces, only then", "False",
+                "leave it at its default; pass correction=uncorrected() for weights of 1",
+            )
+        elif args.loss_type == "vespo" and not (
+            args.use_vllm and self.correction is not None and self.correction.level == "token"
+        ):
+            raise _refusal(
+                "loss_type", "another than 'vespo', which multiplies token weights by itself",
+                "'vespo' with weights of another level, or without vLLM", "set loss_type='dapo'",
+            )
+        if args.top_p < 1 or args.top_k > 0 or args.min_p:
+            warnings.warn(
+                "top_p, top_k or min_p cut the rollout's distribution: every ratio is then off by"
+                " the mass that was cut. Sample with top_p=1.0, top_k=0, min_p=None.",
+                stacklevel=3,
+            )
+
+
+def _mask(batch: dict[str, Any]) -> Tensor:
+    mask: Tensor = batch["completion_mask"].bool()
+    return mask & batch["tool_mask"].bool() if "tool_mask" in batch else mask
+
+
+def _refusal(argument: str, expected: str, got: str, fix: str) -> InputError:
+    return input_error("CorrectedGRPO", argument, expected=expected, got=got, fix=fix)

@@ -1,0 +1,21 @@
+"""The correction inside verl's Ray workers."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("ray")
+pytest.importorskip("tensordict")
+
+RUN = Path(__file__).parents[2] / "examples" / "ray_verl" / "run.py"
+
+
+def test_ray_workers_together_give_the_loss_of_the_whole_batch():
+    done = subprocess.run([sys.executable, str(RUN)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    whole, together = map(float, re.findall(r"[+-]\d\.\d{7}", done.stdout))
+    assert together == pytest.approx(whole, rel=1e-5)
+    assert float(re.findall(r"gradient (\S+)", done.stdout)[0]) < 1e-7

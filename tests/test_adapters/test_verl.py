@@ -1,0 +1,248 @@
+"""verl itself, number for number."""
+
+import math
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from batches import batches, make_batch
+from hypothesis import assume, example, given, reject
+from hypothesis import strategies as st
+
+import iscorrect
+from iscorrect import Correction, Ignore, InputError, PPOClip, token_tis
+from iscorrect.adapters.dialects import from_verl
+from iscorrect.adapters.verl import batch_hook, register_loss
+from iscorrect.dumps import DumpWriter, read_dump
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    helper = pytest.importorskip("verl.trainer.ppo.rollout_corr_helper")
+    from verl import DataProto
+    from verl.trainer.ppo import core_algos
+    from verl.workers.config import ActorConfig
+
+register_loss("iscorrect_ppo", PPOClip(low=0.8, high=1.28, dual=3.0))
+
+bound = st.floats(math.log(1e-3), math.log(1e3)).map(math.exp)
+bands = st.tuples(bound, bound).map(lambda ab: f"{min(ab)}_{max(ab)}")
+
+
+@st.composite
+def settings(draw):
+    """A valid rollout_correction, with up to four of the eleven rules."""
+    options = draw(st.lists(st.sampled_from(sorted(helper.SUPPORTED_ROLLOUT_RS_OPTIONS)),
+                            max_size=4, unique=True))
+    thresholds = [
+        draw(bands if option.endswith("k1") else bound.map(str)) for option in options
+    ]
+    if options and draw(st.booleans()):
+        thresholds = [str(draw(st.floats(1.0, 50.0)))]  # one for all, where x stands for "1/x_x"
+    return dict(
+        rollout_is=draw(st.sampled_from([None, "token", "sequence"])),
+        rollout_is_threshold=draw(bound | bound.map(str) | bands),
+        rollout_is_batch_normalize=draw(st.booleans()),
+        rollout_rs=",".join(options) or None,
+        rollout_rs_threshold=",".join(thresholds) or None,
+    )
+
+
+def finite(batch):
+    """verl spreads NaN of the padding into the weights: it gets zeros there."""
+    return [torch.where(batch.mask, x, 0) for x in (batch.old_log_probs, batch.rollout_log_probs)]
+
+
+def verl(batch, config):
+    old, rollout = finite(batch)
+    weights, mask, metrics = helper.compute_rollout_correction_and_rejection_mask(
+        old, rollout, batch.mask.double(), **config
+    )
+    weights = batch.mask.double() if weights is None else weights.batch["rollout_is_weights"]
+    return weights, mask.bool(), metrics
+
+
+def ours(batch, correction):
+    return correction(
+        old_log_probs=batch.old_log_probs, rollout_log_probs=batch.rollout_log_probs,
+        mask=batch.mask,
+    )
+
+
+@given(batches(), settings())
+def test_weights_and_masks_are_those_of_verl(batch, config):
+    assume(batch.mask.any())
+    try:
+        weights, mask, _ = verl(batch, config)
+    except ZeroDivisionError:  # verl's effective sample size of weights that are all 0
+        reject()
+    correction = from_verl(**config)
+    torch.testing.assert_close(
+        ours(batch, correction).weights, weights * mask, rtol=1e-6, atol=1e-8
+    )
+    rules = Correction(bound=Ignore(), reject=correction.reject)
+    assert torch.equal(ours(batch, rules).keep, mask)
+
+
+@pytest.mark.parametrize("option", sorted(helper.SUPPORTED_ROLLOUT_RS_OPTIONS))
+def test_each_rule_alone_rejects_what_verl_rejects(option):
+    rejected = 0
+    for seed in range(40):
+        batch = make_batch(seed, rows=4, width=6, scale=0.4)
+        if not batch.mask.any():
+            continue
+        config = dict(
+            rollout_rs=option, rollout_rs_threshold="0.8_1.3" if option.endswith("k1") else 0.1
+        )
+        _, mask, _ = verl(batch, config)
+        assert torch.equal(ours(batch, from_verl(None, **config)).keep, mask)
+        rejected += int((batch.mask & ~mask).sum())
+    assert rejected > 0
+
+
+def test_k1_bounds_of_verl_act_on_the_inverse_ratio_and_strict_ones_on_the_ratio():
+    ratio = torch.tensor([[0.3, 0.6, 1.0, 1.8, 4.0]], dtype=torch.float64)
+    batch = SimpleNamespace(
+        old_log_probs=ratio.log(), rollout_log_probs=torch.zeros_like(ratio),
+        mask=torch.ones_like(ratio, dtype=torch.bool),
+    )
+    config = dict(rollout_rs="token_k1", rollout_rs_threshold="0.5_5.0")
+    _, mask, _ = verl(batch, config)
+    assert mask.tolist() == [[True, True, True, True, False]]
+    strict = ours(batch, from_verl(None, strict=True, **config)).keep
+    assert strict.tolist() == [[False, True, True, True, True]]
+
+
+@given(batches(), st.sampled_from(["token", "sequence"]), bound)
+@example(make_batch(0, scale=1.0), "token", 1.1)
+def test_no_strict_weight_exceeds_its_threshold(batch, level, cap):
+    correction = from_verl(level, cap, True, strict=True)
+    assert ours(batch, correction).weights.max() <= cap * (1 + 1e-12)
+
+
+def test_weights_of_verl_exceed_their_threshold_after_normalisation():
+    ratio = torch.tensor([[0.01, 0.01, 0.1, 9.0]], dtype=torch.float64)
+    batch = SimpleNamespace(
+        old_log_probs=ratio.log(), rollout_log_probs=torch.zeros_like(ratio),
+        mask=torch.ones_like(ratio, dtype=torch.bool),
+    )
+    assert ours(batch, from_verl("token", 2.0, True)).weights.max() > 2.0
+
+
+def data_proto(batch):
+    old, rollout = finite(batch)
+    return DataProto.from_dict(
+        tensors=dict(
+            old_log_probs=old, rollout_log_probs=rollout, response_mask=batch.mask.double()
+        ),
+        meta_info=dict(global_steps=3),
+    )
+
+
+OFF = dict(rollout_is=None, rollout_rs=None)
+
+
+@given(batches(), settings())
+def test_the_hook_changes_a_batch_as_verl_does_and_logs_what_verl_logs(batch, config):
+    assume(batch.mask.any())
+    try:
+        theirs, their_metrics = helper.compute_rollout_correction_and_add_to_batch(
+            data_proto(batch), config
+        )
+    except ZeroDivisionError:
+        reject()
+    assume(theirs.batch["response_mask"].any())
+    changed, metrics = batch_hook(from_verl(**config))(data_proto(batch), OFF)
+    mask = theirs.batch["response_mask"]
+    assert torch.equal(changed.batch["response_mask"], mask)
+    weights = theirs.batch.get("rollout_is_weights", torch.ones_like(mask))
+    torch.testing.assert_close(
+        changed.batch["rollout_is_weights"] * mask, weights * mask, rtol=1e-6, atol=1e-8
+    )
+    assert set(their_metrics) <= set(metrics)
+    for name, value in their_metrics.items():
+        assert metrics[name] == pytest.approx(value, rel=1e-5, abs=1e-6, nan_ok=True), name
+
+
+def test_a_batch_that_is_rejected_entirely_keeps_its_mask_and_gets_weights_of_0():
+    batch = make_batch(1, rows=4, scale=1.0)
+    correction = from_verl("token", 2.0, rollout_rs="token_k2", rollout_rs_threshold=1e-9)
+    changed, _ = batch_hook(correction)(data_proto(batch), OFF)
+    assert torch.equal(changed.batch["response_mask"].bool(), batch.mask)
+    assert not changed.batch["rollout_is_weights"].any()
+
+
+def test_a_dump_of_the_batch_reads_back(tmp_path):
+    batch = make_batch(1, rows=4)
+    hook = batch_hook(token_tis(), DumpWriter(tmp_path))
+    hook(data_proto(batch), OFF)
+    dump = read_dump(tmp_path)
+    assert dump.step.tolist() == [3] * 4
+    assert dump.num_tokens == int(batch.mask.sum())
+    for _ in range(2):
+        unnumbered = data_proto(batch)
+        unnumbered.meta_info = {}
+        hook(unnumbered, OFF)
+    assert sorted(set(read_dump(tmp_path).step.tolist())) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("setting", ["rollout_is", "rollout_rs"])
+def test_a_correction_of_verl_that_is_left_on_is_an_error(setting):
+    config = OFF | {setting: "token"}
+    with pytest.raises(InputError, match=f"set algorithm.rollout_correction.{setting}=null"):
+        batch_hook(token_tis())(data_proto(make_batch(1)), config)
+
+
+MODES = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean"]
+
+
+@given(batches(), st.sampled_from(MODES), st.booleans())
+def test_a_registered_ppo_objective_gives_the_loss_and_gradient_of_verls(batch, mode, weighted):
+    assume(batch.mask.any(-1).all())
+    config = ActorConfig(
+        strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, use_dynamic_bsz=False,
+        clip_ratio_low=0.2, clip_ratio_high=0.28,
+    )
+    batch = batch.to(torch.float32)
+    old, _ = finite(batch)
+    results = []
+    for name in ("vanilla", "iscorrect_ppo"):
+        log_prob = torch.where(batch.mask, batch.log_probs, 0).requires_grad_()
+        loss, metrics = core_algos.get_policy_loss_fn(name)(
+            old_log_prob=old, log_prob=log_prob, response_mask=batch.mask, loss_agg_mode=mode,
+            advantages=torch.where(batch.mask, batch.advantages, 0), config=config,
+            rollout_is_weights=2 * batch.mask.float() if weighted else None,
+        )
+        loss.backward()
+        assert all(isinstance(value, float) for value in metrics.values())
+        results.append((loss.detach(), log_prob.grad))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_name_of_verls_cannot_be_taken():
+    with pytest.raises(InputError, match="iscorrect_vanilla"):
+        register_loss("vanilla", PPOClip())
+
+
+def test_verl_loads_the_example_that_installs_a_correction():
+    root = Path(iscorrect.__file__).parents[1]
+    program = (
+        "import warnings; warnings.simplefilter('ignore')\n"
+        "from verl.trainer.ppo import core_algos\n"
+        "from verl.trainer.ppo.rollout_corr_helper import *\n"
+        "print(compute_rollout_correction_and_add_to_batch.__module__)\n"
+        "print('iscorrect_ppo' in core_algos.POLICY_LOSS_REGISTRY)\n"
+    )
+    environment = {
+        "VERL_USE_EXTERNAL_MODULES": "verl_corrections",
+        "PYTHONPATH": os.pathsep.join([str(root / "examples"), str(root)]),
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True,
+        env=os.environ | environment,
+    )
+    assert run.stdout.split() == ["iscorrect.adapters.verl", "True"]

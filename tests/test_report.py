@@ -1,0 +1,352 @@
+import argparse
+import csv
+import html.parser
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from iscorrect import InputError, Layout, parse
+from iscorrect.dumps import LogProbDump, concatenate, read_dump, write_dump
+from iscorrect.ratios import at_level, units
+from iscorrect.report import (
+    CORRECTIONS,
+    SAMPLE,
+    add_convert_arguments,
+    add_env_arguments,
+    add_report_arguments,
+    check_thresholds,
+    headline,
+    run_convert,
+    run_env,
+    run_report,
+    summarise,
+    tables,
+    to_html,
+    to_markdown,
+    write_report,
+)
+
+
+def some_dump(sequences=40, length=50, seed=0, noise=0.2):
+    g = torch.Generator().manual_seed(seed)
+    rollout = -torch.rand(sequences, length, generator=g) * 4 - 0.1
+    noise = noise * torch.randn(sequences, length, generator=g)
+    lengths = torch.randint(10, length + 1, (sequences, 1), generator=g)
+    return LogProbDump(
+        rollout_log_probs=rollout, old_log_probs=(rollout + noise).clamp(max=0),
+        mask=torch.arange(length) < lengths, step=torch.arange(sequences) // 10,
+    )
+
+
+def report_main(*argv):
+    parser = argparse.ArgumentParser()
+    add_report_arguments(parser)
+    return run_report(parser.parse_args([str(word) for word in argv]))
+
+
+@pytest.fixture
+def path(tmp_path):
+    write_dump(some_dump(), tmp_path / "dump.npz")
+    return tmp_path / "dump.npz"
+
+
+class TestNumbers:
+    def test_headline_metrics_are_those_of_numpy(self):
+        dump = some_dump()
+        mask = dump.mask.numpy()
+        old, rollout = dump.old_log_probs.double().numpy(), dump.rollout_log_probs.double().numpy()
+        d = (old - rollout)[mask]
+        m = summarise([dump]).metrics
+        assert m["batch/tokens"] == mask.sum()
+        assert m["mismatch/kl_k1"] == pytest.approx(-d.mean(), rel=1e-5)
+        assert m["mismatch/kl_k3"] == pytest.approx((np.exp(d) - 1 - d).mean(), rel=1e-5)
+        assert m["mismatch/chi2/token"] == pytest.approx(((np.exp(d) - 1) ** 2).mean(), rel=1e-5)
+        p, q = np.exp(rollout[mask]), np.exp(old[mask])
+        assert m["mismatch/pearson"] == pytest.approx(np.corrcoef(p, q)[0, 1], rel=1e-6)
+        lengths, totals = mask.sum(1), ((old - rollout) * mask).sum(1)
+        slope = np.polyfit(lengths, totals, 1)[0]
+        assert m["mismatch/sequence_slope"] == pytest.approx(1000 * slope, rel=1e-4)
+        assert m["tail/outside"] == pytest.approx((np.abs(d) > np.log(2)).mean())
+
+    def test_sequences_of_one_length_have_the_slope_of_their_mean(self):
+        dump = some_dump()
+        even = replace(dump, mask=torch.ones_like(dump.mask))
+        d = (dump.old_log_probs - dump.rollout_log_probs).double()
+        slope = summarise([even]).metrics["mismatch/sequence_slope"]
+        assert slope == pytest.approx(1000 * float(d.mean()), rel=1e-5)
+
+    @pytest.mark.parametrize("name", [*CORRECTIONS, "geometric-rs:low=0.9,high=1.1"])
+    def test_each_correction_is_that_of_one_call_and_its_bias_mass_that_of_numpy(self, name):
+        dump = some_dump()
+        out = parse(name)(
+            old_log_probs=dump.old_log_probs, rollout_log_probs=dump.rollout_log_probs,
+            mask=dump.mask,
+        )
+        row = summarise([dump], corrections=[name]).corrections[name]
+        for key, value in out.metrics.to_floats().items():
+            if key.startswith("is/"):
+                assert row[key] == pytest.approx(value, rel=1e-5), key
+        layout = Layout(dump.mask)
+        d = torch.where(dump.mask, dump.old_log_probs - dump.rollout_log_probs, 0)
+        level = parse(name).level
+        ones = units(layout, level)
+        rho = at_level(d, layout, level).exp()[ones]
+        assert row["is/bias_mass"] == pytest.approx(
+            float((rho - out.weights[ones]).abs().mean()), rel=1e-4
+        )
+
+    def test_pieces_give_what_the_whole_gives(self):
+        parts = [some_dump(seed=seed, length=20 + 10 * seed) for seed in range(4)]
+        apart, together = summarise(parts), summarise([concatenate(parts)])
+        assert apart.metrics == pytest.approx(together.metrics, rel=1e-5)
+        for name in CORRECTIONS:
+            assert apart.corrections[name] == pytest.approx(together.corrections[name], rel=1e-5)
+        for a, b in zip(apart.places, together.places, strict=True):
+            assert a["place"] == b["place"]
+            assert a["kl_k3"] == pytest.approx(b["kl_k3"], rel=1e-5)
+
+    def test_places_add_up_to_the_whole(self):
+        report = summarise([some_dump()])
+        for kind in ("position", "length", "rollout probability", "step"):
+            rows = [row for row in report.places if row["place"].startswith(kind)]
+            assert sum(row["tokens"] for row in rows) == pytest.approx(1)
+            total = sum(row["tokens"] * row["kl_k3"] for row in rows)
+            assert total == pytest.approx(report.metrics["mismatch/kl_k3"], rel=1e-4)
+
+    def test_the_groups_that_differ_most_are_listed_first(self):
+        dump = some_dump()
+        group = torch.arange(40) // 4
+        old = torch.where((group == 6)[:, None], dump.old_log_probs - 1, dump.old_log_probs)
+        report = summarise([replace(dump, old_log_probs=old, group=group)])
+        listed = [row["place"] for row in report.places if row["place"].startswith("group")]
+        assert len(listed) == 5
+        assert listed[0] == "group 6"
+
+    def test_of_many_steps_the_worst_are_listed(self):
+        dump = some_dump(sequences=200)
+        noisy = torch.where(torch.arange(200)[:, None] == 150, dump.old_log_probs - 1, 0)
+        old = torch.where(noisy != 0, noisy, dump.old_log_probs)
+        report = summarise([replace(dump, old_log_probs=old, step=torch.arange(200))])
+        listed = [row["place"] for row in report.places if row["place"].startswith("step")]
+        assert len(listed) == 12
+        assert "step 150" in listed
+
+    def test_values_outside_the_mask_never_leak(self):
+        dump = some_dump()
+        old = torch.where(dump.mask, dump.old_log_probs, torch.nan)
+        spoiled = replace(dump, old_log_probs=old)
+        assert summarise([spoiled]).metrics == summarise([dump]).metrics
+
+
+class TestSample:
+    def test_a_large_dump_is_sampled_uniformly_and_in_bounded_size(self):
+        def pieces():
+            for step in range(40):
+                ones = torch.ones(64, 1024, dtype=torch.bool)
+                rollout = torch.full((64, 1024), -1.0 - step / 40)
+                yield LogProbDump(
+                    rollout_log_probs=rollout, old_log_probs=rollout - 1e-3, mask=ones,
+                    step=torch.full((64,), step),
+                )
+
+        report = summarise(pieces(), corrections=["uncorrected"])
+        assert report.sequences == 40 * 64
+        assert SAMPLE / 4 < report.sample.num_tokens <= SAMPLE
+        counts = np.bincount(report.sample.step.numpy(), minlength=40)
+        expected = counts.mean()
+        assert (counts > 0).all()
+        assert ((counts - expected) ** 2).sum() / expected < 80  # χ² with 39 degrees, beyond 0.9999
+
+    def test_a_small_dump_is_kept_whole(self):
+        dump = some_dump()
+        assert summarise([dump]).sample.num_tokens == dump.num_tokens
+
+
+class Page(html.parser.HTMLParser):
+    """Collects tags and what they refer to."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.links, self.open = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [value for name, value in attrs if name in ("src", "href")]
+        if tag not in ("meta", "link", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+class TestForms:
+    def test_every_form_holds_the_same_rows(self):
+        report = summarise([some_dump()])
+        markdown, page = to_markdown(report), to_html(report, {})
+        for _, text in headline(report):
+            assert text in markdown
+        for table in tables(report):
+            for row in table.rows:
+                assert row[0].replace("|", "\\|") in markdown
+        assert page.count("<tr>") == sum(1 + len(table.rows) for table in tables(report))
+
+    def test_the_page_is_well_formed_and_needs_no_other_file(self):
+        page = Page(to_html(summarise([some_dump()]), {"ratios": b"png"}))
+        assert page.open == []
+        assert all(link.startswith("data:") for link in page.links)
+        assert "script" not in page.tags
+
+    def test_names_from_outside_are_escaped(self):
+        report = summarise([some_dump()], source="<script>alert(1)</script>")
+        assert "<script>" not in to_html(report, {})
+
+    def test_json_has_no_nan(self):
+        dump = some_dump()
+        same = replace(dump, old_log_probs=dump.rollout_log_probs)
+        text = json.dumps(summarise([same]).to_json(), allow_nan=False)
+        assert json.loads(text)["findings"][0]["cause"].startswith("nothing beyond")
+
+
+class TestCommand:
+    def test_it_writes_the_page_the_numbers_and_every_figure_three_times(self, path, tmp_path):
+        pytest.importorskip("matplotlib")
+        assert report_main(path, "--out", tmp_path / "out") == 0
+        out = tmp_path / "out"
+        assert {p.name for p in out.iterdir()} == {
+            "report.html", "report.md", "metrics.json", "figures"
+        }
+        names = {p.stem for p in (out / "figures").iterdir()}
+        assert len(names) == 8
+        for name in names:
+            assert (out / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+            assert "<svg" in (out / "figures" / f"{name}.svg").read_text()
+            with (out / "figures" / f"{name}.csv").open() as file:
+                assert len(list(csv.reader(file))) > 1
+        assert (out / "report.html").read_text().count("data:image/png") == 8
+        links = re.findall(r"\]\((figures/\w+\.png)\)", (out / "report.md").read_text())
+        assert len(links) == 8
+        assert all((out / link).exists() for link in links)
+
+    def test_text_goes_to_stdout_and_prose_to_stderr(self, path, tmp_path, capsys):
+        report_main(path, "--out", tmp_path / "out")
+        captured = capsys.readouterr()
+        for word in ("mismatch", "Findings", "What each correction would do", "token-tis:cap=2"):
+            assert word in captured.out
+        assert "written to" in captured.err
+
+    def test_json_on_stdout_is_metrics_json_and_writes_nothing(
+        self, path, tmp_path, capsys, monkeypatch
+    ):
+        monkeypatch.chdir(tmp_path)
+        before = set(tmp_path.iterdir())
+        assert report_main(path, "--json", "--correction", "token-tis:cap=3") == 0
+        content = json.loads(capsys.readouterr().out)
+        assert list(content["corrections"]) == ["token-tis:cap=3"]
+        assert set(tmp_path.iterdir()) == before
+
+    def test_a_threshold_that_breaks_exits_with_1_and_says_the_value(self, path, capsys):
+        assert report_main(path, "--json", "--fail-if", "mismatch/kl_k3>0.0001") == 1
+        assert "mismatch/kl_k3>0.0001 (it is 0.0" in capsys.readouterr().err
+        assert report_main(path, "--json", "--fail-if", "mismatch/kl_k3>100") == 0
+
+    @pytest.mark.parametrize("condition", ["nonsense", "mismatch/kl_k3>many", "mismatch/kl3>1"])
+    def test_a_threshold_that_cannot_be_read_exits_with_2(self, path, capsys, condition):
+        assert report_main(path, "--json", "--fail-if", condition) == 2
+        assert "Fix:" in capsys.readouterr().err
+
+    def test_bad_input_exits_with_2_and_writes_nothing(self, tmp_path, capsys):
+        (tmp_path / "dump.jsonl").write_text("{")
+        assert report_main(tmp_path / "dump.jsonl", "--out", tmp_path / "out") == 2
+        assert "line 1" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+    def test_an_unknown_correction_exits_with_2(self, path, capsys):
+        assert report_main(path, "--json", "--correction", "token-tiss") == 2
+        assert "did you mean 'token-tis'" in capsys.readouterr().err
+
+    def test_nothing_counted_exits_with_2(self, tmp_path, capsys):
+        dump = some_dump(2)
+        write_dump(replace(dump, mask=torch.zeros_like(dump.mask)), tmp_path / "dump.npz")
+        assert report_main(tmp_path / "dump.npz", "--json") == 2
+        assert "counted tokens" in capsys.readouterr().err
+
+    def test_a_null_turns_noise_into_noise(self, path, capsys):
+        report_main(path, "--json", "--null", path)
+        cause = json.loads(capsys.readouterr().out)["findings"][0]["cause"]
+        assert cause == "nothing beyond numerical noise"
+
+    def test_a_terminal_gets_rich_tables(self, path):
+        pytest.importorskip("rich")
+        pty = pytest.importorskip("pty")
+        parent, child = pty.openpty()
+        code = (
+            "from iscorrect.report import print_report, summarise;"
+            "from iscorrect.dumps import stream_dump;"
+            f"print_report(summarise(stream_dump({str(path)!r})))"
+        )
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=child, env=os.environ)
+        os.close(child)
+        text = b""
+        try:
+            while piece := os.read(parent, 65536):
+                text += piece
+        except OSError:  # how Linux says that the other end was closed
+            pass
+        os.close(parent)
+        assert process.wait() == 0
+        assert b"\x1b[" in text  # rich's styles
+        assert b"token-tis:cap=2" in text
+
+
+class TestThresholds:
+    @pytest.mark.parametrize(
+        ("condition", "holds"),
+        [("a>1", False), ("a>=1", True), ("a<1", False), ("a<=1", True), (" a < 2 ", True)],
+    )
+    def test_each_comparison(self, condition, holds):
+        assert bool(check_thresholds([condition], {"a": 1.0})) == holds
+
+    def test_what_could_not_be_computed_does_not_pass(self):
+        assert check_thresholds(["a>1"], {"a": float("nan")})
+
+    def test_an_unknown_name_is_corrected(self):
+        with pytest.raises(InputError, match="did you mean 'mismatch/kl_k3'"):
+            check_thresholds(["mismatch/kl_k33>1"], {"mismatch/kl_k3": 1.0})
+
+
+def test_convert_keeps_every_value(path, tmp_path, capsys):
+    parser = argparse.ArgumentParser()
+    add_convert_arguments(parser)
+    target = tmp_path / "other.jsonl"
+    assert run_convert(parser.parse_args([str(path), str(target)])) == 0
+    a, b = read_dump(path), read_dump(target)
+    assert torch.equal(a.old_log_probs[a.mask], b.old_log_probs[b.mask])
+    assert run_convert(parser.parse_args([str(path), str(tmp_path / "x.csv")])) == 2
+    assert "Fix:" in capsys.readouterr().err
+
+
+def test_env_prints_versions(capsys):
+    parser = argparse.ArgumentParser()
+    add_env_arguments(parser)
+    assert run_env(parser.parse_args([])) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^torch +\d", out, re.MULTILINE)
+    assert re.search(r"^python +3", out, re.MULTILINE)
+
+
+def test_figures_are_left_out_without_matplotlib(tmp_path, monkeypatch):
+    find = __import__("importlib.util").util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name == "matplotlib" else find(name)
+    )
+    write_report(summarise([some_dump()]), tmp_path)
+    assert not (tmp_path / "figures").exists()
+    assert "data:image/png" not in (tmp_path / "report.html").read_text()
