@@ -98,8 +98,8 @@ def diagnose(dump: LogProbDump, *, null: LogProbDump | None = None) -> list[Find
         if len(tokens) == 0:
             return findings
     for explain in (
-        _wrong_prompt, _temperature, _truncation, _penalty, _never_synchronised, _stale_over_time,
-        _stale_prefix, _stale, _other_weights, _heavy_tail,
+        _never_synchronised, _stale_over_time, _temperature, _truncation, _penalty, _stale_prefix,
+        _wrong_prompt, _stale, _other_weights, _heavy_tail,
     ):
         finding = explain(tokens)
         if finding:
@@ -179,9 +179,10 @@ def _unsampled(tokens: Tokens) -> tuple[Finding | None, Array]:
     if tokens.gap is None or len(tokens) < 8:
         return None, everything
     both = tokens.gap + np.minimum(tokens.d, 0)  # surprisal of the less surprised side
-    sums = np.convolve(both, np.ones(8), "valid")
+    means = np.convolve(both, np.full(8, 1 / 8), "valid")
+    spread = 1.4826 * float(np.median(np.abs(both - np.median(both)))) / math.sqrt(8)
     whole = tokens.row[7:] == tokens.row[:-7]
-    starts = np.flatnonzero(whole & (sums > 8 * 4.0))
+    starts = np.flatnonzero(whole & (means > max(2.0, 8 * spread)))
     foreign = np.zeros(len(tokens), dtype=bool)
     for offset in range(8):
         foreign[starts + offset] = True
@@ -238,7 +239,7 @@ def _replaced(tokens: Tokens) -> tuple[Finding | None, Array]:
     steps = range(1, 5)
     behind = _beside(size, impossible, tokens.row, [-k for k in steps])
     ahead = _beside(size, impossible, tokens.row, list(steps))
-    if n <= near and ahead < 2 * behind:
+    if n <= near:  # a tail, not single tokens apart from the rest
         return None, everything
     # What follows is conditioned on them.
     first = np.full(tokens.count, np.iinfo(np.int64).max)
@@ -351,8 +352,8 @@ def _stale_prefix(tokens: Tokens) -> Finding | None:
     group = tokens.group
     if group is None:
         return None
-    tokens = tokens.where(tokens.position < 16)  # where the prompt matters most
-    rows, level = _row_medians(_relative(tokens), tokens.row)
+    early = tokens.where(tokens.position < 16)  # where the prompt matters most
+    rows, level = _row_medians(_relative(early), early.row)
     groups, members = np.unique(group[rows], return_inverse=True)
     if len(groups) < 8 or len(rows) < 2 * len(groups) or not (level > 0).all():
         return None
