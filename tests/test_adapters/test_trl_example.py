@@ -61,7 +61,8 @@ def test_the_example_trains_three_steps_logs_metrics_and_dumps(tmp_path, engine)
     if engine == "vllm":
         assert difference.mean() > 1e-5
     report = subprocess.run(
-        [sys.executable, "-m", "iscorrect", "report", str(tmp_path / "dump")],
+        [sys.executable, "-m", "iscorrect", "report", str(tmp_path / "dump"),
+         "--out", str(tmp_path / "report")],
         cwd=tmp_path, capture_output=True, text=True, check=False, env=os.environ | ENVIRONMENT,
     )
     assert report.returncode in (0, 1), report.stderr[-3000:]
