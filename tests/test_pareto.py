@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from arviz_stats.base import array_stats
 from batches import make_batch
 
 import iscorrect as ic
+
+array_stats = pytest.importorskip("arviz_stats.base").array_stats
 
 SAMPLES = {
     "log-normal": lambda rng, n: 1.5 * rng.standard_normal(n),
