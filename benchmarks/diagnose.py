@@ -17,7 +17,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -118,9 +118,10 @@ def resample(dump: LogProbDump, sequences: int, seed: int) -> LogProbDump:
 class Lab:
     """The small transformer, with several sets of random weights."""
 
-    def __init__(self, sequences: int, models: int = 2) -> None:
+    def __init__(self, sequences: int, seeds: Sequence[int]) -> None:
         self.sequences = sequences
-        self.models = [random_weights(seed) for seed in range(models)]
+        self.seeds = tuple(seeds)
+        self.models = [random_weights(seed) for seed in seeds]
 
     def __call__(self, scenario: Scenario) -> list[LogProbDump]:
         return [
@@ -195,7 +196,7 @@ def with_environment(dump: LogProbDump, length: int, scored: bool) -> LogProbDum
 
 def over_steps(lab: Lab, rates: list[float]) -> list[LogProbDump]:
     """One batch for each step, its engine older by so much."""
-    small = Lab(max(8, lab.sequences // len(rates)))
+    small = Lab(max(8, lab.sequences // len(rates)), lab.seeds)
     by_step = []
     for step, rate in enumerate(rates):
         batches = small(Scenario(engine_weights=small.after(rate)) if rate else Scenario())
@@ -316,11 +317,11 @@ def interval(hits: int, trials: int) -> tuple[float, float]:
 
 
 def run(
-    rollouts: Path | None, trials: int, clean: int, sequences: int
+    rollouts: Path | None, *, trials: int, clean: int, sequences: int, seeds: Sequence[int]
 ) -> Iterator[tuple[str, str]]:
     """The tables by name, in Markdown."""
     real = clean_rollouts(rollouts) if rollouts else shipped()
-    lab = Lab(sequences)
+    lab = Lab(sequences, seeds)
     expected = dict(real)
     for name in ("bfloat16", "float16", "float32"):
         dtype = getattr(torch, name)
@@ -404,11 +405,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--trials", type=int, default=100, help="draws for each fault and size")
     parser.add_argument("--clean", type=int, default=1000, help="clean draws in all")
     parser.add_argument("--sequences", type=int, default=64, help="of 128 tokens in a draw")
+    parser.add_argument("--models", type=int, nargs="+", default=[0, 1], metavar="SEED",
+                        help="of the transformer's weights; others than 0 and 1 are held out")
     parser.add_argument("--write", type=Path, help="page whose tables are replaced")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     start = time.perf_counter()
-    for name, text in run(args.rollouts, args.trials, args.clean, args.sequences):
+    tables = run(args.rollouts, trials=args.trials, clean=args.clean, sequences=args.sequences,
+                 seeds=args.models)
+    for name, text in tables:
         print(f"## {name}\n\n{text}\n")
         if args.write:
             write_between_markers(args.write, name, text)
