@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from iscorrect.correction import Correction
 from iscorrect.dumps import DumpWriter
 from iscorrect.errors import InputError, input_error
+from iscorrect.fused import fused_policy_loss
 from iscorrect.loss import PolicyLoss
 from iscorrect.metrics import Metrics, merge
 
@@ -24,6 +26,7 @@ IDLE_IN_POLICY_LOSS = {
     "_entropy_bonus_enabled": False, "aux_loss_enabled": False,
 }
 """What of TRL's own loss a PolicyLoss stands for, and the value at which it is off."""
+LOGIT_SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 
 
 class CorrectedGRPO:
@@ -37,6 +40,8 @@ class CorrectedGRPO:
         correction: in the place of ``vllm_importance_sampling_mode``.
         policy_loss: in the place of ``loss_type`` and everything else that TRL's loss is made of.
             Exactly one of the two.
+        fused: let :func:`fused_policy_loss` make the policy_loss and its gradients in the forward
+            pass. One process or DDP, a text model without adapters, a float32 head.
         dumps: writes the log-probs of every generation; two in one step share a file.
 
     Raises:
@@ -54,13 +59,18 @@ class CorrectedGRPO:
         *args: Any,
         correction: Correction | None = None,
         policy_loss: PolicyLoss | None = None,
+        fused: bool = False,
         dumps: DumpWriter | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.correction, self.policy_loss, self.dumps = correction, policy_loss, dumps
+        self.fused = fused
         self._seen: dict[str, list[Metrics]] = {"train": [], "eval": []}
         self._check_settings()
+        if fused:
+            self._check_fused()
+            _add_loss(self.model)
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         batch: dict[str, Any] = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
@@ -98,12 +108,15 @@ class CorrectedGRPO:
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         if self.policy_loss is None:
             return super()._compute_loss(model, inputs)  # type: ignore[misc, no-any-return]
-        loss, metrics = self.policy_loss(
-            self._log_probs(model, inputs), rollout_log_probs=inputs["sampling_per_token_logps"],
-            old_log_probs=inputs.get("old_per_token_logps"), advantages=inputs["advantages"],
-            ref_log_probs=inputs.get("ref_per_token_logps"), mask=_mask(inputs),
-            normalizer=self._normalizer(self.policy_loss.aggregation, inputs),
-        )
+        batch = {
+            "rollout_log_probs": inputs["sampling_per_token_logps"],
+            "old_log_probs": inputs.get("old_per_token_logps"), "advantages": inputs["advantages"],
+            "ref_log_probs": inputs.get("ref_per_token_logps"), "mask": _mask(inputs),
+            "normalizer": self._normalizer(self.policy_loss.aggregation, inputs),
+        }
+        if self.fused:
+            return self._fused_loss(model, inputs, batch)
+        loss, metrics = self.policy_loss(self._log_probs(model, inputs), **batch)
         self._seen[self._mode()].append(metrics)
         return loss
 
@@ -131,6 +144,27 @@ class CorrectedGRPO:
             **{name: batch[name] for name in MULTIMODAL if name in batch},
         )[0]
         return log_probs
+
+    def _fused_loss(self, model: Any, inputs: dict[str, Any], batch: dict[str, Any]) -> Tensor:
+        target = inputs["completion_ids"]
+
+        def loss_of(hidden: Tensor, head: nn.Linear) -> Tensor:
+            assert self.policy_loss is not None
+            loss, metrics = fused_policy_loss(
+                self.policy_loss, hidden=hidden[:, -target.shape[1] - 1 : -1], weight=head.weight,
+                bias=head.bias, target=target, temperature=self.args.temperature,
+                softcap=getattr(self.model.config, "final_logit_softcapping", None), **batch,
+            )
+            self._seen[self._mode()].append(metrics)
+            return loss
+
+        with self.accelerator.autocast():
+            loss: Tensor = model(
+                input_ids=torch.cat([inputs["prompt_ids"], target], dim=1),
+                attention_mask=torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+                loss_of=loss_of,
+            )
+        return loss
 
     def _normalizer(self, aggregation: Any, inputs: dict[str, Any]) -> Tensor | float | None:
         """The whole optimizer step's denominator; gradients are averaged over ranks."""
@@ -188,6 +222,66 @@ class CorrectedGRPO:
                 " the mass that was cut. Sample with top_p=1.0, top_k=0, min_p=None.",
                 stacklevel=3,
             )
+
+    def _check_fused(self) -> None:
+        """Raise where the fused loss would be another loss than TRL's log-probs give."""
+        if self.policy_loss is None:
+            raise _refusal(
+                "fused", "False without a policy_loss: TRL's loss takes log-probs", "True",
+                "pass policy_loss=, or leave fused at False",
+            )
+        config, head = self.model.config, self.model.get_output_embeddings()
+        if hasattr(self.model, "peft_config") or type(head) is not nn.Linear:
+            raise _refusal(
+                "model", "one without adapters whose head is a plain Linear, with fused=True",
+                f"{type(self.model).__name__} with {type(head).__name__}", "set fused=False",
+            )
+        if config.get_text_config() is not config:
+            raise _refusal(
+                "model", "a text model with fused=True, which passes on nothing but tokens",
+                type(self.model).__name__, "set fused=False",
+            )
+        for name in LOGIT_SCALES:
+            if getattr(config, name, None) not in (None, 1):
+                raise _refusal(
+                    name, "1 with fused=True, which does not apply it",
+                    repr(getattr(config, name)), "set fused=False",
+                )
+        how = self.accelerator.distributed_type
+        if how not in ("NO", "MULTI_CPU", "MULTI_GPU") or self.args.n_gpu > 1:
+            raise _refusal(
+                "distributed_type", "one process or DDP with fused=True",
+                f"{how} with n_gpu={self.args.n_gpu}", "set fused=False, or launch one per GPU",
+            )
+        if self.args.torch_compile:
+            raise _refusal(
+                "torch_compile", "False with fused=True, which runs the backbone alone", "True",
+                "set torch_compile=False",
+            )
+        wide = self.accelerator.mixed_precision == "no" and head.weight.dtype == torch.float32
+        if not (wide or self.args.cast_lm_head_to_fp32):
+            raise _refusal(
+                "cast_lm_head_to_fp32",
+                "True with fused=True in 16 bits: its head is float32, and the old policy's is not",
+                "False", "set cast_lm_head_to_fp32=True",
+            )
+
+
+def _add_loss(model: Any) -> None:
+    """Let ``model(…, loss_of=f)`` return f(hidden, head).
+
+    Whatever wraps the model, DDP above all, must see the loss as its output.
+    """
+    forward = model.forward
+
+    @functools.wraps(forward)  # generate looks at the signature
+    def forward_or_loss(*args: Any, loss_of: Any = None, **kwargs: Any) -> Any:
+        if loss_of is None:
+            return forward(*args, **kwargs)
+        hidden = model.base_model(*args, use_cache=False, **kwargs).last_hidden_state
+        return loss_of(hidden, model.get_output_embeddings())
+
+    model.forward = forward_or_loss
 
 
 def _mask(batch: dict[str, Any]) -> Tensor:

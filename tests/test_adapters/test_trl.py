@@ -1,11 +1,13 @@
 """Real GRPO runs of TRL on a CPU; tiny_trl.py has the model and a slightly wrong engine."""
 
+import copy
 import json
 import os
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,6 +32,7 @@ from iscorrect.dumps import DumpWriter, read_dump
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     pytest.importorskip("trl")
+    from accelerate.utils import DistributedType
     from tiny_trl import (
         Plain,
         SimulatedEngine,
@@ -40,6 +43,7 @@ with warnings.catch_warnings():
         run,
         save_model,
     )
+    from transformers import AutoModelForCausalLM
     from trl import GRPOTrainer
 
 # TRL and transformers deprecate much of each other
@@ -199,6 +203,102 @@ def test_two_policies_need_no_second_scoring(path, tmp_path):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 
 
+FUSED = {
+    "tokens": ({}, PolicyLoss(correction=token_tis(cap=1.2))),
+    "sequences under the trained policy": (
+        dict(vllm_importance_sampling_correction=False), PolicyLoss(correction=sequence_is()),
+    ),
+    "a reference, temperature 0.7": (
+        dict(beta=0.1, use_bias_correction_kl=False, temperature=0.7, num_iterations=2),
+        PolicyLoss(
+            correction=token_tis(cap=1.2), objective=PPOClip(),
+            aggregation="seq-mean-token-mean", reference_kl=ReferenceKL(coefficient=0.1),
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_the_fused_loss_trains_as_the_loss_of_log_probs(path, tmp_path, name):
+    changes, loss = FUSED[name]
+    plain = run(Corrected, path, tmp_path, changes=changes, policy_loss=loss)
+    fused = run(Corrected, path, tmp_path, changes=changes, policy_loss=loss, fused=True)
+    assert_same_run(fused, plain)
+    start = AutoModelForCausalLM.from_pretrained(path).lm_head.weight
+    assert (fused.model.lm_head.weight - start).abs().max() > 1e-4
+    for a, b in zip(plain.state.log_history, fused.state.log_history, strict=True):
+        assert a.keys() == b.keys()
+
+
+def test_the_fused_loss_never_asks_trl_for_log_probs_with_gradient(path, tmp_path, monkeypatch):
+    asked = []
+    score = GRPOTrainer._get_per_token_logps_and_entropies
+
+    def watched(self, *args, **kwargs):
+        asked.append(torch.is_grad_enabled())
+        return score(self, *args, **kwargs)
+
+    monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", watched)
+    run(Corrected, path, tmp_path, policy_loss=PolicyLoss(correction=token_tis()), fused=True)
+    assert asked and not any(asked)
+    run(Corrected, path, tmp_path, policy_loss=PolicyLoss(correction=token_tis()))
+    assert any(asked)
+
+
+def test_a_tied_head_trains_the_same(path, tmp_path):
+    class Tied(Corrected):
+        def __init__(self, *args, model, **kwargs):
+            model = AutoModelForCausalLM.from_pretrained(model)
+            model.config.tie_word_embeddings = True
+            model.tie_weights()
+            super().__init__(*args, model=model, **kwargs)
+
+    loss = PolicyLoss(correction=token_tis(cap=1.2))
+    fused = run(Tied, path, tmp_path, policy_loss=loss, fused=True)
+    assert fused.model.lm_head.weight is fused.model.model.embed_tokens.weight
+    assert_same_run(fused, run(Tied, path, tmp_path, policy_loss=loss))
+
+
+def test_a_softcap_and_a_bias_are_those_of_trl(path, tmp_path):
+    class Biased(Corrected):
+        def __init__(self, *args, model, **kwargs):
+            model = AutoModelForCausalLM.from_pretrained(model)
+            model.config.final_logit_softcapping = 2.0
+            size = model.config.vocab_size
+            model.lm_head.bias = torch.nn.Parameter(torch.linspace(-1, 1, size))
+            super().__init__(*args, model=model, **kwargs)
+
+    loss = PolicyLoss(correction=token_tis(cap=1.2))
+    fused = run(Biased, path, tmp_path, policy_loss=loss, fused=True)
+    assert_same_run(fused, run(Biased, path, tmp_path, policy_loss=loss))
+    without = run(Corrected, path, tmp_path, policy_loss=loss, fused=True)
+    assert fused.losses != pytest.approx(without.losses, rel=1e-3)
+    assert (fused.model.lm_head.bias - torch.linspace(-1, 1, 32)).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("scored", [True, False])
+def test_a_step_in_bfloat16_with_a_float32_head_is_the_same(path, tmp_path, scored):
+    """A step as large as the gradient; later ones would show how bfloat16 rounds a last digit."""
+    changes = dict(
+        bf16=True, cast_lm_head_to_fp32=True, vllm_importance_sampling_correction=scored,
+        optim="sgd", learning_rate=1.0, max_steps=1,
+    )
+    loss = PolicyLoss(correction=sequence_is())
+    plain = run(Corrected, path, tmp_path, changes=changes, policy_loss=loss)
+    fused = run(Corrected, path, tmp_path, changes=changes, policy_loss=loss, fused=True)
+    assert_same_run(fused, plain)
+
+
+def test_evaluation_of_the_fused_loss_is_that_of_log_probs(path, tmp_path):
+    loss = PolicyLoss(correction=token_tis(cap=1.2))
+    plain, fused = (
+        run(Corrected, path, tmp_path, policy_loss=loss, fused=fused, eval_dataset=dataset())
+        for fused in (False, True)
+    )
+    expected = plain.evaluate()["eval_loss"]
+    assert fused.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
 def test_a_missing_log_prob_is_neutral_as_in_trl(path, tmp_path):
     class Forgetful(SimulatedEngine):
         def _generate_single_turn(self, *args, **kwargs):
@@ -249,6 +349,21 @@ REFUSED = {
         dict(beta=0.1), dict(policy_loss=PolicyLoss(reference_kl=ReferenceKL(coefficient=0.1))),
         "use_bias_correction_kl", "set use_bias_correction_kl=False",
     ),
+    "fused without a policy loss": (
+        {}, dict(correction=token_tis(), fused=True), "fused", "pass policy_loss="
+    ),
+    "fused with an entropy bonus": (
+        dict(entropy_coef=0.1), dict(policy_loss=PolicyLoss(), fused=True),
+        "entropy_bonus_enabled", "turn it off",
+    ),
+    "fused with a head in 16 bits": (
+        dict(bf16=True), dict(policy_loss=PolicyLoss(), fused=True), "cast_lm_head_to_fp32",
+        "set cast_lm_head_to_fp32=True",
+    ),
+    "fused and compiled": (
+        dict(torch_compile=True), dict(policy_loss=PolicyLoss(), fused=True), "torch_compile",
+        "set torch_compile=False",
+    ),
     "vespo": (
         dict(loss_type="vespo"), dict(correction=sequence_is()), "loss_type", "loss_type='dapo'"
     ),
@@ -264,6 +379,65 @@ def test_what_would_be_ignored_or_counted_twice_is_refused(path, tmp_path, name)
             train_dataset=dataset(), **keywords,
         )
     assert fragment in str(error.value)
+
+
+class Adapted(torch.nn.Linear):
+    """What PEFT puts in the place of a head."""
+
+
+def adapted(model):
+    model.lm_head = Adapted(model.config.hidden_size, model.config.vocab_size, bias=False)
+
+
+def with_adapters(model):
+    model.peft_config = {}
+
+
+def multimodal(model):
+    text = model.config
+    model.config = copy.copy(text)
+    model.config.get_text_config = lambda *_, **__: text
+
+
+def scaled(model):
+    model.config.logits_scaling = 8.0
+
+
+@pytest.mark.parametrize(
+    ("change", "argument", "got"),
+    [
+        (adapted, "model", "LlamaForCausalLM with Adapted"),
+        (with_adapters, "model", "LlamaForCausalLM with Linear"),
+        (multimodal, "model", "LlamaForCausalLM"), (scaled, "logits_scaling", "8.0"),
+    ],
+)
+def test_a_model_whose_head_cannot_be_fused_is_refused(path, tmp_path, change, argument, got):
+    model = AutoModelForCausalLM.from_pretrained(path)
+    trainer = WithoutVLLM(
+        model=model, reward_funcs=reward, args=arguments(tmp_path), train_dataset=dataset(),
+        policy_loss=PolicyLoss(),
+    )
+    trainer._check_fused()
+    change(trainer.model)
+    with pytest.raises(InputError, match=f"CorrectedGRPO: `{argument}.*got {got}") as error:
+        trainer._check_fused()
+    assert "set fused=False" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("how", "gpus"), [("FSDP", 1), ("DEEPSPEED", 1), ("MEGATRON_LM", 1), ("NO", 2)]
+)
+def test_a_model_that_is_sharded_or_replicated_is_refused(path, tmp_path, monkeypatch, how, gpus):
+    trainer = WithoutVLLM(
+        model=path, reward_funcs=reward, args=arguments(tmp_path), train_dataset=dataset(),
+        policy_loss=PolicyLoss(),
+    )
+    state = SimpleNamespace(distributed_type=DistributedType(how), mixed_precision="no")
+    monkeypatch.setattr(trainer, "accelerator", state)
+    monkeypatch.setattr(trainer.args, "_n_gpu", gpus)
+    got = f"got .*{how} with n_gpu={gpus}"
+    with pytest.raises(InputError, match=f"`distributed_type.*one process or DDP.*{got}"):
+        trainer._check_fused()
 
 
 def test_a_correction_that_trl_would_not_multiply_is_refused(path, tmp_path):
@@ -288,26 +462,31 @@ def test_sampling_from_a_cut_distribution_is_warned_of(path, tmp_path):
 PROGRAM = """
 import json, sys
 from tiny_trl import GRPOTrainer, SimulatedEngine, run
-from iscorrect import token_tis
+from iscorrect import PolicyLoss, token_tis
 from iscorrect.adapters.trl import CorrectedGRPO
 
 class Corrected(CorrectedGRPO, SimulatedEngine, GRPOTrainer):
     pass
 
-model, output, rows = sys.argv[1:]
+model, output, rows, loss = sys.argv[1:]
 changes = dict(per_device_train_batch_size=int(rows), ddp_backend="gloo")
-trainer = run(Corrected, model, output, changes=changes, correction=token_tis(cap=1.2))
+correction = token_tis(cap=1.2)
+keywords = {
+    "trl": dict(correction=correction),
+    "fused": dict(policy_loss=PolicyLoss(correction=correction), fused=True),
+}
+trainer = run(Corrected, model, output, changes=changes, **keywords[loss])
 if trainer.accelerator.is_main_process:
     print("RESULT" + json.dumps(trainer.state.log_history[:3]))
 """
 
 
-def launched(path, output, processes):
+def launched(path, output, processes, loss):
     program = output / "program.py"
     program.write_text(PROGRAM)
     paths = [str(Path(__file__).parent), str(Path(iscorrect.__file__).parents[1])]
     rows = str(8 // processes)
-    arguments = ["--nproc-per-node", str(processes), str(program), path, str(output), rows]
+    arguments = ["--nproc-per-node", str(processes), str(program), path, str(output), rows, loss]
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", *arguments],
         capture_output=True, text=True, check=False,
@@ -317,8 +496,9 @@ def launched(path, output, processes):
     return json.loads(done.stdout.split("RESULT")[1].splitlines()[0])
 
 
-def test_two_processes_log_the_loss_and_metrics_of_one(path, tmp_path):
-    one, two = launched(path, tmp_path, 1), launched(path, tmp_path, 2)
+@pytest.mark.parametrize("loss", ["trl", "fused"])
+def test_two_processes_log_the_loss_and_metrics_of_one(path, tmp_path, loss):
+    one, two = (launched(path, tmp_path, processes, loss) for processes in (1, 2))
     for a, b in zip(one, two, strict=True):
         names = ["loss", *(name for name in a if name.startswith(("is/", "mismatch/", "batch/")))]
         assert len(names) > 15
