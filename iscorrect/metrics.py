@@ -266,7 +266,7 @@ def effective_sample_size(weights: Tensor, mask: Tensor) -> Tensor:
 
 
 def _count(which: Tensor) -> Tensor:
-    return torch.count_nonzero(which)
+    return which.to(torch.int32).sum(dtype=torch.int32)  # half the time of count_nonzero
 
 
 def _sum(x: Tensor) -> Tensor:
