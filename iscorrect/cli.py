@@ -53,22 +53,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("--json", action="store_true", help="all metrics, for machines")
     command.set_defaults(run=_compare)
 
-    command = commands.add_parser(
-        "report", help="how large the mismatch of a dump is, where, why, and what to do"
-    )
-    add_report_arguments(command)
-    command.set_defaults(run=run_report)
-    command = commands.add_parser("convert", help="a dump into another format")
-    add_convert_arguments(command)
-    command.set_defaults(run=run_convert)
-    command = commands.add_parser(
-        "audit", help="exact bias, variance and error of corrections on a small policy"
-    )
-    add_audit_arguments(command)
-    command.set_defaults(run=run_audit)
-    command = commands.add_parser("env", help="versions, for reports of bugs")
-    add_env_arguments(command)
-    command.set_defaults(run=run_env)
+    for name, purpose, add_arguments, run in (
+        ("report", "how large the mismatch of a dump is, where, why, and what to do",
+         add_report_arguments, run_report),
+        ("convert", "a dump into another format", add_convert_arguments, run_convert),
+        ("audit", "exact bias, variance and error of corrections on a small policy",
+         add_audit_arguments, run_audit),
+        ("env", "versions, for reports of bugs", add_env_arguments, run_env),
+    ):
+        command = commands.add_parser(name, help=purpose)
+        add_arguments(command)
+        command.set_defaults(run=run)
 
     options = parser.parse_args(arguments)
     try:

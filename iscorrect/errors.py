@@ -20,7 +20,8 @@ def input_error(caller: str, argument: str, *, expected: str, got: str, fix: str
     >>> print(input_error("Truncate", "cap", expected="a number > 0", got="-1", fix="pass cap=2"))
     Truncate: `cap` must be a number > 0, got -1. Fix: pass cap=2.
     """
-    return InputError(f"{caller}: `{argument}` must be {expected}, got {got}. Fix: {fix}.")
+    end = "" if fix.endswith("?") else "."
+    return InputError(f"{caller}: `{argument}` must be {expected}, got {got}. Fix: {fix}{end}")
 
 
 def describe(x: object) -> str:
