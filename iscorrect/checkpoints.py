@@ -116,7 +116,7 @@ def _of_index(caller: str, index: Path) -> dict[Path, set[str]]:
         files: dict[Path, set[str]] = {}
         for name, file in json.loads(index.read_text())["weight_map"].items():
             files.setdefault(index.parent / file, set()).add(name)
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise _unreadable(caller, index, "its weight_map cannot be read") from error
     for file in files:
         if not file.exists():

@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -48,8 +49,8 @@ class FP16Audit:
         underflow: the share of gradient entries that may become 0.
     """
 
-    rows: Sequence[Range]
-    skipped: Mapping[str, str] = field(default_factory=dict, hash=False)
+    rows: tuple[Range, ...]
+    skipped: Mapping[str, str] = field(default_factory=dict)
     underflow: float = 0.01
 
     def of(self, *kinds: Kind) -> list[Range]:
@@ -59,6 +60,11 @@ class FP16Audit:
     def total(self, kind: Kind) -> Range:
         """The sum over the rows of a kind."""
         return sum(self.of(kind), start=Range(PLURAL[kind], kind))
+
+    @property
+    def totals(self) -> list[Range]:
+        """The sum of each kind that was seen."""
+        return [self.total(kind) for kind in PLURAL if self.of(kind)]
 
     @property
     def scales(self) -> Scales | None:
@@ -133,26 +139,27 @@ class FP16Audit:
     def show(self) -> None:
         """Print the tables and the verdict."""
         if self.skipped:
-            kinds = ", ".join(f"{n:,} of {kind}" for kind, n in Counter(self.skipped.values()).items())
-            print(f"Skipped, for they are no floats of 16 bits or more: {kinds}.")
-        kinds = [kind for kind in PLURAL if self.of(kind)]
+            dtypes = Counter(self.skipped.values())
+            skipped = ", ".join(f"{n:,} of {dtype}" for dtype, n in dtypes.items())
+            print(f"Skipped, being no floats of 16 bits or more: {skipped}.")
         show(
             "What FP16 makes of it",
             ["", "tensors", "entries", "largest", "overflow", "become 0", "subnormal",
              "FP16 error", "BF16 error"],
-            [[total.name, f"{len(self.of(kind)):,}", f"{total.entries:,}", number(total.largest),
-              f"{total.overflow:,}", f"{total.zero:,}", f"{total.subnormal:,}",
-              percent(total.fp16_error), percent(total.bf16_error)]
-             for kind in kinds for total in [self.total(kind)]],
+            [[total.name, f"{len(self.of(total.kind)):,}", f"{total.entries:,}",
+              number(total.largest), f"{total.overflow:,}", f"{total.zero:,}",
+              f"{total.subnormal:,}", percent(total.fp16_error), percent(total.bf16_error)]
+             for total in self.totals],
         )
         if any(row.dtype == "bfloat16" for row in self.of("weight")):
             print("Weights stored in BF16 are exact in FP16 from 2^-17 to 65504.")
         if activations := self.of("activation"):
             peak = max(activations, key=lambda row: row.largest)
-            print(f"Largest activation: {number(peak.largest)} at {peak.name},"
-                  f" {number(OVERFLOW / peak.largest) if peak.largest else '∞'} below overflow.")
+            room = number(OVERFLOW / peak.largest) if peak.largest else "∞"
+            print(f"Largest activation: {number(peak.largest)} at {peak.name};"
+                  f" FP16 has room for {room} times as much.")
             if first := next((row for row in activations if row.overflow), None):
-                print(f"The first to overflow: {first.name}.")
+                print(f"The first to overflow is {first.name}.")
         if self.scales:
             self._show_scales(self.scales)
         if harms := self.harms:
@@ -169,7 +176,7 @@ class FP16Audit:
         total = self.total("gradient")
         print(
             f"Without loss scaling {percent(total.zero / total.nonzero)} of the gradients' nonzero"
-            f" entries become 0, {percent(math.sqrt(total.zero_squares / total.squares))} of their"
+            f" entries become 0, {percent(total.zero_norm)} of their"
             f" norm. At most {percent(self.underflow)} do from a scale of {_power(scales.smallest)}"
             f" on; nothing overflows up to {_power(scales.largest)}."
         )
@@ -178,12 +185,14 @@ class FP16Audit:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
-        kinds = [kind for kind in PLURAL if self.of(kind)]
         return {
             "verdict": self.verdict, "ending": self.ending,
-            "harms": {row.name: reason for row, reason in self.harms},
+            "harms": [
+                {"name": row.name, "kind": row.kind, "because": reason}
+                for row, reason in self.harms
+            ],
             "scale": self.scale, "scales": self.scales and self.scales._asdict(),
-            "totals": {kind: self.total(kind).to_dict() for kind in kinds},
+            "totals": {total.kind: total.to_dict() for total in self.totals},
             "tensors": [row.to_dict() for row in self.rows], "skipped": dict(self.skipped),
         }
 
@@ -265,13 +274,13 @@ def audit_fp16(
             "audit_fp16", "inputs", expected="given where `loss` is", got="None",
             fix="pass what the model is called with",
         )
-    rows, skipped = _weights(stored("audit_fp16", source))
+    rows, skipped = _weights("audit_fp16", stored("audit_fp16", source))
     if isinstance(source, nn.Module) and inputs is not None:
         rows += _watched(source, inputs, loss)
-    return FP16Audit(rows, skipped, underflow)
+    return FP16Audit(tuple(rows), skipped, underflow)
 
 
-def _weights(tensors: Iterable[Stored]) -> tuple[list[Range], dict[str, str]]:
+def _weights(caller: str, tensors: Iterable[Stored]) -> tuple[list[Range], dict[str, str]]:
     rows, skipped = [], {}
     for name, dtype, pieces in tensors:
         if dtype in FLOATS.values():
@@ -279,6 +288,12 @@ def _weights(tensors: Iterable[Stored]) -> tuple[list[Range], dict[str, str]]:
             rows.append(sum(ranges, Range(name, "weight", dtype)))
         else:
             skipped[name] = dtype
+    if not rows:
+        raise input_error(
+            caller, "source", expected="weights in FP64, FP32, BF16 or FP16",
+            got=", ".join(sorted(set(skipped.values()))) or "no tensor",
+            fix="pass the checkpoint as it was before quantisation" if skipped else "pass another",
+        )
     return rows, skipped
 
 
@@ -302,9 +317,8 @@ def _watched(
             for x in _tensors(output):
                 record(name, "activation", x)
                 if x.requires_grad:
-                    hooks.enter_context(
-                        x.register_hook(lambda grad: record(name, "activation gradient", grad))
-                    )
+                    hook = partial(record, name, "activation gradient")
+                    hooks.enter_context(x.register_hook(hook))  # type: ignore[no-untyped-call]
 
         # what functions make between modules, such as gate × up, shows where a leaf takes it
         if not any(True for _ in module.children()):
@@ -425,7 +439,8 @@ def add_fp16_check_arguments(parser: argparse.ArgumentParser) -> None:
 def run_fp16_check(args: argparse.Namespace) -> int:
     """``iscorrect fp16-check``: 0 safe, 1 not safe, 2 a checkpoint that cannot be read."""
     tensors = list(stored("fp16-check", args.path))
-    audit = FP16Audit(*_weights(_with_progress(tensors)))
+    rows, skipped = _weights("fp16-check", _with_progress(tensors))
+    audit = FP16Audit(tuple(rows), skipped)
     if args.json:
         print(json.dumps(audit.to_dict(), indent=2))
     else:

@@ -79,11 +79,16 @@ class Range:
         return math.sqrt(self.bf16_squares / self.squares) if self.squares else 0.0
 
     @property
+    def zero_norm(self) -> float:
+        """The share of the norm that becomes 0: √(Σ x² over ``zero`` / Σ x²)."""
+        return math.sqrt(self.zero_squares / self.squares) if self.squares else float(self.zero > 0)
+
+    @property
     def harm(self) -> str:
         """Why the tensor cannot be in FP16, by the rule of ``audit_fp16``; empty where it can."""
         reasons = []
         if self.nonfinite:
-            reasons.append(f"{self.nonfinite:,} not finite as stored")
+            reasons.append(f"{self.nonfinite:,} not finite")
         if self.kind in ("weight", "activation"):
             if self.overflow:
                 reasons.append(f"{self.overflow:,} overflow")
@@ -125,7 +130,7 @@ def measure(name: str, kind: Kind, x: Tensor) -> Range:
     >>> r.overflow, r.subnormal, r.zero
     (1, 1, 1)
     """
-    pieces = x.detach().reshape(-1).split(PIECE)
+    pieces = torch.split(x.detach().reshape(-1), PIECE)
     start = Range(name, kind, str(x.dtype).removeprefix("torch."))
     return sum((_measure_flat(start, piece) for piece in pieces if piece.numel()), start)
 
@@ -136,7 +141,9 @@ def _measure_flat(empty: Range, x: Tensor) -> Range:
     finite, fits = x.isfinite(), half.isfinite()
     nonzero = finite & (x != 0)
     zero = nonzero & (half == 0)
-    largest = x.where(finite, 0).abs().amax()
+    x = x.where(finite, 0)
+    largest = x.abs().amax()
+    octaves = _octaves(x) if "gradient" in empty.kind else Counter[int]()
     x, half = x.where(fits, 0), half.where(fits, 0)
     fp16, bf16 = half - x, x.to(torch.bfloat16) - x
     return replace(
@@ -147,7 +154,7 @@ def _measure_flat(empty: Range, x: Tensor) -> Range:
         fp16_squares=_squares(fp16), bf16_squares=_squares(bf16),
         fp16_relative=_squares((fp16 / x).where(x != 0, 0)),
         bf16_relative=_squares((bf16 / x).where(x != 0, 0)),
-        octaves=_octaves(x) if "gradient" in empty.kind else Counter(),
+        octaves=octaves,
     )
 
 
@@ -157,5 +164,7 @@ def _squares(x: Tensor) -> float:
 
 def _octaves(x: Tensor) -> Counter[int]:
     mantissa, exponent = torch.frexp(x[x != 0])
-    octave, count = (exponent - (mantissa.abs() == 0.5).int()).unique(return_counts=True)
-    return Counter(dict(zip(octave.tolist(), count.tolist(), strict=True)))
+    octaves = exponent - (mantissa.abs() == 0.5).int()
+    lowest = int(octaves.min()) if octaves.numel() else 0
+    counts = torch.bincount(octaves - lowest).tolist()
+    return Counter({lowest + i: n for i, n in enumerate(counts) if n})
