@@ -20,7 +20,7 @@ Kind = Literal["weight", "activation", "gradient", "activation gradient"]
 
 OVERFLOW = 65520.0
 BF16_ROUNDING = 2**-9  # the largest relative error of rounding to BF16
-PIECE = 2**20
+PIECE = 2**18
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ SUMS = (
 
 
 def measure(name: str, kind: Kind, x: Tensor) -> Range:
-    """The range of a tensor, taken a million entries at a time.
+    """The range of a tensor, taken piece by piece.
 
     Args:
         name: of the tensor.
@@ -137,23 +137,26 @@ def measure(name: str, kind: Kind, x: Tensor) -> Range:
 
 def _measure_flat(empty: Range, x: Tensor) -> Range:
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    half = x.to(torch.float16)
-    finite, fits = x.isfinite(), half.isfinite()
-    nonzero = finite & (x != 0)
-    zero = nonzero & (half == 0)
-    x = x.where(finite, 0)
-    largest = x.abs().amax()
+    rounded = x.to(torch.float16).to(x.dtype)
+    entries, nonfinite, overflow = x.numel(), 0, 0
+    largest, nonzero = x.abs().amax(), int(x.count_nonzero())
     octaves = _octaves(x) if "gradient" in empty.kind else Counter[int]()
-    x, half = x.where(fits, 0), half.where(fits, 0)
-    fp16, bf16 = half - x, x.to(torch.bfloat16) - x
+    if not rounded.abs().amax().isfinite():  # rare, and finding which takes long
+        finite, fits = x.isfinite(), rounded.isfinite()
+        nonfinite, overflow = int((~finite).sum()), int((finite & ~fits).sum())
+        largest, nonzero = x.where(finite, 0).abs().amax(), nonzero - nonfinite
+        x, rounded = x.where(fits, 0), rounded.where(fits, 0)
+    survive = int(rounded.count_nonzero())
+    zero = nonzero - overflow - survive
+    subnormal = int((rounded.abs() < 2**-14).sum()) - (entries - survive)
+    fp16, bf16 = rounded - x, x.to(torch.bfloat16) - x
     return replace(
-        empty, entries=x.numel(), nonfinite=int((~finite).sum()),
-        nonzero=int(nonzero.sum()), overflow=int((finite & ~fits).sum()), zero=int(zero.sum()),
-        subnormal=int(((half.abs() < 2**-14) & (half != 0)).sum()), largest=float(largest),
-        squares=_squares(x), zero_squares=_squares(x.where(zero, 0)),
-        fp16_squares=_squares(fp16), bf16_squares=_squares(bf16),
-        fp16_relative=_squares((fp16 / x).where(x != 0, 0)),
-        bf16_relative=_squares((bf16 / x).where(x != 0, 0)),
+        empty, entries=entries, nonfinite=nonfinite, nonzero=nonzero, overflow=overflow, zero=zero,
+        subnormal=subnormal, largest=float(largest), squares=_squares(x),
+        zero_squares=_squares(x[rounded == 0]) if zero else 0.0, fp16_squares=_squares(fp16),
+        bf16_squares=_squares(bf16),
+        fp16_relative=_squares((fp16 / x).nan_to_num(0)),  # 0 / 0 is no error
+        bf16_relative=_squares((bf16 / x).nan_to_num(0)),
         octaves=octaves,
     )
 
@@ -163,7 +166,7 @@ def _squares(x: Tensor) -> float:
 
 
 def _octaves(x: Tensor) -> Counter[int]:
-    mantissa, exponent = torch.frexp(x[x != 0])
+    mantissa, exponent = torch.frexp(x[x.isfinite() & (x != 0)])
     octaves = exponent - (mantissa.abs() == 0.5).int()
     lowest = int(octaves.min()) if octaves.numel() else 0
     counts = torch.bincount(octaves - lowest).tolist()
