@@ -316,7 +316,7 @@ def _watched(
         def after(_: nn.Module, args: Any, output: Any) -> None:
             for x in _tensors(output):
                 record(name, "activation", x)
-                if x.requires_grad:
+                if x.requires_grad and x.ndim:  # the loss itself stays in float32
                     hook = partial(record, name, "activation gradient")
                     hooks.enter_context(x.register_hook(hook))  # type: ignore[no-untyped-call]
 
