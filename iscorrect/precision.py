@@ -28,7 +28,7 @@ PLURAL: dict[Kind, str] = {
     "weight": "weights", "activation": "activations", "gradient": "gradients",
     "activation gradient": "activation gradients",
 }
-MOST_ROWS, MOST_NAMES = 12, 24
+MOST = 12  # tensors that are printed
 
 
 class Scales(NamedTuple):
@@ -102,7 +102,7 @@ class FP16Audit:
         if self.scales and self.scale is None:
             needed = self.scales.smallest
             harms += [
-                (row, f"overflows at the loss scale {_power(needed)} that small gradients need")
+                (row, f"overflows at the scale {_power(needed)} that the small need")
                 for row in self.of("gradient", "activation gradient")
                 if row.largest * needed >= OVERFLOW
             ]
@@ -120,10 +120,10 @@ class FP16Audit:
         """The verdict with what it rests on, as one line."""
         if self.harms:
             names = [row.name for row, _ in self.harms]
-            more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
-            return f"not safe because of these tensors: {', '.join(names[:MOST_NAMES])}{more}"
+            more = f" and {len(names) - MOST} more" if len(names) > MOST else ""
+            return f"not safe because of these tensors: {', '.join(names[:MOST])}{more}"
         if self.scale == 1:
-            return "safe: these gradients need no loss scaling; that of fp16_scaler guards others"
+            return "safe: these gradients need no loss scale (fp16_scaler guards later ones)"
         if self.scales:
             start = _power(min(self.scales.largest, 2.0**16))
             return f"safe with loss scaling: fp16_scaler(device, scale={start.replace('^', '**')})"
@@ -144,9 +144,8 @@ class FP16Audit:
             print(f"Skipped, being no floats of 16 bits or more: {skipped}.")
         show(
             "What FP16 makes of it",
-            ["", "tensors", "entries", "largest", "overflow", "become 0", "subnormal",
-             "FP16 error", "BF16 error"],
-            [[total.name, f"{len(self.of(total.kind)):,}", f"{total.entries:,}",
+            ["", "entries", "largest", "overflow", "to 0", "subnormal", "error", "in BF16"],
+            [[f"{len(self.of(total.kind)):,} {total.name}", f"{total.entries:,}",
               number(total.largest), f"{total.overflow:,}", f"{total.zero:,}",
               f"{total.subnormal:,}", percent(total.fp16_error), percent(total.bf16_error)]
              for total in self.totals],
@@ -164,12 +163,12 @@ class FP16Audit:
             self._show_scales(self.scales)
         if harms := self.harms:
             show(
-                "Not safe in FP16", ["tensor", "kind", "entries", "largest", "because"],
-                [[row.name, row.kind, f"{row.entries:,}", number(row.largest), reason]
-                 for row, reason in harms[:MOST_ROWS]],
+                "Not safe in FP16", ["tensor", "kind", "largest", "because"],
+                [[row.name, row.kind, number(row.largest), because]
+                 for row, because in harms[:MOST]],
             )
-            if len(harms) > MOST_ROWS:
-                print(f"… and {len(harms) - MOST_ROWS:,} more; --json or .harms has all.")
+            if len(harms) > MOST:
+                print(f"… and {len(harms) - MOST:,} more; --json or .harms has all.")
         print(f"\n{self.ending[0].upper()}{self.ending[1:]}")
 
     def _show_scales(self, scales: Scales) -> None:
@@ -188,8 +187,8 @@ class FP16Audit:
         return {
             "verdict": self.verdict, "ending": self.ending,
             "harms": [
-                {"name": row.name, "kind": row.kind, "because": reason}
-                for row, reason in self.harms
+                {"name": row.name, "kind": row.kind, "because": because}
+                for row, because in self.harms
             ],
             "scale": self.scale, "scales": self.scales and self.scales._asdict(),
             "totals": {total.kind: total.to_dict() for total in self.totals},

@@ -89,13 +89,12 @@ class Range:
         reasons = []
         if self.nonfinite:
             reasons.append(f"{self.nonfinite:,} not finite")
-        if self.kind in ("weight", "activation"):
-            if self.overflow:
-                reasons.append(f"{self.overflow:,} overflow")
-            if self.fp16_error > BF16_ROUNDING:
-                reasons.append(f"loses {percent(self.fp16_error)} of its norm")
+        if self.overflow and "gradient" not in self.kind:
+            reasons.append(f"{self.overflow:,} overflow")
         if self.kind == "weight" and 2 * self.zero > self.nonzero:
             reasons.append(f"{percent(self.zero / self.nonzero)} become 0")
+        elif self.fp16_error > BF16_ROUNDING and "gradient" not in self.kind:
+            reasons.append(f"loses {percent(self.fp16_error)} of its norm")
         return ", ".join(reasons)
 
     def to_dict(self) -> dict[str, Any]:

@@ -469,7 +469,7 @@ def test_gradients_that_fit_need_no_scale():
     audit = audit_gradient(torch.tensor([1.0, 65504.0, 2**-24]))
     assert audit.scales == (1.0, 1.0)
     assert (audit.scale, audit.verdict) == (1.0, "safe")
-    assert str(audit).splitlines()[-1].startswith("Safe: these gradients need no loss scaling")
+    assert str(audit).splitlines()[-1].startswith("Safe: these gradients need no loss scale")
 
 
 @pytest.mark.parametrize(
@@ -532,7 +532,7 @@ def test_where_no_scale_will_do_the_tensors_that_overflow_are_named():
     assert audit.scales == (2.0**16, 2.0**6)
     assert audit.scale is None
     assert harmful(audit) == ["large"]
-    assert reason(audit) == "overflows at the loss scale 2^16 that small gradients need"
+    assert reason(audit) == "overflows at the scale 2^16 that the small need"
     assert "So no loss scale will do." in str(audit)
 
 
@@ -569,7 +569,7 @@ def test_arguments_that_do_not_go_together(source, arguments, message):
 def test_long_lists_are_cut_and_say_so():
     audit = audit_fp16({f"w{i}": torch.tensor([1e5 + i]) for i in range(30)})
     assert "… and 18 more; --json or .harms has all." in str(audit)
-    assert str(audit).endswith("w23 and 6 more")
+    assert str(audit).endswith("w11 and 18 more")
 
 
 def test_a_real_step_in_fp16_overflows_where_the_audit_says():
@@ -619,7 +619,7 @@ def skip_together(rank, store):
         sharded = fully_shard(nn.Linear(4, 4), mesh=mesh)
         plain = nn.Linear(4, 4)
         for model, group in ((sharded, None), (plain, dist.group.WORLD)):
-            optimizer = torch.optim.AdamW(model.parameters(), eps=1e-15)
+            optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
             scaler = fp16_scaler("cpu", process_group=group)
             before = [p.detach().clone() for p in model.parameters()]
             scaler.scale(model(torch.ones(2, 4)).sum()).backward()
