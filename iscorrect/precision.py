@@ -163,8 +163,8 @@ class FP16Audit:
             self._show_scales(self.scales)
         if harms := self.harms:
             show(
-                "Not safe in FP16", ["tensor", "kind", "largest", "because"],
-                [[row.name, row.kind, number(row.largest), because]
+                "Not safe in FP16", ["tensor", "because"],
+                [[row.name, because if row.kind == "weight" else f"{row.kind}: {because}"]
                  for row, because in harms[:MOST]],
             )
             if len(harms) > MOST:
@@ -256,7 +256,7 @@ def audit_fp16(
 
     >>> audit = audit_fp16({"fine": torch.ones(3), "large": torch.tensor([1e5, 65519.0])})
     >>> audit.verdict, [(row.name, reason) for row, reason in audit.harms]
-    ('not safe', [('large', '1 overflow')])
+    ('not safe', [('large', '1 overflow, up to 1.00e+05')])
     """
     if not 0 <= underflow < 1:
         raise input_error(

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from iscorrect.tables import percent
+from iscorrect.tables import number, percent
 
 Kind = Literal["weight", "activation", "gradient", "activation gradient"]
 
@@ -90,7 +90,7 @@ class Range:
         if self.nonfinite:
             reasons.append(f"{self.nonfinite:,} not finite")
         if self.overflow and "gradient" not in self.kind:
-            reasons.append(f"{self.overflow:,} overflow")
+            reasons.append(f"{self.overflow:,} overflow, up to {number(self.largest)}")
         if self.kind == "weight" and 2 * self.zero > self.nonzero:
             reasons.append(f"{percent(self.zero / self.nonzero)} become 0")
         elif self.fp16_error > BF16_ROUNDING and "gradient" not in self.kind:
