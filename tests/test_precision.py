@@ -523,17 +523,29 @@ def test_where_no_scale_will_do_the_tensors_that_overflow_are_named():
     class Wide(nn.Module):
         def __init__(self):
             super().__init__()
-            self.small, self.large = nn.Parameter(torch.ones(9)), nn.Parameter(torch.ones(1))
+            for name, entries in (("small", 9), ("edge", 1), ("large", 1)):
+                setattr(self, name, nn.Parameter(torch.ones(entries)))
 
-        def forward(self, x):
-            return (self.small * 2**-40).sum() + (self.large * x).sum()
+        def forward(self, large, edge):
+            return (self.small * 2**-40).sum() + self.large @ large + self.edge @ edge
 
-    audit = audit_fp16(Wide(), inputs=torch.tensor([1e3]), loss=torch.sum)
+    edge = 65519 / 2**16  # does not overflow at 2¹⁶, and 65520 / 2¹⁶ does
+    inputs = [torch.tensor([1e3]), torch.tensor([edge])]
+    audit = audit_fp16(Wide(), inputs=inputs, loss=lambda x: x, underflow=0.2)
     assert audit.scales == (2.0**16, 2.0**6)
     assert audit.scale is None
     assert harmful(audit) == ["large"]
     assert reason(audit) == "overflows at the scale 2^16 that the small need"
     assert "So no loss scale will do." in str(audit)
+
+
+def test_octaves_count_the_finite_entries_that_are_not_zero():
+    found = measure("x", "gradient", EDGES)
+    assert sum(found.octaves.values()) == found.nonzero
+    x = EDGES[EDGES.isfinite() & (EDGES != 0)].double().abs()
+    assert found.octaves == dict(zip(*(v.tolist() for v in x.log2().ceil().unique(
+        return_counts=True)), strict=True))
+    assert not measure("x", "gradient", torch.zeros(3)).octaves
 
 
 def test_an_activations_gradient_limits_the_scale():
