@@ -228,12 +228,13 @@ def audit_fp16(
     * of a weight, more than half of the nonzero entries become 0, however small they are beside
       the others.
 
-    A gradient is judged by its loss scale: small entries are divided by their own size in Adam, so
-    it is their number that counts, not their norm. Without ``loss`` the verdict is at best "safe
-    with loss scaling", for FP16 training wants it unless gradients show otherwise; without
-    ``inputs`` it knows nothing of activations, which are what overflows in most models that cannot
-    have FP16. Tensors that exist only inside a module's own arithmetic, such as attention scores,
-    are not seen.
+    Gradients are judged by the loss scale that they need. Adam divides each entry by its own size,
+    so it is how many become 0 that counts, not their norm.
+
+    Weights alone tell little: what overflows is mostly activations, and how much scaling gradients
+    need shows in gradients only. Without ``loss`` the verdict is at best "safe with loss scaling",
+    as far as what was seen can tell. Tensors inside a module's own arithmetic, such as attention
+    scores, are not seen at all.
 
     Args:
         source: a model; its state dict; or a path: a `.safetensors` file, a directory of them with
