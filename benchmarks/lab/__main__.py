@@ -56,11 +56,14 @@ def main(arguments: list[str] | None = None) -> None:
     ):
         command = commands.add_parser(name, parents=[common, learning], help=help_)
         command.add_argument("tasks", nargs="*", default=usual)
-    commands.add_parser("report", parents=[common], help="tables and figures from the records")
+    told = commands.add_parser("report", help="tables and figures from the records")
+    told.add_argument("--records", type=Path, default=HERE / "records")
+    told.add_argument("--pages", type=Path, nargs="*", default=report.PAGES)
+    told.add_argument("--pictures", type=Path, default=report.PICTURES)
 
     given = parser.parse_args(arguments)
     if given.command == "report":
-        report.main(given.records)
+        report.main(given.records, given.pages, given.pictures)
         return
     size = Size(given.width, given.layers)
 

@@ -1,13 +1,12 @@
-"""Many runs of reinforcement learning, each with a record of its own; finished ones are not redone."""
+"""Many runs of reinforcement learning, each with a record; what is on record is not run again."""
 
 from __future__ import annotations
 
 import csv
 import json
-import os
 import platform
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -145,7 +144,7 @@ def do(run: Run, pool: int) -> None:
             writer.writerow({name: f"{value:.4g}" for name, value in step.items()})
             file.flush()
     _note(run, engine, len(prompts))
-    os.replace(run.unfinished, run.record)
+    run.unfinished.replace(run.record)
 
 
 def _note(run: Run, engine: Engine, prompts: int) -> None:
@@ -159,13 +158,3 @@ def _note(run: Run, engine: Engine, prompts: int) -> None:
     }
     path = run.folder / f"{run.task}.json"
     path.write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
-
-
-def curves(records: Iterable[Path]) -> list[dict[str, list[float]]]:
-    """The columns of each record."""
-    found = []
-    for path in records:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        found.append({name: [float(row[name]) for row in rows] for name in rows[0]})
-    return found

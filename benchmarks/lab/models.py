@@ -13,7 +13,7 @@ from torch.nn import functional
 from transformers import Qwen2ForCausalLM
 
 from benchmarks.lab.engines import Engine, Rollouts, Transformers
-from benchmarks.lab.policy import Precision, Size, prompts_of, sharp
+from benchmarks.lab.policy import Size, prompts_of, sharp
 from benchmarks.lab.tasks import END, Task, parse
 
 CONTEXT = 192

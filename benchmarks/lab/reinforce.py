@@ -61,7 +61,7 @@ class Schedule:
     warmup: int = 5
 
 
-class NotSynchronised(RuntimeError):
+class NotSynchronisedError(RuntimeError):
     """Engine and trainer do not hold the same weights."""
 
 
@@ -90,7 +90,7 @@ def train(
         seed: of prompts and samples.
 
     Raises:
-        NotSynchronised: the engine does not have the weights that it was sent.
+        NotSynchronisedError: the engine does not have the weights that it was sent.
     """
     torch.manual_seed(seed)
     generator = random.Random(seed)
@@ -168,7 +168,7 @@ class Synchronisation:
         self._engine.load(sent)
         expected, held = magnitude(sent.values()), magnitude(self._engine.parameters())
         if not abs(held - expected) <= 1e-9 * expected:
-            raise NotSynchronised(
+            raise NotSynchronisedError(
                 f"after a synchronisation {self._engine.name} holds weights whose magnitudes sum "
                 f"to {held}, not {expected}: its load did not take them all; restart the engine"
             )
@@ -180,7 +180,7 @@ class Synchronisation:
         apart = (own - probe.log_probs).abs().mean().item()
         limit = NOISE[self._arm.precision.dtype]
         if not apart <= limit:
-            raise NotSynchronised(
+            raise NotSynchronisedError(
                 f"after a synchronisation the log-probs of {self._engine.name} are {apart:.2g} "
                 f"nats from those of the same weights in transformers, more than rounding to "
                 f"{self._arm.precision.name} explains ({limit:g}): look at how it loads weights"

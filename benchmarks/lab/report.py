@@ -1,0 +1,237 @@
+"""Tables and figures from the records; nothing in them is typed by hand."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from math import exp, isnan, log, sqrt
+from pathlib import Path
+
+from benchmarks.lab import figures
+from benchmarks.lab.records import (
+    FALLEN,
+    LAST,
+    Curves,
+    offline_rows,
+    outcome,
+    pair,
+    reached,
+    runs,
+)
+
+ROOT = Path(__file__).parents[2]
+PAGES = (Path(__file__).parent / "README.md", ROOT / "docs" / "fp16-or-correction.md")
+PICTURES = ROOT / "docs" / "lab"
+MARKED = re.compile(r"(<!-- lab:(?P<table>[\w-]+) -->\n).*?(<!-- /lab -->)", re.DOTALL)
+CLAIMED = ("fp16 / fp16", "bf16 / fp16", "fp16 / bf16", "bf16 / bf16")
+"""Rollout / trainer, best first, as the claim that the lab looks into has it."""
+
+
+def main(records: Path, pages: Iterable[Path], pictures: Path) -> None:
+    """Rewrite every table between markers ``<!-- lab:table -->``, and draw the figures."""
+    pictures.mkdir(parents=True, exist_ok=True)
+    figures.main(records, pictures)
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        page.write_text(MARKED.sub(lambda m: f"{m[1]}{TABLES[m['table']](records)}{m[3]}", text),
+                        encoding="utf-8")
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
+    lines.insert(1, "|---|" + "---:|" * (len(head) - 1))
+    return "\n".join(lines) + "\n"
+
+
+def with_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error."""
+    if len(values) < 2:
+        return values[0], float("nan")
+    return statistics.fmean(values), statistics.stdev(values) / sqrt(len(values))
+
+
+def pretty(value: float) -> str:
+    if isnan(value):
+        return ""
+    return f"{value:.3g}" if abs(value) >= 1e-3 or value == 0 else f"{value:.1e}"
+
+
+def share(mean: float, error: float) -> str:
+    return f"{mean:.1%}" + ("" if isnan(error) else f" ± {error:.1%}")
+
+
+def times(logs: Sequence[float]) -> str:
+    """A geometric mean, and the factor that its standard error is."""
+    mean, error = with_error(logs)
+    return f"{exp(mean):.3g}" + (f" × {exp(error):.2f}^±1" if error > 0 else "")
+
+
+def offline(records: Path) -> str:
+    """Every pair of precisions: means over models and seeds, and the largest maximum."""
+    rows = offline_rows(records)
+    if not rows:
+        return "No record of `python -m benchmarks.lab offline`.\n"
+    lengths = [name for name in rows[0] if name.startswith("ess_")]
+    head = ["rollout / trainer", r"mean \|Δ\|", r"max \|Δ\|", "σ", "KL", "nats per 1,000 tokens",
+            "1 − Pearson", *(f"ESS at {name[4:]}" for name in lengths), "null"]
+    found = []
+    for name in dict.fromkeys(map(pair, rows)):
+        group = [row for row in rows if pair(row) == name]
+
+        def mean(column: str, group: list[dict[str, str]] = group) -> str:
+            values = [float(row[column]) for row in group if row[column]]
+            return pretty(statistics.fmean(values)) if values else ""
+
+        largest = pretty(max(float(row["max"]) for row in group))
+        apart = pretty(-statistics.fmean(float(row["pearson"]) for row in group))
+        found.append([name, mean("mean"), largest, mean("sigma"), mean("kl"), mean("slope"), apart,
+                      *map(mean, lengths), mean("null")])
+    note = json.loads((records / "offline.json").read_text(encoding="utf-8"))
+    models = sorted({row["model"] for row in rows})
+    engine = rows[0]["engine"]
+    return markdown(head, found) + (
+        f"\n{engine}; {', '.join(models)}; {note['sequences']} sequences of {note['length']} "
+        f"tokens, {len({row['seed'] for row in rows})} seeds each, temperature 1. Δ = log π − "
+        "log μ in nats; KL is k3, nats per token; null: mean |Δ| between the same trainer scoring "
+        f"eight sequences together and one at a time. {note['processor']}, torch "
+        f"{note['torch']}, commit {note['commit']}.\n"
+    )
+
+
+def by_model(records: Path, column: str) -> dict[str, dict[str, list[float]]]:
+    """For each model and pair of 16-bit precisions, the column's values over seeds."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in offline_rows(records):
+        if pair(row) in CLAIMED:
+            found.setdefault(row["model"], {}).setdefault(pair(row), []).append(float(row[column]))
+    return found
+
+
+def ratios(records: Path) -> str:
+    """How many times smaller the mismatch is in FP16 than in BF16, model by model."""
+    rows = []
+    for column, name in (("sigma", "σ(Δ)"), ("kl", "KL")):
+        for model, pairs in by_model(records, column).items():
+            worst, best = pairs["bf16 / bf16"], pairs["fp16 / fp16"]
+            ratio, error = with_error([a / b for a, b in zip(worst, best, strict=True)])
+            rows.append([model, name, pretty(statistics.fmean(worst)),
+                         pretty(statistics.fmean(best)), f"{ratio:.3g} ± {pretty(error)}"])
+    if not rows:
+        return "No record of `python -m benchmarks.lab offline`.\n"
+    head = ["model", "", "BF16 / BF16", "FP16 / FP16", "ratio ± standard error over seeds"]
+    return markdown(head, rows)
+
+
+def ranking(records: Path) -> str:
+    """KL of each pair as a multiple of FP16 on both sides, and whether the claimed order holds."""
+    models = by_model(records, "kl")
+    if not models:
+        return "No record of `python -m benchmarks.lab offline`.\n"
+    logs: dict[str, list[float]] = {name: [] for name in CLAIMED}
+    cells: dict[str, list[str]] = {name: [] for name in CLAIMED}
+    for pairs in models.values():
+        for name in CLAIMED:
+            over = [log(a / b) for a, b in zip(pairs[name], pairs[CLAIMED[0]], strict=True)]
+            logs[name].append(statistics.fmean(over))
+            cells[name].append(times(over))
+    measured = sorted(CLAIMED, key=lambda name: statistics.fmean(logs[name]))
+    rows = []
+    for name in CLAIMED:
+        places = CLAIMED.index(name) + 1, measured.index(name) + 1
+        rows.append([name, *map(str, places), times(logs[name]), *cells[name]])
+    head = ["rollout / trainer", "claimed", "found", "KL over FP16 / FP16's, all models", *models]
+    agreed = "The order agrees." if tuple(measured) == CLAIMED else "The order does not agree."
+    return markdown(head, rows) + f"\n{agreed} × s^±1 is a standard error, over models or seeds.\n"
+
+
+def sanity(records: Path) -> str:
+    """Arm by arm: what became of the runs."""
+    arms = runs(records / "sanity")
+    if not arms:
+        return "No record of `python -m benchmarks.lab sanity`.\n"
+    head = ["arm", "reward at the end", "steps to 95 %", "collapsed", r"KL, median", r"max \|Δp\|",
+            "ESS", "gradient norm, median", "CPU time, FP16 = 1"]
+    parts = []
+    for task in dict.fromkeys(task for task, _ in arms):
+        plain = seconds(arms.get((task, "fp16"), []))
+        rows = []
+        for (of, arm), seeds in arms.items():
+            if of != task:
+                continue
+            mean, error = with_error([outcome(run)[0] for run in seeds])
+            steps = [reached(run) for run in seeds]
+            known = [step for step in steps if step is not None]
+            until = f"{statistics.median(known):.0f}" if known else "never"
+            if known and len(known) < len(steps):
+                until += f" ({len(known)} of {len(steps)})"
+            cost = pretty(seconds(seeds) / plain) if plain else ""
+            rows.append([
+                arm, share(mean, error), until,
+                f"{sum(outcome(run)[1] for run in seeds)} of {len(seeds)}",
+                middle(seeds, "kl"), pretty(max(max(run["max_shift"]) for run in seeds)),
+                middle(seeds, "ess"), middle(seeds, "gradient_norm"), cost,
+            ])
+        parts.append(markdown(head, rows) + "\n" + conditions(records / "sanity" / f"{task}.json"))
+    return "\n".join(parts)
+
+
+def seconds(seeds: Sequence[Curves]) -> float:
+    """CPU seconds of a step, median over steps and seeds."""
+    parts = ("rollout_s", "train_s", "sync_s")
+    every = [sum(step) for run in seeds for step in zip(*(run[p] for p in parts), strict=True)]
+    return statistics.median(every) if every else 0.0
+
+
+def middle(seeds: Sequence[Curves], column: str) -> str:
+    return pretty(statistics.median(value for run in seeds for value in run[column]))
+
+
+def conditions(path: Path) -> str:
+    note = json.loads(path.read_text(encoding="utf-8"))
+    plan, model = note["schedule"], note["model"]
+    return (
+        f"{note['engine']}; {path.stem}, a model of {model['parameters'] / 1e6:.1f} M parameters "
+        f"trained until {model['solved']:.0%} were right; {note['prompts within reach']} prompts "
+        f"within reach; {plan['steps']} steps of {plan['prompts']} prompts × {plan['answers']} "
+        f"answers, {plan['updates']} updates each, learning rate {plan['learning_rate']:g}. "
+        f"At the end: the last {LAST} steps. Collapsed: below {FALLEN:.0%} of the run's best "
+        f"{LAST} steps. {note['processor']}, torch {note['torch']}, commit {note['commit']}.\n"
+    )
+
+
+def phases(records: Path) -> str:
+    """Reward at the end by mismatch, length and correction."""
+    arms = runs(records / "map")
+    if not arms:
+        return "No record of `python -m benchmarks.lab map`.\n"
+    corrections = list(dict.fromkeys(arm.split("-", 1)[1] for _, arm in arms))
+    head = ["rounding of the engine's weights", "answer", "KL at the start, nats per answer",
+            *corrections]
+    rows = []
+    for rounding in dict.fromkeys(arm.split("-", 1)[0] for _, arm in arms):
+        for task in sorted({t for t, _ in arms}, key=lambda name: int(name.split("-")[1])):
+            cells = []
+            for correction in corrections:
+                seeds = arms.get((task, f"{rounding}-{correction}"), [])
+                if not seeds:
+                    cells.append("")
+                    continue
+                ends = [outcome(run) for run in seeds]
+                fallen = sum(collapsed for _, collapsed in ends)
+                cells.append(f"{statistics.fmean(end for end, _ in ends):.0%}"
+                             + (f", {fallen} of {len(ends)} collapsed" if fallen else ""))
+            start = [
+                run["kl"][0] * run["length"][0] for correction in corrections
+                for run in arms.get((task, f"{rounding}-{correction}"), [])
+            ]
+            rows.append([rounding, f"{int(task.split('-')[1]) + 1} tokens",
+                         pretty(statistics.fmean(start)) if start else "", *cells])
+    notes = "\n".join(conditions(path) for path in sorted((records / "map").glob("*.json")))
+    return markdown(head, rows) + "\n" + notes
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "offline": offline, "ratios": ratios, "ranking": ranking, "sanity": sanity, "map": phases,
+}

@@ -74,7 +74,7 @@ def sorting(digits: int = 8) -> Task:
 
 
 def brackets(length: int = 24) -> Task:
-    """The beginning of a word of three kinds of brackets, answered by ``length`` more that close all.
+    """A word of three kinds of brackets begins, and ``length`` more of them are to close it all.
 
     Many answers are right, so a policy that has learnt the task still draws, and mismatch does not
     vanish as it does where one answer is right.

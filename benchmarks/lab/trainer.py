@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.lab.policy import Precision, State, log_probs, open_policy
+from iscorrect import fp16_scaler
 
 
 class Trainer:
@@ -27,8 +28,9 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self.master.parameters(), lr=learning_rate, betas=(0.9, 0.95), eps=1e-15, weight_decay=0
         )
-        self.scaler = torch.amp.GradScaler(
-            "cpu", growth_interval=400, enabled=precision.dtype == "fp16"
+        self.scaler = (
+            fp16_scaler("cpu") if precision.dtype == "fp16"
+            else torch.amp.GradScaler("cpu", enabled=False)
         )
 
     def log_probs(self, ids: Tensor, answer: int) -> Tensor:
