@@ -30,7 +30,9 @@ def show(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> No
         else:
             table = Table(title=title, title_justify="left", title_style="bold", box=None)
             for i, name in enumerate(header):
-                table.add_column(name, justify="right" if i else "left", no_wrap=True)
+                table.add_column(
+                    name, justify="right" if i else "left", no_wrap=bool(i), overflow="fold"
+                )
             for row in rows:
                 table.add_row(*row)
             print()

@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 import numpy as np
 from matplotlib import pyplot as plt
 
-from benchmarks.lab.records import outcome, runs
+from benchmarks.lab.records import axes, outcome, runs
 from iscorrect.dumps import read_dump
 from iscorrect.plots import plot_probabilities, plot_sequences
 
@@ -39,9 +39,9 @@ def main(records: Path, folder: Path) -> None:
 def offline(records: Path, model: str) -> plt.Figure:
     """Probabilities of tokens and log-ratios of sequences, BF16 beside FP16, on the same axes."""
     kinds = [k for k in ("bf16", "fp16") if (records / f"{model}-{k}.npz").exists()]
-    figure, axes = plt.subplots(2, len(kinds), figsize=(4.5 * len(kinds), 8), squeeze=False,
+    figure, panels = plt.subplots(2, len(kinds), figsize=(4.5 * len(kinds), 8), squeeze=False,
                                 sharey="row", layout="constrained")
-    for column, kind in zip(axes.T, kinds, strict=True):
+    for column, kind in zip(panels.T, kinds, strict=True):
         dump = read_dump(records / f"{model}-{kind}.npz")
         plot_probabilities(dump, ax=column[0])
         plot_sequences(dump, ax=column[1])
@@ -60,12 +60,12 @@ def sanity(records: Path, task: str) -> plt.Figure:
         "BF16, other objectives and head": ["bf16", "bf16-cispo", "bf16-gspo", "bf16-fp32-head"],
         "Other precisions": ["bf16", "fp16", "fp16-sequence-is", "fp32"],
     }
-    figure, axes = plt.subplots(
+    figure, panels = plt.subplots(
         len(rows), len(CURVES), figsize=(3.4 * len(CURVES), 2.5 * len(rows)), sharex=True,
         sharey="col", layout="constrained",
     )
     shades = ["#D55E00", "#0072B2", "#009E73", "#CC79A7"]
-    for line, (title, names) in zip(axes, rows.items(), strict=True):
+    for line, (title, names) in zip(panels, rows.items(), strict=True):
         for name, colour in zip(names, shades, strict=False):
             for ax, (curve, (_, scale)) in zip(line, CURVES.items(), strict=True):
                 drawn = [smooth(run[curve]) for run in arms.get(name, [])]
@@ -76,9 +76,9 @@ def sanity(records: Path, task: str) -> plt.Figure:
                 ax.set_yscale(scale)
         line[0].set_ylabel(title, fontsize=8)
         line[0].legend(fontsize=7, frameon=False)
-    for ax, (label, _) in zip(axes[0], CURVES.values(), strict=True):
+    for ax, (label, _) in zip(panels[0], CURVES.values(), strict=True):
         ax.set_title(label, fontsize=9)
-    for ax in axes[-1]:
+    for ax in panels[-1]:
         ax.set_xlabel("step", fontsize=8)
     figure.suptitle(f"{task}: means over seeds of five steps' means; thin lines are seeds")
     return figure
@@ -92,15 +92,12 @@ def smooth(values: Sequence[float], width: int = 5) -> np.ndarray:
 def phases(records: Path) -> plt.Figure:
     """Mismatch and length against the reward at the end, one panel a correction."""
     arms = runs(records / "map")
-    corrections = list(dict.fromkeys(arm.split("-", 1)[1] for _, arm in arms))
-    order = {"none": 0, "fp8": 1, "int4": 2, "int3": 3}
-    rounding = sorted({arm.split("-")[0] for _, arm in arms}, key=lambda name: order.get(name, 9))
-    tasks = sorted({task for task, _ in arms}, key=lambda name: int(name.split("-")[1]))
-    figure, axes = plt.subplots(1, len(corrections), figsize=(3.4 * len(corrections), 3.6),
+    roundings, corrections, tasks = axes(arms)
+    figure, panels = plt.subplots(1, len(corrections), figsize=(3.4 * len(corrections), 3.6),
                                 sharey=True, squeeze=False, layout="constrained")
-    for ax, correction in zip(axes[0], corrections, strict=True):
-        end = np.full((len(rounding), len(tasks)), np.nan)
-        for i, name in enumerate(rounding):
+    for ax, correction in zip(panels[0], corrections, strict=True):
+        end = np.full((len(roundings), len(tasks)), np.nan)
+        for i, name in enumerate(roundings):
             for j, task in enumerate(tasks):
                 seeds = arms.get((task, f"{name}-{correction}"), [])
                 if not seeds:
@@ -115,8 +112,8 @@ def phases(records: Path) -> plt.Figure:
         image = ax.imshow(end, vmin=0, vmax=1, cmap="viridis", aspect="auto")
         ax.set_title(correction)
         ax.set_xticks(range(len(tasks)), [str(int(t.split("-")[1]) + 1) for t in tasks])
-        ax.set_yticks(range(len(rounding)), rounding)
+        ax.set_yticks(range(len(roundings)), roundings)
         ax.set_xlabel("tokens of an answer")
-    axes[0, 0].set_ylabel("rounding of the engine's weights")
-    figure.colorbar(image, ax=axes[0].tolist(), label="reward at the end")
+    panels[0, 0].set_ylabel("rounding of the engine's weights")
+    figure.colorbar(image, ax=panels[0].tolist(), label="reward at the end")
     return figure

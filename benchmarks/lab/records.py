@@ -7,6 +7,9 @@ import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from benchmarks.lab.phases import CORRECTIONS
+from benchmarks.lab.rounding import ROUNDINGS
+
 LAST = 10
 """Steps that the reward at the end, and the best one before it, are means over."""
 FALLEN = 0.75
@@ -64,3 +67,14 @@ def reached(run: Curves, reward: float = 0.95) -> float | None:
         if mean >= reward:
             return step + LAST
     return None
+
+
+def axes(map_runs: Iterable[tuple[str, str]]) -> tuple[list[str], list[str], list[str]]:
+    """Roundings from fine to coarse, corrections, and tasks from short to long, of (task, arm)."""
+    keys = list(map_runs)
+    split = [arm.split("-", 1) for _, arm in keys]
+    return (
+        sorted({rounding for rounding, _ in split}, key=[*ROUNDINGS].index),
+        sorted({correction for _, correction in split}, key=CORRECTIONS.index),
+        sorted({task for task, _ in keys}, key=lambda task: int(task.split("-")[1])),
+    )

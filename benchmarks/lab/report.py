@@ -14,6 +14,7 @@ from benchmarks.lab.records import (
     FALLEN,
     LAST,
     Curves,
+    axes,
     offline_rows,
     outcome,
     pair,
@@ -206,12 +207,12 @@ def phases(records: Path) -> str:
     arms = runs(records / "map")
     if not arms:
         return "No record of `python -m benchmarks.lab map`.\n"
-    corrections = list(dict.fromkeys(arm.split("-", 1)[1] for _, arm in arms))
+    roundings, corrections, tasks = axes(arms)
     head = ["rounding of the engine's weights", "answer", "KL at the start, nats per answer",
             *corrections]
     rows = []
-    for rounding in dict.fromkeys(arm.split("-", 1)[0] for _, arm in arms):
-        for task in sorted({t for t, _ in arms}, key=lambda name: int(name.split("-")[1])):
+    for rounding in roundings:
+        for task in tasks:
             cells = []
             for correction in corrections:
                 seeds = arms.get((task, f"{rounding}-{correction}"), [])
