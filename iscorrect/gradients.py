@@ -1,4 +1,4 @@
-"""A scalar whose gradients are already known."""
+"""Values whose gradients are already known."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def with_gradient(value: Tensor, *pairs: tuple[Tensor, Tensor]) -> Tensor:
     Lets a loss be made in one pass, block by block, with the gradient beside it.
 
     Args:
-        value: "".
-        pairs: a tensor and the derivative of ``value`` in it, of the same shape.
+        value: "", or "…" where each entry depends on the same entry of the tensors alone.
+        pairs: a tensor "…" and the derivative of ``value`` in it, of the same shape.
 
     Returns:
-        "", equal to ``value``; its backward multiplies the derivatives by the incoming gradient.
-        It can be differentiated once.
+        Equal to ``value``; its backward multiplies the derivatives by the incoming gradient. It
+        can be differentiated once.
 
     >>> x = torch.tensor([3.0], requires_grad=True)
     >>> with_gradient(torch.tensor(9.0), (x, torch.tensor([6.0]))).backward()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -295,13 +295,28 @@ def masked(x: Tensor, mask: Tensor) -> Tensor:
     >>> masked(torch.tensor([1.0, torch.nan]), torch.tensor([True, False]))
     tensor([1., 0.])
     """
-    plain = x.requires_grad or torch.compiler.is_compiling() or x.device.type != "cpu"
-    if plain or not x.is_floating_point():
+    slow = torch.compiler.is_compiling() or x.device.type != "cpu"
+    if slow or not x.is_floating_point():
         return torch.where(mask, x, 0)
+    if x.requires_grad and torch.is_grad_enabled():
+        result: Tensor = _Masked.apply(x, mask)  # type: ignore[no-untyped-call]
+        return result
     # `where` on a CPU goes element by element; clearing the bits is exact and vectorised.
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     ones = mask.view(torch.int8).neg().to(bits)
-    return (x.view(bits) & ones).view(x.dtype)
+    return (x.detach().view(bits) & ones).view(x.dtype)
+
+
+class _Masked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(mask)
+        return masked(x.detach(), mask)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (mask,) = ctx.saved_tensors
+        return masked(grad, mask), None
 
 
 def as_layout(caller: str, mask: Tensor | Layout) -> Layout:

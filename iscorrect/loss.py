@@ -22,7 +22,7 @@ from iscorrect.errors import check_per_token, describe, input_error
 from iscorrect.gradients import with_gradient
 from iscorrect.layout import Layout, as_layout, masked
 from iscorrect.metrics import Metrics, merge, policy_metrics
-from iscorrect.objectives import Objective, ReferenceKL, Reinforce
+from iscorrect.objectives import Objective, ReferenceKL, Reinforce, with_clipped
 from iscorrect.ratios import Level, Scope, difference, is_finite, scope_of, widest
 from iscorrect.thresholds import Limit
 
@@ -169,13 +169,11 @@ class PolicyLoss:
         if differentiate:
             log_probs.requires_grad_()
         advantages = masked(batch.advantages, mask)
-        if old is None:
-            old = log_probs.detach()
-        else:
-            old = masked(old.to(wide), present)
-            metrics = metrics + self._policy_metrics(log_probs.detach(), old, advantages, layout)
-
-        per_token = weights * self.objective(log_probs, old, advantages, layout)
+        before = log_probs.detach() if old is None else masked(old.to(wide), present)
+        value, clipped = with_clipped(self.objective, log_probs, before, advantages, layout)
+        if old is not None:
+            metrics = metrics + policy_metrics(log_probs.detach() - before, layout, clipped)
+        per_token = weights * value
         if self.reference_kl is not None and batch.ref_log_probs is not None:
             known = layout.with_mask(present & is_finite(batch.ref_log_probs))
             penalty = self.reference_kl(log_probs, batch.ref_log_probs, known)
@@ -193,15 +191,6 @@ class PolicyLoss:
             return self.aggregation(per_token, layout)
         per_token = per_token if self.over == "mask" else masked(per_token, layout.mask)
         return aggregate_masked(per_token, layout, self.aggregation, normalizer, self.horizon)
-
-    def _policy_metrics(
-        self, log_probs: Tensor, old: Tensor, advantages: Tensor, layout: Layout
-    ) -> Metrics:
-        clipped = getattr(self.objective, "clipped", None)
-        return policy_metrics(
-            log_probs - old, layout,
-            None if clipped is None else clipped(log_probs, old, advantages, layout),
-        )
 
     def _splits(self, batch: _Batch) -> bool:
         """Whether blocks of rows give the same loss, and gain from it.

@@ -1,7 +1,8 @@
 """Objectives: per-token losses of the policy being trained, and the terms that go beside them.
 
 An objective is any callable ``(log_probs, old_log_probs, advantages, layout) -> loss`` on "b t"
-tensors. It carries the gradient; importance weights multiply it afterwards.
+tensors. It carries the gradient; importance weights multiply it afterwards. One that clips may also
+have ``with_clipped``, which returns the loss and the tokens that it clipped.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from iscorrect.divergences import Estimator, estimator
 from iscorrect.errors import describe, input_error
-from iscorrect.layout import Layout
+from iscorrect.gradients import with_gradient
+from iscorrect.layout import Layout, masked
 from iscorrect.ratios import (
     Level,
     Scope,
@@ -29,6 +31,18 @@ from iscorrect.ratios import (
 )
 
 Objective = Callable[[Tensor, Tensor, Tensor, Layout], Tensor]
+
+
+def with_clipped(
+    objective: Objective, log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor,
+    layout: Layout,
+) -> tuple[Tensor, Tensor | None]:
+    """An objective's loss "b t", and the tokens that it clipped, bool "b t", where it tells."""
+    both = getattr(objective, "with_clipped", None)
+    if both is None:
+        return objective(log_probs, old_log_probs, advantages, layout), None
+    loss, clipped = both(log_probs, old_log_probs, advantages, layout)
+    return loss, clipped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,26 +107,23 @@ class PPOClip:
     def __call__(
         self, log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, layout: Layout
     ) -> Tensor:
-        r = ratio(at_level(log_ratio(log_probs, old_log_probs, layout), layout, self.level))
-        value, clipped = self._clip(r.detach(), advantages)
-        # A clipped token keeps its value and loses its gradient.
-        return torch.where(clipped, value, -advantages * r)
+        return self.with_clipped(log_probs, old_log_probs, advantages, layout)[0]
 
-    def clipped(
+    def with_clipped(
         self, log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, layout: Layout
-    ) -> Tensor:
-        """Tokens whose gradient the clip removes; bool "b t"."""
-        r = ratio(at_level(log_ratio(log_probs, old_log_probs, layout), layout, self.level))
-        return self._clip(r, advantages)[1]
-
-    def _clip(self, r: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
-        plain = value = -advantages * r
+    ) -> tuple[Tensor, Tensor]:
+        """The loss, and the tokens whose gradient the clip removes, bool "b t"."""
+        log_r = at_level(log_ratio(log_probs, old_log_probs, layout), layout, self.level)
+        r = ratio(log_r.detach())
+        loss = plain = -advantages * r
         if self.low is not None or self.high is not None:
-            value = torch.maximum(value, -advantages * r.clamp(self.low, self.high))
+            loss = torch.maximum(loss, -advantages * r.clamp(self.low, self.high))
         if self.dual is not None:
             # −c A is an upper bound for A < 0 only; for A ≥ 0, |A| c ≥ 0 ≥ the loss.
-            value = torch.minimum(value, self.dual * advantages.abs())
-        return value, (value - plain).bool()
+            loss = torch.minimum(loss, self.dual * advantages.abs())
+        clipped = (loss - plain).bool()
+        # A clipped token keeps its value and loses its gradient; −A r is its own in log r.
+        return with_gradient(loss, (log_r, masked(plain, ~clipped))), clipped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,15 +154,15 @@ class CISPO:
     def __call__(
         self, log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, layout: Layout
     ) -> Tensor:
-        r = ratio(log_ratio(log_probs.detach(), old_log_probs, layout))
-        return -r.clamp(self.low, self.high) * advantages * log_probs
+        return self.with_clipped(log_probs, old_log_probs, advantages, layout)[0]
 
-    def clipped(
+    def with_clipped(
         self, log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, layout: Layout
-    ) -> Tensor:
-        """Tokens whose update ratio the bounds change; bool "b t"."""
-        r = ratio(log_ratio(log_probs, old_log_probs, layout))
-        return r.clamp(self.low, self.high) != r
+    ) -> tuple[Tensor, Tensor]:
+        """The loss, and the tokens whose update ratio the bounds change, bool "b t"."""
+        r = ratio(log_ratio(log_probs.detach(), old_log_probs, layout))
+        weight = r.clamp(self.low, self.high)
+        return -weight * advantages * log_probs, (weight - r).bool()
 
 
 @dataclass(frozen=True, kw_only=True)

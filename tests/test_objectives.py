@@ -16,7 +16,7 @@ def terms(objective, batch):
     clean = [torch.where(mask, x, 0) for x in (batch.log_probs, batch.old_log_probs)]
     advantages = torch.where(mask, batch.advantages, 0)
     layout = Layout(mask)
-    return objective(*clean, advantages, layout), objective.clipped(*clean, advantages, layout)
+    return objective.with_clipped(*clean, advantages, layout)
 
 
 @given(batch=batches())
@@ -39,7 +39,7 @@ def test_clipped_tokens_are_those_without_gradient():
     advantages = torch.where(batch.mask, batch.advantages, 0)
     layout = Layout(batch.mask)
     objective(log_probs, old, advantages, layout).sum().backward()
-    clipped = objective.clipped(log_probs.detach(), old, advantages, layout)
+    clipped = objective.with_clipped(log_probs.detach(), old, advantages, layout)[1]
     assert 0 < clipped.sum() < batch.mask.sum()
     assert torch.equal(clipped[batch.mask], log_probs.grad[batch.mask] == 0)
 

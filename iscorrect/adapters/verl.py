@@ -22,7 +22,7 @@ from iscorrect.dumps import DumpWriter
 from iscorrect.errors import input_error
 from iscorrect.layout import Layout, masked
 from iscorrect.metrics import policy_metrics
-from iscorrect.objectives import Objective
+from iscorrect.objectives import Objective, with_clipped
 
 Hook = Callable[[Any, Mapping[str, Any]], tuple[Any, dict[str, float]]]
 
@@ -111,18 +111,14 @@ def register_loss(name: str, objective: Objective) -> None:
         log_probs, old, advantages = (
             masked(x.float(), layout.mask) for x in (log_prob, old_log_prob, advantages)
         )
-        per_token = objective(log_probs, old, advantages, layout)
+        per_token, clipped = with_clipped(objective, log_probs, old, advantages, layout)
         if rollout_is_weights is not None:
             per_token = per_token * masked(rollout_is_weights, layout.mask)
         loss = core_algos.agg_loss(
             loss_mat=per_token, loss_mask=response_mask, loss_agg_mode=loss_agg_mode,
             **config.global_batch_info,
         )
-        clipped = getattr(objective, "clipped", None)
-        metrics = policy_metrics(
-            (log_probs - old).detach(), layout,
-            None if clipped is None else clipped(log_probs.detach(), old, advantages, layout),
-        )
+        metrics = policy_metrics((log_probs - old).detach(), layout, clipped)
         return loss, metrics.to_floats()
 
     core_algos.register_policy_loss(name)(policy_loss)
