@@ -424,14 +424,15 @@ class Reader:
         if not len(rows):
             return
         grad = self._compact(self._buffer, rows, len(chunk))
+        slope = None if self._slope is None else self._compact(self._slope, rows, len(chunk))
         hidden = self._hidden if len(rows) == len(chunk) else self._hidden[rows]
         chunk, coefficient, log_probs = chunk[rows], coefficient[rows], log_probs[rows]
         scale = rearrange(coefficient / self.head.temperature, "c -> c 1")
         # 1 − p of the target itself: expm1 keeps its digits where p is near 1
         own = -torch.expm1(rearrange(log_probs, "c -> c 1")) * scale
         _Entry.of(chunk.target, self.head).write(grad.mul_(-scale), own)
-        if self._slope is not None:
-            grad.mul_(self._compact(self._slope, rows, len(grad)))
+        if slope is not None:
+            grad.mul_(slope)
         if into.hidden is not None:
             sums = grad.new_zeros(len(grad), hidden.shape[1])
             for part, block in self._blocks():
@@ -698,7 +699,7 @@ def _as_rows(caller: str, support: Tensor | Support, target: Tensor) -> Support:
             caller, "support", expected=f"int {(*target.shape, 'k')}, −1 in unused places",
             got=describe(support), fix="pad the kept ids of each position with −1",
         )
-    kept = support.reshape(target.numel(), -1)
+    kept = support.reshape(target.numel(), support.shape[-1])
     used = kept >= 0
     return Support(kept[used], torch.nn.functional.pad(used.sum(1).cumsum(0), (1, 0)))
 

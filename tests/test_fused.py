@@ -369,6 +369,21 @@ def test_softcap_temperature_and_support_reach_the_head():
     torch.testing.assert_close([x.grad for x in leaves], [x.grad for x in twins])
 
 
+def test_the_slope_of_the_softcap_stays_with_its_token_when_others_are_rejected():
+    batch, loss_fn = make(), PolicyLoss(correction=PRESETS["token-mis"](high=1.0))
+    hidden, twin = (batch.hidden.clone().requires_grad_() for _ in range(2))
+    loss, metrics = fused(
+        loss_fn, batch, hidden, batch.weight, batch.bias, softcap=2.0, chunk_size=9
+    )
+    loss.backward()
+    log_probs = linear_log_probs(
+        twin, batch.weight, batch.target, bias=batch.bias, softcap=2.0, layout=batch.mask
+    )
+    loss_fn(log_probs, mask=batch.mask, **batch.rest)[0].backward()
+    assert 0 < metrics["is/rejected"] < 1
+    torch.testing.assert_close(hidden.grad, twin.grad)
+
+
 @pytest.mark.parametrize("old", [False, True])
 def test_the_float32_head_is_cispo_on_exact_logits(old):
     batch = make(old=old, dtype=torch.bfloat16)
