@@ -8,6 +8,7 @@ states and weights are made while the chunk's probabilities are still in the buf
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -304,7 +305,7 @@ def _whole_sequences(layout: Layout, tokens: Tokens, size: int) -> list[slice]:
     """As many sequences as fit into a chunk; a longer one by itself."""
     first = layout.sequence_starts().flatten()[tokens.index].nonzero().squeeze(-1).tolist()
     parts: list[slice] = []
-    for start, stop in zip(first, [*first[1:], len(tokens)], strict=True):
+    for start, stop in pairwise([*first, len(tokens)]):
         if parts and stop - parts[-1].start <= size:
             parts[-1] = slice(parts[-1].start, stop)
         else:

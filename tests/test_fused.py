@@ -271,10 +271,11 @@ def test_a_batch_without_advantage_has_zero_gradients(products):
     assert all((g == 0).all() for g in grads)
 
 
-def test_nothing_counts_nothing_happens():
+@pytest.mark.parametrize("correction", [token_tis(), sequence_tis()], ids=["token", "sequence"])
+def test_nothing_counts_nothing_happens(correction):
     batch = make()
     loss, _, grads = run(
-        fused, PolicyLoss(correction=token_tis()), batch, mask=torch.zeros_like(batch.mask)
+        fused, PolicyLoss(correction=correction), batch, mask=torch.zeros_like(batch.mask)
     )
     assert loss == 0
     assert all((g == 0).all() for g in grads)
