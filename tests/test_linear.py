@@ -323,7 +323,7 @@ def test_rows_that_pad_the_vocabulary_are_left_out():
         assert (grad[V:] == 0).all()
 
 
-def test_what_is_returned_is_no_view_that_a_hook_could_not_change_in_place():
+def test_what_is_returned_is_no_view():
     hidden, weight, _, target = make()
     for layout in (None, torch.ones(B, T, dtype=torch.bool)):
         out = linear_log_probs(hidden, weight.requires_grad_(), target, layout=layout)
