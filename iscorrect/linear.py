@@ -232,13 +232,17 @@ class Tokens:
         # On a GPU an index out of range ends in a device assertion; on a CPU a look is free.
         if self.target.device.type != "cpu":
             return
-        outside = (self.target < 0) | (self.target >= vocabulary)
-        if bool(outside.any()):
-            bad = self.target[outside][0].item()
-            raise input_error(
-                caller, "target", expected=f"token ids in [0, {vocabulary}) where it counts",
-                got=str(bad), fix="mask ignored positions, and give the head's full vocabulary",
-            )
+        kept = None if self.support is None else self.support.ids
+        for name, ids in {"target": self.target, "support": kept}.items():
+            if ids is None:
+                continue
+            outside = (ids < 0) | (ids >= vocabulary)
+            if bool(outside.any()):
+                raise input_error(
+                    caller, name, expected=f"token ids in [0, {vocabulary}) where it counts",
+                    got=str(ids[outside][0].item()),
+                    fix="mask ignored positions, and give the head's full vocabulary",
+                )
 
     def here(self) -> tuple[slice | Tensor, Tensor]:
         """The tokens whose hidden states are on this rank, and in which rows."""
@@ -603,7 +607,8 @@ def prepare(
             "hidden": describe(hidden), "weight": f"{weight.dtype}, {weight.shape[1]} wide",
             "bias": bias is not None, "requires_grad": torch.is_grad_enabled() and wanted,
             "temperature": temperature, "softcap": softcap, "head_dtype": head_dtype,
-            "chunk_size": size, "support": support is not None,
+            "chunk_size": size,
+            "support": None if tokens.support is None else f"{len(tokens.support.ids)} ids",
             "vocabulary_size": vocabulary_size, "sequence_parallel": sequence_parallel,
         }
 

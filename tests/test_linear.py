@@ -379,6 +379,9 @@ BAD = {
     "support of other tokens": (
         {"support": torch.zeros(B, T + 1, 2, dtype=torch.int64)}, "support",
     ),
+    "support beyond the vocabulary": (
+        {"support": torch.full((B, T, 2), V)}, "support",
+    ),
     "offsets of other tokens": (
         {"support": Support(torch.zeros(2, dtype=torch.int64), torch.tensor([0, 2]))}, "support",
     ),

@@ -427,9 +427,9 @@ def close(got, expected, rtol, what, scale=None):
     )
 
 
-def every_head(grid, cases=slice(None)):
+def every_head(grid, start=0, step=1):
     """Every correction; each objective, aggregation, head, shard and route in turn."""
-    for i, correction in list(enumerate(CORRECTIONS.values()))[cases]:
+    for i, correction in enumerate(list(CORRECTIONS.values())[start::step], start):
         compare_head(
             grid, Model.make(i, **HEADS[i % len(HEADS)]), correction, OBJECTIVES[i % 6],
             AGGREGATIONS[i % 3], zigzag=bool(i // 2 % 2), packed=bool(i % 2),
@@ -439,7 +439,7 @@ def every_head(grid, cases=slice(None)):
 
 
 def every_third_head(grid):
-    every_head(grid, slice(list(FACTS).index((grid.dp, grid.cp, grid.tp)) % 3, None, 3))
+    every_head(grid, list(FACTS).index((grid.dp, grid.cp, grid.tp)) % 3, 3)
 
 
 def drawn_heads(grid):
@@ -513,6 +513,38 @@ def entropy(grid):
             every = [torch.empty_like(stacked) for _ in range(grid.tp)]
             dist.all_gather(every, stacked, group=grid.vocabulary)
             assert all(torch.equal(x, stacked) for x in every)
+
+
+def not_finite(grid):
+    """NaN in a hidden state takes its own token on every rank, and the loss drops that token."""
+    model = Model.make(8)
+    place = tuple(model.batch.mask.nonzero()[3].tolist())
+    model.hidden[place] = torch.nan
+    data = model.data(None, False) | {"ref_log_probs": None}
+    for how, correction in zip(SHARDS, [ic.token_tis(), ic.sequence_tis()] * 2, strict=True):
+        found = []
+        for weight, bias, options, mine in (
+            (model.weight.clone().requires_grad_(), model.bias, {}, slice(None)),
+            shard(grid, model, how),
+        ):
+            hidden = model.hidden.clone().requires_grad_()
+            log_probs = ic.linear_log_probs(
+                hidden, weight, model.target, bias=bias, layout=model.batch.mask, **options
+            )
+            assert log_probs.isnan().nonzero().tolist() == [list(place)]
+            loss, _ = ic.fused_policy_loss(
+                PolicyLoss(correction=correction), hidden=hidden, weight=weight, bias=bias,
+                target=model.target, mask=model.batch.mask, chunk_size=7, **data, **options,
+            )
+            loss.backward()
+            grad = weight.grad.to_local() if isinstance(weight, DTensor) else weight.grad
+            found.append((loss.detach(), hidden.grad, grad, mine))
+        (loss, of_hidden, of_weight, _), (shared, hidden_here, weight_here, mine) = found
+        close(shared, loss, 1e-10, "loss")
+        close(hidden_here, of_hidden, 1e-10, "hidden")
+        expected = of_weight[mine]
+        close(weight_here[: len(expected)], expected, 1e-10, "weight")
+        assert of_weight.isfinite().all() and of_weight.abs().sum() > 0
 
 
 def all_but_certain(grid):
@@ -635,8 +667,8 @@ FACTS = {
     (2, 1, 1): [every_correction, idle_ranks, groups_across_ranks, averaged_gradients,
                 disagreeing_ranks, every_third_head],
     (1, 2, 1): [every_correction, every_objective, idle_ranks, float32, every_third_head],
-    (1, 1, 2): [every_head, drawn_heads, float32_heads, idle_heads, entropy, all_but_certain,
-                gradients_that_differ, refused_heads],
+    (1, 1, 2): [every_head, drawn_heads, float32_heads, idle_heads, entropy, not_finite,
+                all_but_certain, gradients_that_differ, refused_heads],
     (2, 2, 1): [every_objective, drawn_batches, idle_ranks, every_third_head],
     (2, 1, 2): [every_third_head, drawn_heads, idle_heads],
     (1, 2, 2): [every_third_head, drawn_heads],
