@@ -283,12 +283,12 @@ class Model:
             support=self.support,
         )
 
-    def data(self, normalizer, old):
-        """What a loss takes beside log-probs and mask."""
+    def data(self, loss_fn, old):
+        """What a loss takes beside log-probs, mask and normaliser."""
         return {
             "rollout_log_probs": self.batch.rollout_log_probs, "advantages": self.batch.advantages,
             "old_log_probs": self.batch.old_log_probs if old else None,
-            "ref_log_probs": self.batch.ref_log_probs, "normalizer": normalizer,
+            "ref_log_probs": self.batch.ref_log_probs if loss_fn.reference_kl else None,
         }
 
     def whole(self, loss_fn, normalizer, old):
@@ -299,7 +299,9 @@ class Model:
             for x in (model.hidden, model.weight, model.bias)
         ]
         log_probs = model.dense(torch.where(mask[..., None], leaves[0], 0), *leaves[1:])
-        loss, metrics = loss_fn(log_probs, mask=mask, **model.data(normalizer, old))
+        loss, metrics = loss_fn(
+            log_probs, mask=mask, normalizer=normalizer, **model.data(loss_fn, old)
+        )
         loss.backward()
         return loss.detach(), metrics, [None if x is None else x.grad for x in leaves]
 
@@ -353,7 +355,8 @@ def compare_head(
     """The head cut over ranks, then the loss, against logits and loss on one process."""
     loss_fn = PolicyLoss(
         correction=correction, objective=objective, aggregation=aggregation,
-        reference_kl=ic.ReferenceKL(coefficient=0.1),
+        # which no factor of the sequence multiplies, so that a scratch would not be used
+        reference_kl=None if route == "scratch" else ic.ReferenceKL(coefficient=0.1),
     )
     normalizer = denominator(Layout(model.batch.mask), aggregation)
     loss, metrics, (of_hidden, *of_head) = model.whole(loss_fn, normalizer, old)
@@ -383,7 +386,7 @@ def compare_head(
         )
         hidden = part_of_tokens(part.hidden).clone().requires_grad_()
         head = {"bias": bias, "support": part.support, **options}
-        data = part.data(normalizer, old)
+        data = part.data(loss_fn, old) | {"normalizer": normalizer}
         if route == "log-probs":
             log_probs = ic.linear_log_probs(hidden, weight, part.target, layout=layout, **head)
             loss_here, metrics_here = loss_fn(log_probs, mask=layout, **data)
@@ -435,11 +438,22 @@ def every_head(grid, start=0, step=1):
             AGGREGATIONS[i % 3], zigzag=bool(i // 2 % 2), packed=bool(i % 2),
             how=SHARDS[i % len(SHARDS)], route=ROUTES[i % len(ROUTES)],
             micro_batches=1 + i // 3 % 2, sequence_parallel=bool(i // 2 % 2), old=bool(i // 4 % 2),
+            chunk_size=3 if i % 3 == 2 else 7,
         )
 
 
 def every_third_head(grid):
     every_head(grid, list(FACTS).index((grid.dp, grid.cp, grid.tp)) % 3, 3)
+
+
+def long_sequences(grid):
+    """Sequences of more than a chunk: gathered with and without their factor, and read twice."""
+    for objective in (ic.Reinforce(), ic.PPOClip(level="geometric")):
+        for route, how in zip(ROUTES, SHARDS, strict=False):
+            compare_head(
+                grid, Model.make(12), ic.sequence_is(), objective, "token-mean", how=how,
+                route=route, sequence_parallel=True, old=False, chunk_size=2,
+            )
 
 
 def drawn_heads(grid):
@@ -520,9 +534,8 @@ def not_finite(grid):
     model = Model.make(8)
     place = tuple(model.batch.mask.nonzero()[3].tolist())
     model.hidden[place] = torch.nan
-    data = model.data(None, False) | {"ref_log_probs": None}
     for how, correction in zip(SHARDS, [ic.token_tis(), ic.sequence_tis()] * 2, strict=True):
-        found = []
+        loss_fn, found = PolicyLoss(correction=correction), []
         for weight, bias, options, mine in (
             (model.weight.clone().requires_grad_(), model.bias, {}, slice(None)),
             shard(grid, model, how),
@@ -533,8 +546,8 @@ def not_finite(grid):
             )
             assert log_probs.isnan().nonzero().tolist() == [list(place)]
             loss, _ = ic.fused_policy_loss(
-                PolicyLoss(correction=correction), hidden=hidden, weight=weight, bias=bias,
-                target=model.target, mask=model.batch.mask, chunk_size=7, **data, **options,
+                loss_fn, hidden=hidden, weight=weight, bias=bias, target=model.target,
+                mask=model.batch.mask, chunk_size=7, **model.data(loss_fn, False), **options,
             )
             loss.backward()
             grad = weight.grad.to_local() if isinstance(weight, DTensor) else weight.grad
@@ -667,8 +680,8 @@ FACTS = {
     (2, 1, 1): [every_correction, idle_ranks, groups_across_ranks, averaged_gradients,
                 disagreeing_ranks, every_third_head],
     (1, 2, 1): [every_correction, every_objective, idle_ranks, float32, every_third_head],
-    (1, 1, 2): [every_head, drawn_heads, float32_heads, idle_heads, entropy, not_finite,
-                all_but_certain, gradients_that_differ, refused_heads],
+    (1, 1, 2): [every_head, drawn_heads, float32_heads, idle_heads, long_sequences, entropy,
+                not_finite, all_but_certain, gradients_that_differ, refused_heads],
     (2, 2, 1): [every_objective, drawn_batches, idle_ranks, every_third_head],
     (2, 1, 2): [every_third_head, drawn_heads, idle_heads],
     (1, 2, 2): [every_third_head, drawn_heads],
