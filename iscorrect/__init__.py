@@ -63,6 +63,7 @@ from iscorrect.loss import (
 from iscorrect.metrics import Metrics, effective_sample_size
 from iscorrect.objectives import CISPO, PPOClip, ReferenceKL, Reinforce, score_centering
 from iscorrect.pareto import pareto_tail
+from iscorrect.precision import FP16Audit, audit_fp16, fp16_scaler
 from iscorrect.ratios import Evidence, at_level, log_ratio, ratio
 from iscorrect.reject import (
     BinaryKL,
@@ -93,6 +94,7 @@ __all__ = [
     "DivergenceAbove",
     "ESSCap",
     "Evidence",
+    "FP16Audit",
     "HeadOutput",
     "Ignore",
     "InputError",
@@ -117,11 +119,13 @@ __all__ = [
     "Weights",
     "aggregate",
     "at_level",
+    "audit_fp16",
     "binary_kl",
     "confidence_is",
     "dppo",
     "effective_sample_size",
     "ess_cap",
+    "fp16_scaler",
     "fp32_head_loss",
     "fused_policy_loss",
     "geometric_rs",

@@ -12,6 +12,7 @@ from iscorrect.compare import HEADER, effect_row, effects
 from iscorrect.correction import PRESETS, parse
 from iscorrect.dumps import read_dump
 from iscorrect.errors import InputError
+from iscorrect.precision import add_fp16_check_arguments, run_fp16_check
 from iscorrect.report import (
     add_convert_arguments,
     add_env_arguments,
@@ -59,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("convert", "a dump into another format", add_convert_arguments, run_convert),
         ("audit", "exact bias, variance and error of corrections on a small policy",
          add_audit_arguments, run_audit),
+        ("fp16-check", "whether a checkpoint may switch from BF16 to FP16",
+         add_fp16_check_arguments, run_fp16_check),
         ("env", "versions, for reports of bugs", add_env_arguments, run_env),
     ):
         command = commands.add_parser(name, help=purpose)

@@ -87,10 +87,10 @@ def linear_log_probs(
     The backward pass computes the logits once more, and only for tokens whose log-prob has a
     gradient that is not zero.
 
-    Tensor parallelism: with the head's rows on several ranks, every one of them makes the same call
-    on the same tokens and gets the same log-probs and the same gradient of ``hidden``, and the
-    gradient of its own rows. A chunk costs one all-reduce of maxima and one of sums and
-    target logits, one number for each token each, and its backward one of the hidden gradients.
+    With the head's rows on several ranks (tensor parallelism), each makes the same call on the same
+    tokens and gets the same log-probs, the same gradient of ``hidden``, and that of its own rows.
+    A chunk costs an all-reduce of one number per token, the largest logit, and one of two, the
+    target's logit and the sum of the others; its backward one of the gradient of ``hidden``.
 
     Args:
         hidden: "... d", with gradient.

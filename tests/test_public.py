@@ -14,12 +14,12 @@ PACKAGE = Path(iscorrect.__file__).parent
 README = PACKAGE.parent / "README.md"
 FLOORS = [
     {"errors", "tables", "ranks"},
-    {"divergences", "layout", "gradients"},
+    {"divergences", "layout", "gradients", "ranges", "checkpoints"},
     {"ratios", "logprobs", "pareto", "aggregate"},
     {"linear", "thresholds", "metrics", "reject", "objectives"},
     {"bounds"},
     {"correction"},
-    {"loss", "dumps"},
+    {"loss", "dumps", "precision"},
     {"fused", "testing", "diagnose"},
     {"plots", "rollouts", "compare", "adapters"},
     {"report", "demo"},

@@ -1,0 +1,92 @@
+"""``python -m benchmarks.lab``: the lab's commands, in the order in which they are needed."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import replace
+from pathlib import Path
+
+# before torch is imported: its thread pools are sized on loading
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from benchmarks.lab import engines, models, offline, phases, report, sanity, tasks
+from benchmarks.lab.experiment import Run, carry_out
+from benchmarks.lab.policy import Size
+from benchmarks.lab.reinforce import Schedule
+
+HERE = Path(__file__).parent
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.lab", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--models", type=Path, default=HERE / "models", help="folder of models")
+    common.add_argument("--records", type=Path, default=HERE / "records")
+    common.add_argument("--width", type=int, default=128, help="of the models; 768 on a GPU")
+    common.add_argument("--layers", type=int, default=2)
+    common.add_argument("--training-steps", type=int, default=3000, help="at most, for a model")
+    common.add_argument("--solved", type=float, default=0.4,
+                        help="share of right answers at which a model's training stops")
+    common.add_argument("--engine", choices=["vllm", "transformers"],
+                        default=engines.default_kind())
+    common.add_argument("--seeds", type=int, default=3)
+
+    made = commands.add_parser("models", parents=[common], help="train the models")
+    made.add_argument("names", nargs="*", default=["add-3", "sort-8", "brackets-24", "sharp"])
+
+    compared = commands.add_parser(
+        "offline", parents=[common], help="one set of tokens in every pair of precisions")
+    compared.add_argument("names", nargs="*", default=["add-3", "sort-8", "brackets-24", "sharp"])
+    compared.add_argument("--sequences", type=int, default=64)
+    compared.add_argument("--length", type=int, default=128)
+
+    learning = argparse.ArgumentParser(add_help=False)
+    learning.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    learning.add_argument("--steps", type=int, default=80)
+    learning.add_argument("--prompts", type=int, default=32, help="of a step")
+    learning.add_argument("--pool", type=int, default=256,
+                          help="prompts of which those within reach are kept")
+    learning.add_argument("--arms", nargs="*", help="some of the arms")
+    lengths = ["brackets-12", "brackets-24", "brackets-48"]
+    for name, usual, help_ in (
+        ("sanity", ["brackets-24"], "reinforcement learning in each precision and method"),
+        ("map", lengths, "the same by mismatch, length and correction"),
+    ):
+        command = commands.add_parser(name, parents=[common, learning], help=help_)
+        command.add_argument("tasks", nargs="*", default=usual)
+    commands.add_parser("report", parents=[common], help="tables and figures from the records")
+
+    given = parser.parse_args(arguments)
+    if given.command == "report":
+        report.main(given.records)
+        return
+    size = Size(given.width, given.layers)
+
+    def model(name: str, seed: int = 0) -> Path:
+        return models.make(name, given.models, size, seed=seed, solved=given.solved,
+                           steps=given.training_steps)
+
+    if given.command == "models":
+        for name in given.names:
+            print(model(name))
+    elif given.command == "offline":
+        offline.main([model(name) for name in given.names], given.engine, given.records,
+                     seeds=given.seeds, sequences=given.sequences, length=given.length)
+    else:
+        experiment = sanity if given.command == "sanity" else phases
+        schedule = replace(Schedule(), steps=given.steps, prompts=given.prompts)
+        runs = [
+            Run(arm, task, model(task), schedule, seed, given.engine,
+                given.records / given.command)
+            for seed in range(given.seeds)
+            for task in given.tasks
+            for arm in experiment.arms(tasks.parse(task).longest)
+            if not given.arms or arm.name in given.arms
+        ]
+        carry_out(runs, jobs=given.jobs, pool=given.pool)
+
+
+if __name__ == "__main__":
+    main()
