@@ -571,6 +571,39 @@ def all_but_certain(grid):
     torch.testing.assert_close(hidden.grad.double()[0, 0], 18 * e / (1 + e), rtol=1e-6, atol=0)
 
 
+def what_is_sent(grid):
+    """Never logits: numbers per token, and a row per token of hidden states and their gradient."""
+    model, sent = Model.make(8), []
+    hidden, target = model.hidden.nan_to_num(), model.target.clamp(min=0)
+    tokens, width = target.numel(), hidden.shape[-1]
+    each = [1, 2]  # the largest logit; the target's and the sum of the others
+    reduce, broadcast = dist.all_reduce, dist.broadcast
+
+    def counted(call):
+        def send(x, *args, **kwargs):
+            sent.append(x.numel())
+            return call(x, *args, **kwargs)
+
+        return send
+
+    dist.all_reduce, dist.broadcast = counted(reduce), counted(broadcast)
+    for sequence_parallel, states in ((False, []), (True, [width])):
+        weight, bias, options, _ = shard(grid, model, "padded")
+        own = hidden.chunk(grid.tp, 1)[grid.k] if sequence_parallel else hidden
+        log_probs = ic.linear_log_probs(
+            own.clone().requires_grad_(), weight, target, bias=bias, chunk_size=tokens // 2,
+            sequence_parallel=sequence_parallel, **options,
+        )
+        forward = [tokens // 2 * n for n in [*states, *each] * 2]
+        assert sent == forward
+        log_probs.sum().backward()
+        assert sent[len(forward):] == [tokens] + [
+            tokens // 2 * n for n in [*states, *each, width] * 2
+        ]
+        sent.clear()
+    dist.all_reduce, dist.broadcast = reduce, broadcast
+
+
 def gradients_that_differ(grid):
     """The first rank's is taken: neither a rounding nor a token more can part the ranks."""
     model = Model.make(9)
@@ -681,7 +714,8 @@ FACTS = {
                 disagreeing_ranks, every_third_head],
     (1, 2, 1): [every_correction, every_objective, idle_ranks, float32, every_third_head],
     (1, 1, 2): [every_head, drawn_heads, float32_heads, idle_heads, long_sequences, entropy,
-                not_finite, all_but_certain, gradients_that_differ, refused_heads],
+                not_finite, all_but_certain, what_is_sent, gradients_that_differ,
+                refused_heads],
     (2, 2, 1): [every_objective, drawn_batches, idle_ranks, every_third_head],
     (2, 1, 2): [every_third_head, drawn_heads, idle_heads],
     (1, 2, 2): [every_third_head, drawn_heads],
