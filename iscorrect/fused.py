@@ -8,6 +8,7 @@ states and weights are made while the chunk's probabilities are still in the buf
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -23,13 +24,14 @@ from iscorrect.linear import (
     Head,
     Reader,
     Tokens,
-    check_chunk_size,
     check_first_order,
-    linear_log_probs,
+    log_probs_of,
+    prepare,
 )
 from iscorrect.logprobs import Support
 from iscorrect.loss import LossOutput, PolicyLoss
 from iscorrect.objectives import CISPO, Objective, Reinforce
+from iscorrect.ranks import Group, first_over
 from iscorrect.ratios import Scope, scope_of, widest
 
 
@@ -53,6 +55,9 @@ def fused_policy_loss(
     head_dtype: torch.dtype = torch.float32,
     support: Tensor | Support | None = None,
     sequence_scratch: bool = False,
+    vocabulary_group: Group = None,
+    vocabulary_size: int | None = None,
+    sequence_parallel: bool = False,
 ) -> LossOutput:
     """A policy loss of a linear head's log-probs, its gradients made in the forward pass.
 
@@ -84,6 +89,10 @@ def fused_policy_loss(
         support: the kept ids, as in :func:`log_probs_from_logits`.
         sequence_scratch: hold one more gradient of the weight, so that sequences longer than a
             chunk take one pass too where their weight is one factor: it is multiplied at the end.
+        vocabulary_group: the ranks that hold the other rows of the head (tensor parallelism), as in
+            :func:`linear_log_probs`; groups of ``mask`` leave them out. All get the same loss.
+        vocabulary_size: v, where the rows of the head are padded to more.
+        sequence_parallel: ``hidden`` is "b t/R d", this rank's part of the tokens.
 
     Returns:
         loss "" and metrics. The gradients are kept once: backward runs once.
@@ -115,11 +124,13 @@ def fused_policy_loss(
     batch = _Batch(
         rollout_log_probs, advantages, layout, old_log_probs, ref_log_probs, normalizer
     )
-    check_per_token(
-        "fused_policy_loss", layout.mask, gradient=("extra",), extra=extra, advantages=advantages,
-        rollout_log_probs=rollout_log_probs, old_log_probs=old_log_probs,
-        ref_log_probs=ref_log_probs,
-    )
+
+    def check() -> None:
+        check_per_token(
+            "fused_policy_loss", layout.mask, gradient=("extra",), extra=extra,
+            advantages=advantages, rollout_log_probs=rollout_log_probs,
+            old_log_probs=old_log_probs, ref_log_probs=ref_log_probs,
+        )
 
     def evaluate(log_probs: Tensor, extra: Tensor | None) -> LossOutput:
         return loss_fn(
@@ -128,12 +139,14 @@ def fused_policy_loss(
             normalizer=normalizer,
         )
 
-    head = Head(weight, bias, temperature, softcap, head_dtype)
-    tokens = Tokens.of(
-        "fused_policy_loss", head, hidden=hidden, target=target, mask=layout.mask, support=support
+    head, tokens, size = prepare(
+        "fused_policy_loss", hidden=hidden, weight=weight, target=target, bias=bias,
+        temperature=temperature, softcap=softcap, chunk_size=chunk_size, head_dtype=head_dtype,
+        support=support, layout=layout, vocabulary_group=vocabulary_group,
+        vocabulary_size=vocabulary_size, sequence_parallel=sequence_parallel,
+        also=check, sequence_scratch=sequence_scratch, old_log_probs=old_log_probs is not None,
     )
-    size = check_chunk_size("fused_policy_loss", chunk_size, tokens)
-    inputs = (hidden, weight, bias, extra)
+    inputs = (hidden, head.weight, head.bias, extra)
     wanted = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in inputs]
     if any(wanted[:3]):
         made = _in_one_pass(
@@ -145,10 +158,7 @@ def fused_policy_loss(
             loss, metrics = evaluate(log_probs, None if extra is None else extra.detach())
             loss = _Ready.apply(loss, ready, *inputs)  # type: ignore[no-untyped-call]
             return LossOutput(loss, metrics)
-    log_probs = linear_log_probs(
-        hidden, weight, target, bias=bias, temperature=temperature, softcap=softcap,
-        chunk_size=size, head_dtype=head_dtype, support=support, layout=layout,
-    )
+    (log_probs,) = log_probs_of(head, tokens, size)
     return evaluate(log_probs, extra)
 
 
@@ -168,6 +178,9 @@ def fp32_head_loss(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
+    vocabulary_group: Group = None,
+    vocabulary_size: int | None = None,
+    sequence_parallel: bool = False,
 ) -> LossOutput:
     """Policy-gradient loss of log-probs from an LM head in float32, the rest staying in 16 bits.
 
@@ -193,6 +206,9 @@ def fp32_head_loss(
         bias: "v", with gradient.
         temperature: τ > 0, the sampler's.
         softcap: c > 0, as in Gemma's final logits; None for none.
+        vocabulary_group: the ranks that hold the other rows of the head (tensor parallelism).
+        vocabulary_size: v, where the rows of the head are padded to more.
+        sequence_parallel: ``hidden`` is "b t/R d", this rank's part of the tokens.
 
     Returns:
         loss "" and metrics; `mismatch/…` tells what is left.
@@ -217,6 +233,8 @@ def fp32_head_loss(
         loss_fn, hidden=hidden, weight=weight, target=target, rollout_log_probs=rollout_log_probs,
         advantages=advantages, mask=mask, old_log_probs=old_log_probs, normalizer=normalizer,
         bias=bias, temperature=temperature, softcap=softcap, head_dtype=torch.float32,
+        vocabulary_group=vocabulary_group, vocabulary_size=vocabulary_size,
+        sequence_parallel=sequence_parallel,
     )
 
 
@@ -245,7 +263,7 @@ def _in_one_pass(
     if scope == "token":
         # Tokens without advantage rarely have a derivative: together they make chunks without one.
         idle = batch.advantages.flatten()[tokens.index] == 0
-        tokens = tokens[idle.argsort(stable=True)]
+        tokens = tokens[first_over(idle.argsort(stable=True), head.group)]
         parts = [slice(i, min(i + size, len(tokens))) for i in range(0, len(tokens), size)]
     else:
         parts = _whole_sequences(batch.layout, tokens, size)
@@ -254,7 +272,7 @@ def _in_one_pass(
             return None
     into = Gradients.zeros(head, tokens, hidden=wanted[0], weight=wanted[1], bias=wanted[2])
     scale = _scale(loss_fn, batch, head.wide(tokens.hidden))
-    derivative = _Derivative.of(loss_fn, batch, tokens.index, scope, scale)
+    derivative = _Derivative.of(loss_fn, batch, tokens.index, scope, scale, head.group)
     log_probs = scale.new_zeros(scale.numel())
     scratch = None
     with torch.autocast(tokens.hidden.device.type, enabled=False):
@@ -287,7 +305,7 @@ def _whole_sequences(layout: Layout, tokens: Tokens, size: int) -> list[slice]:
     """As many sequences as fit into a chunk; a longer one by itself."""
     first = layout.sequence_starts().flatten()[tokens.index].nonzero().squeeze(-1).tolist()
     parts: list[slice] = []
-    for start, stop in zip(first, [*first[1:], len(tokens)], strict=True):
+    for start, stop in pairwise([*first, len(tokens)]):
         if parts and stop - parts[-1].start <= size:
             parts[-1] = slice(parts[-1].start, stop)
         else:
@@ -317,6 +335,7 @@ class _Derivative:
         weights: "n", or None where they depend on the log-probs.
         sequences: int "n", or None where no part asks.
         segments: the same.
+        group: the ranks that share the head, and have to agree to the last bit.
     """
 
     loss_fn: PolicyLoss
@@ -328,10 +347,12 @@ class _Derivative:
     weights: Tensor | None
     sequences: Tensor | None
     segments: Tensor | None
+    group: Group
 
     @classmethod
     def of(
-        cls, loss_fn: PolicyLoss, batch: _Batch, index: Tensor, scope: Scope, scale: Tensor
+        cls, loss_fn: PolicyLoss, batch: _Batch, index: Tensor, scope: Scope, scale: Tensor,
+        group: Group,
     ) -> _Derivative:
         def pick(x: Tensor) -> Tensor:
             return x.reshape(-1)[index]
@@ -350,6 +371,7 @@ class _Derivative:
             None if weights is None else pick(weights),
             pick(layout.sequence_starts()).cumsum(0) if whole else None,
             pick(layout.segment_starts()).cumsum(0) if whole else None,
+            group,
         )
 
     def __getitem__(self, part: slice) -> _Derivative:
@@ -401,7 +423,7 @@ class _Derivative:
                 mask=layout, old_log_probs=None if self.old is None else row(self.old),
                 ref_log_probs=None if self.ref is None else row(self.ref),
             )
-        return torch.autograd.grad(loss, leaf)[0]
+        return first_over(torch.autograd.grad(loss, leaf)[0], self.group)
 
 
 def _chunk(
@@ -433,15 +455,16 @@ def _long_sequence(
     log_probs, guess = torch.cat(parts), torch.cat(guesses)
     truth = derivative(log_probs)
     factor = _factor(truth, guess)
+    _, rows = tokens.here()
     if factor is not None:
         for total, add in ((into.weight, scratch.weight), (into.bias, scratch.bias)):
             if total is not None and add is not None:
                 total.add_(add.mul_(factor))
         if into.hidden is not None:
-            into.hidden[tokens.index] *= factor
+            into.hidden[rows] *= factor
         return log_probs
     if into.hidden is not None:
-        into.hidden[tokens.index] = 0
+        into.hidden[rows] = 0
     for part, chunk in tokens.chunks(size):
         reader.read(chunk)
         reader.differentiate(chunk, log_probs[part], truth[part], into)

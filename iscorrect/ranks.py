@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 Group = dist.ProcessGroup | None
+T = TypeVar("T")
 
 
 def sum_over(x: Tensor, group: Group) -> Tensor:
@@ -45,6 +46,35 @@ def max_over(x: Tensor, group: Group) -> Tensor:
     x = x.detach().clone()
     dist.all_reduce(x, op=dist.ReduceOp.MAX, group=group)
     return x
+
+
+def first_over(x: Tensor, group: Group) -> Tensor:
+    """What the first rank of the group holds, bit for bit on every rank, without gradient.
+
+    Ranks that decide by values what to send next must decide alike, and a rounding that differs
+    between two devices is enough to part them.
+
+    >>> first_over(torch.tensor([1.0, 2.0]), None)
+    tensor([1., 2.])
+    """
+    if group is None:
+        return x
+    x = x.detach().clone(memory_format=torch.contiguous_format)
+    dist.broadcast(x, src=dist.get_global_rank(group, 0), group=group)
+    return x
+
+
+def objects_over(x: T, group: Group) -> list[T]:
+    """Small Python objects of all ranks, in their order.
+
+    >>> objects_over("here", None)
+    ['here']
+    """
+    if group is None:
+        return [x]
+    every: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(every, x, group=group)
+    return every
 
 
 def gather_over(x: Tensor, group: Group) -> tuple[Tensor, int]:

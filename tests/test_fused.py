@@ -271,10 +271,11 @@ def test_a_batch_without_advantage_has_zero_gradients(products):
     assert all((g == 0).all() for g in grads)
 
 
-def test_nothing_counts_nothing_happens():
+@pytest.mark.parametrize("correction", [token_tis(), sequence_tis()], ids=["token", "sequence"])
+def test_nothing_counts_nothing_happens(correction):
     batch = make()
     loss, _, grads = run(
-        fused, PolicyLoss(correction=token_tis()), batch, mask=torch.zeros_like(batch.mask)
+        fused, PolicyLoss(correction=correction), batch, mask=torch.zeros_like(batch.mask)
     )
     assert loss == 0
     assert all((g == 0).all() for g in grads)
@@ -367,6 +368,21 @@ def test_softcap_temperature_and_support_reach_the_head():
     )
     loss_fn(log_probs, mask=batch.mask, **batch.rest)[0].backward()
     torch.testing.assert_close([x.grad for x in leaves], [x.grad for x in twins])
+
+
+def test_the_slope_of_the_softcap_stays_with_its_token_when_others_are_rejected():
+    batch, loss_fn = make(), PolicyLoss(correction=PRESETS["token-mis"](high=1.0))
+    hidden, twin = (batch.hidden.clone().requires_grad_() for _ in range(2))
+    loss, metrics = fused(
+        loss_fn, batch, hidden, batch.weight, batch.bias, softcap=2.0, chunk_size=9
+    )
+    loss.backward()
+    log_probs = linear_log_probs(
+        twin, batch.weight, batch.target, bias=batch.bias, softcap=2.0, layout=batch.mask
+    )
+    loss_fn(log_probs, mask=batch.mask, **batch.rest)[0].backward()
+    assert 0 < metrics["is/rejected"] < 1
+    torch.testing.assert_close(hidden.grad, twin.grad)
 
 
 @pytest.mark.parametrize("old", [False, True])

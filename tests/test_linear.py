@@ -306,6 +306,30 @@ def test_blocks_of_an_upcast_weight_make_the_whole(monkeypatch):
     torch.testing.assert_close(run(), whole)
 
 
+def test_rows_that_pad_the_vocabulary_are_left_out():
+    hidden, weight, bias, target = make()
+    of = torch.ones(B, T, dtype=torch.float64)
+    padding = torch.full((3, D), torch.nan, dtype=torch.float64)
+    padded = [torch.cat([weight, padding]), torch.cat([bias, padding[:, 0]])]
+
+    def run(w, b):
+        return linear_log_probs(hidden, w, target, bias=b, vocabulary_size=V)
+
+    value, grads = gradients(run, *padded, of=of)
+    expected, expected_grads = gradients(run, weight, bias, of=of)
+    torch.testing.assert_close(value, expected, rtol=0, atol=0)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad[:V], expected_grad, rtol=0, atol=0)
+        assert (grad[V:] == 0).all()
+
+
+def test_what_is_returned_is_no_view():
+    hidden, weight, _, target = make()
+    for layout in (None, torch.ones(B, T, dtype=torch.bool)):
+        out = linear_log_probs(hidden, weight.requires_grad_(), target, layout=layout)
+        assert not out._is_view()
+
+
 def test_no_tokens_give_no_log_probs_and_zero_gradients():
     weight = torch.randn(V, D, requires_grad=True)
     hidden = torch.zeros(2, 0, D, requires_grad=True)
@@ -313,6 +337,11 @@ def test_no_tokens_give_no_log_probs_and_zero_gradients():
     assert out.shape == (2, 0)
     out.sum().backward()
     assert (weight.grad == 0).all()
+    nobody = linear_log_probs(
+        hidden, weight, torch.zeros(2, 0, dtype=torch.int64),
+        support=torch.zeros(2, 0, 3, dtype=torch.int64),
+    )
+    assert nobody.shape == (2, 0)
     masked = linear_log_probs(
         torch.randn(2, 3, D), weight, torch.zeros(2, 3, dtype=torch.int64),
         layout=torch.zeros(2, 3, dtype=torch.bool),
@@ -341,11 +370,17 @@ BAD = {
     "no temperature": ({"temperature": 0.0}, "temperature"),
     "negative softcap": ({"softcap": -1.0}, "softcap"),
     "empty chunks": ({"chunk_size": 0}, "chunk_size"),
+    "a vocabulary beyond the head": ({"vocabulary_size": V + 1}, "vocabulary_size"),
+    "no vocabulary": ({"vocabulary_size": 0}, "vocabulary_size"),
+    "a group that is none": ({"vocabulary_group": 2}, "vocabulary_group"),
     "integer head": ({"head_dtype": torch.int8}, "head_dtype"),
     "float mask": ({"layout": torch.ones(B, T)}, "mask"),
     "mask of other tokens": ({"layout": torch.ones(B, T + 1, dtype=torch.bool)}, "layout"),
     "support of other tokens": (
         {"support": torch.zeros(B, T + 1, 2, dtype=torch.int64)}, "support",
+    ),
+    "support beyond the vocabulary": (
+        {"support": torch.full((B, T, 2), V)}, "support",
     ),
     "offsets of other tokens": (
         {"support": Support(torch.zeros(2, dtype=torch.int64), torch.tensor([0, 2]))}, "support",

@@ -2,7 +2,10 @@
 
 import datetime
 import itertools
+import multiprocessing
 import os
+import time
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -11,10 +14,14 @@ import torch.multiprocessing as mp
 from batches import Batch, make_batch
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import iscorrect as ic
-from iscorrect import PRESETS, InputError, Layout, PolicyLoss
+import iscorrect.linear as linear_module
+from iscorrect import PRESETS, InputError, Layout, PolicyLoss, log_probs_from_logits
 from iscorrect.aggregate import denominator
+from iscorrect.metrics import merge
 
 OBJECTIVES = [
     ic.Reinforce(), ic.PPOClip(dual=3.0), ic.PPOClip(level="geometric"),
@@ -32,15 +39,17 @@ AGGREGATIONS = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
 
 
 class Grid:
-    """This process's place among data-parallel × context-parallel ranks."""
+    """This process's place among data- × context- × tensor-parallel ranks."""
 
-    def __init__(self, dp, cp):
-        rank = dist.get_rank()
-        self.dp, self.cp = dp, cp
-        self.i, self.j = divmod(rank, cp)
-        rows = [list(range(k * cp, (k + 1) * cp)) for k in range(dp)]
-        groups = [dist.new_group(ranks) for ranks in rows]
-        self.sequences = groups[self.i] if cp > 1 else None
+    def __init__(self, dp, cp, tp):
+        self.dp, self.cp, self.tp = dp, cp, tp
+        mesh = init_device_mesh("cpu", (dp, cp, tp), mesh_dim_names=("dp", "cp", "tp"))
+        self.i, self.j, self.k = mesh.get_coordinate()
+        self.heads = mesh["tp"]
+        self.sequences = mesh["cp"].get_group() if cp > 1 else None
+        self.vocabulary = mesh["tp"].get_group() if tp > 1 else None
+        # ranks that hold the batch between them, once
+        self.batch = mesh["dp", "cp"]._flatten("batch").get_group()
 
     def rows(self, n):
         """Uneven on purpose: the first rank has one row, the last the rest."""
@@ -216,39 +225,538 @@ def a_rank_that_stops(grid):
     layout.sequence_total(torch.ones(2, 3))
 
 
-def start(rank, store, world, facts, dp, cp):
+@dataclass(frozen=True)
+class Model:
+    """A head, the hidden states before it, and what the engine and others said of the targets."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    target: torch.Tensor
+    batch: Batch
+    support: torch.Tensor | None
+    options: dict
+
+    @classmethod
+    def make(cls, seed, *, rows=5, vocabulary=11, scale=0.3, bias=True, support=False, **options):
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape):
+            return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+        batch = make_batch(seed, rows=rows, width=8, scale=scale)
+        hidden, weight = normal(rows, 8, 6), normal(vocabulary, 6)
+        target = torch.randint(vocabulary, (rows, 8), generator=generator)
+        ids = None
+        if support:
+            ids = torch.rand(rows, 8, vocabulary, generator=generator).argsort(-1)[..., :4]
+            ids[ids == target[..., None]] = -1
+            ids[..., 0] = target
+        b = normal(vocabulary) if bias else None
+        model = cls(hidden, weight, b, target, batch, ids, options)
+        shift = model.dense(hidden, weight, b) - batch.log_probs
+        names = ("log_probs", "rollout_log_probs", "old_log_probs", "ref_log_probs")
+        batch = batch._replace(**{name: getattr(batch, name) + shift for name in names})
+        hidden[~batch.mask] = torch.nan
+        target[~batch.mask] = -100
+        return replace(model, batch=batch)
+
+    def each(self, change):
+        """The same head, and other tokens: ``change`` maps "b t ..." to what is wanted of it."""
+        return replace(
+            self, hidden=change(self.hidden), target=change(self.target),
+            batch=Batch(*map(change, self.batch)),
+            support=None if self.support is None else change(self.support),
+        )
+
+    def to(self, dtype):
+        return replace(
+            self, hidden=self.hidden.to(dtype), weight=self.weight.to(dtype),
+            bias=None if self.bias is None else self.bias.to(dtype), batch=self.batch.to(dtype),
+        )
+
+    def dense(self, hidden, weight, bias):
+        """Log-probs from the logits of every token."""
+        logits = hidden @ weight.T + (0 if bias is None else bias)
+        if (cap := self.options.get("softcap")) is not None:
+            logits = cap * torch.tanh(logits / cap)
+        return log_probs_from_logits(
+            logits, self.target.clamp(min=0), temperature=self.options.get("temperature", 1.0),
+            support=self.support,
+        )
+
+    def data(self, loss_fn, old):
+        """What a loss takes beside log-probs, mask and normaliser."""
+        return {
+            "rollout_log_probs": self.batch.rollout_log_probs, "advantages": self.batch.advantages,
+            "old_log_probs": self.batch.old_log_probs if old else None,
+            "ref_log_probs": self.batch.ref_log_probs if loss_fn.reference_kl else None,
+        }
+
+    def whole(self, loss_fn, normalizer, old):
+        """Loss, metrics and gradients of the padded batch on one process, in float64."""
+        model = self.to(torch.float64)
+        mask, leaves = model.batch.mask, [
+            None if x is None else x.clone().requires_grad_()
+            for x in (model.hidden, model.weight, model.bias)
+        ]
+        log_probs = model.dense(torch.where(mask[..., None], leaves[0], 0), *leaves[1:])
+        loss, metrics = loss_fn(
+            log_probs, mask=mask, normalizer=normalizer, **model.data(loss_fn, old)
+        )
+        loss.backward()
+        return loss.detach(), metrics, [None if x is None else x.grad for x in leaves]
+
+
+def one_row_first(ranks, v):
+    return range(1, ranks)
+
+
+def nothing_first(ranks, v):
+    return [0, *range(3, ranks + 1)]
+
+
+# As Megatron pads and torch shards (ceil-sized, the last shorter or empty), or anyhow.
+SHARDS = ["padded", "DTensor", one_row_first, nothing_first]
+ROUTES = ["log-probs", "fused", "scratch"]
+HEADS = [
+    {"bias": False}, {"softcap": 3.0, "temperature": 0.7}, {"support": True},
+    {"support": True, "softcap": 2.0, "bias": False}, {"temperature": 1.3},
+]
+
+
+def shard(grid, model, how):
+    """This rank's weight and bias, the arguments that say so, and which rows they are."""
+    leaves, v = [x for x in (model.weight, model.bias) if x is not None], len(model.weight)
+    options, mine = {}, slice(0, v)
+    if grid.tp > 1 and how == "DTensor":
+        size = -(-v // grid.tp)
+        mine = slice(min(size * grid.k, v), min(size * (grid.k + 1), v))
+        leaves = [distribute_tensor(x, grid.heads, [Shard(0)]) for x in leaves]
+    elif grid.tp > 1:
+        options = {"vocabulary_group": grid.vocabulary}
+        if how == "padded":
+            size = -(-v // (4 * grid.tp)) * 4
+            mine = slice(size * grid.k, size * (grid.k + 1))
+            # what lies in the padding does not matter
+            padding = leaves[0].new_full((size * grid.tp - v, 6), torch.nan)
+            leaves = [torch.cat([x, padding[:, 0] if x.ndim == 1 else padding]) for x in leaves]
+            options["vocabulary_size"] = v
+        else:
+            cuts = [0, *how(grid.tp, v), v]
+            mine = slice(cuts[grid.k], cuts[grid.k + 1])
+        leaves = [x[mine].clone() for x in leaves]
+    weight, *bias = [x.requires_grad_() for x in leaves]
+    return weight, bias[0] if bias else None, options, mine
+
+
+def compare_head(
+    grid, model, correction, objective, aggregation, *, zigzag=False, packed=False, how="padded",
+    route="fused", micro_batches=1, sequence_parallel=False, old=True, chunk_size=7, rtol=1e-10,
+):
+    """The head cut over ranks, then the loss, against logits and loss on one process."""
+    loss_fn = PolicyLoss(
+        correction=correction, objective=objective, aggregation=aggregation,
+        # which no factor of the sequence multiplies, so that a scratch would not be used
+        reference_kl=None if route == "scratch" else ic.ReferenceKL(coefficient=0.1),
+    )
+    normalizer = denominator(Layout(model.batch.mask), aggregation)
+    loss, metrics, (of_hidden, *of_head) = model.whole(loss_fn, normalizer, old)
+    rows, columns = grid.rows(len(model.target)), grid.columns(8, zigzag)
+    sequence_parallel = sequence_parallel and len(columns) % grid.tp == 0
+    weight, bias, options, mine = shard(grid, model, how)
+    options |= model.options | {"chunk_size": chunk_size, "sequence_parallel": sequence_parallel}
+    if correction.scope == "batch":  # of micro-batches it sees one at a time
+        micro_batches = 1
+
+    def piece(x, some):
+        x = x[some][:, columns]
+        return x.flatten(0, 1)[None] if packed else x
+
+    def part_of_tokens(x):
+        return x.chunk(grid.tp, 1)[grid.k] if sequence_parallel else x
+
+    share, seen = torch.zeros((), dtype=torch.float64), []
+    for start in range(micro_batches):
+        some = rows[start::micro_batches]
+        part = model.each(lambda x, some=some: piece(x, some))
+        ids = torch.arange(len(some))[:, None].expand(-1, len(columns)).reshape(1, -1)
+        numbers = {"sequence_ids": ids, "num_sequences": len(some)} if packed else {}
+        layout = Layout(
+            part.batch.mask, sequence_group=grid.sequences, zigzag=zigzag, batch_group=grid.batch,
+            **numbers,
+        )
+        hidden = part_of_tokens(part.hidden).clone().requires_grad_()
+        head = {"bias": bias, "support": part.support, **options}
+        data = part.data(loss_fn, old) | {"normalizer": normalizer}
+        if route == "log-probs":
+            log_probs = ic.linear_log_probs(hidden, weight, part.target, layout=layout, **head)
+            loss_here, metrics_here = loss_fn(log_probs, mask=layout, **data)
+        else:
+            loss_here, metrics_here = ic.fused_policy_loss(
+                loss_fn, hidden=hidden, weight=weight, target=part.target, mask=layout,
+                sequence_scratch=route == "scratch", **head, **data,
+            )
+        loss_here.backward()
+        share += loss_here.detach()
+        seen.append(metrics_here)
+        close(hidden.grad, part_of_tokens(piece(of_hidden, some)), rtol, "hidden")
+    dist.all_reduce(share, group=grid.batch)
+    close(share, loss, rtol, "loss")
+    merged = merge(seen).all_reduced(grid.batch).to_floats()
+    assert merged == pytest.approx(metrics.to_floats(), rel=rtol, abs=rtol)
+    compare_shards(grid, zip((weight, bias), of_head, strict=True), mine, rtol)
+
+
+def compare_shards(grid, leaves, mine, rtol):
+    for leaf, expected in leaves:
+        if expected is None:
+            continue
+        grad = leaf.grad
+        if isinstance(leaf, DTensor):
+            assert (grad.placements, grad.shape) == ((Shard(0),), leaf.shape)
+            grad = grad.to_local()
+        grad = grad.clone()
+        dist.all_reduce(grad, group=grid.batch)
+        real = len(expected[mine])
+        close(grad[:real], expected[mine], rtol, "weight", scale=expected.abs().max().item())
+        assert (grad[real:] == 0).all()
+
+
+def close(got, expected, rtol, what, scale=None):
+    if scale is None:
+        scale = expected.abs().max().item() if expected.numel() else 0.0
+    torch.testing.assert_close(
+        got.double(), expected, rtol=rtol, atol=rtol * max(scale, 1e-3),
+        msg=lambda message: f"{what}: {message}",
+    )
+
+
+def every_head(grid, start=0, step=1):
+    """Every correction; each objective, aggregation, head, shard and route in turn."""
+    for i, correction in enumerate(list(CORRECTIONS.values())[start::step], start):
+        compare_head(
+            grid, Model.make(i, **HEADS[i % len(HEADS)]), correction, OBJECTIVES[i % 6],
+            AGGREGATIONS[i % 3], zigzag=bool(i // 2 % 2), packed=bool(i % 2),
+            how=SHARDS[i % len(SHARDS)], route=ROUTES[i % len(ROUTES)],
+            micro_batches=1 + i // 3 % 2, sequence_parallel=bool(i // 2 % 2), old=bool(i // 4 % 2),
+            chunk_size=3 if i % 3 == 2 else 7,
+        )
+
+
+def every_third_head(grid):
+    every_head(grid, list(FACTS).index((grid.dp, grid.cp, grid.tp)) % 3, 3)
+
+
+def long_sequences(grid):
+    """Sequences of more than a chunk: gathered with and without their factor, and read twice."""
+    for objective in (ic.Reinforce(), ic.PPOClip(level="geometric")):
+        for route, how in zip(ROUTES, SHARDS, strict=False):
+            compare_head(
+                grid, Model.make(12), ic.sequence_is(), objective, "token-mean", how=how,
+                route=route, sequence_parallel=True, old=False, chunk_size=2,
+            )
+
+
+def drawn_heads(grid):
+
+    @seed(0)
+    @settings(max_examples=10, deadline=None, database=None, derandomize=False)
+    @given(
+        number=st.integers(0, 2**32 - 1), rows=st.integers(4, 7), vocabulary=st.integers(2, 11),
+        correction=st.sampled_from(sorted(CORRECTIONS)), objective=st.sampled_from(OBJECTIVES),
+        aggregation=st.sampled_from(AGGREGATIONS), zigzag=st.booleans(), packed=st.booleans(),
+        head=st.sampled_from(HEADS), cuts=st.lists(st.integers(0, 11), min_size=3, max_size=3),
+        route=st.sampled_from(ROUTES), micro_batches=st.sampled_from([1, 2]), old=st.booleans(),
+        sequence_parallel=st.booleans(), chunk_size=st.integers(3, 40),
+    )
+    def same(number, rows, vocabulary, correction, objective, aggregation, head, cuts, **options):
+        def drawn(ranks, v):
+            return sorted(min(cut, v) for cut in cuts[: ranks - 1])
+
+        compare_head(
+            grid, Model.make(number, rows=rows, vocabulary=max(4, vocabulary), **head),
+            CORRECTIONS[correction], objective, aggregation, how=drawn, **options,
+        )
+
+    same()
+
+
+def float32_heads(grid):
+    for how, route in zip(SHARDS, [*ROUTES, "fused"], strict=True):
+        compare_head(
+            grid, Model.make(7, scale=0.1).to(torch.float32), ic.sequence_tis(),
+            ic.PPOClip(level="geometric"), "seq-mean-token-mean", how=how, route=route, rtol=3e-6,
+            sequence_parallel=route == "fused",
+        )
+
+
+def idle_heads(grid):
+    model = Model.make(5, scale=0.1)
+    batch = model.batch
+    first = torch.zeros_like(batch.mask)
+    first[0] = True
+    nan = torch.full_like(batch.rollout_log_probs, torch.nan)
+    for i, changed in enumerate((
+        batch._replace(mask=batch.mask & ~first),
+        batch._replace(mask=torch.zeros_like(batch.mask)),
+        batch._replace(rollout_log_probs=torch.where(first, nan, batch.rollout_log_probs)),
+        batch._replace(rollout_log_probs=nan),
+    )):
+        compare_head(
+            grid, replace(model, batch=changed), ic.sequence_mis(), ic.PPOClip(), "token-mean",
+            how=SHARDS[i], route=ROUTES[i % 3], sequence_parallel=True,
+        )
+
+
+def entropy(grid):
+    """Of the whole vocabulary, on every rank; no two ranks differ in a bit."""
+    model = Model.make(8, softcap=3.0, temperature=0.7)
+    hidden, target = model.hidden.nan_to_num(), model.target.clamp(min=0)
+    for dtype in (torch.float64, torch.float32):
+        whole = ic.linear_log_probs(
+            hidden.to(dtype), model.weight.to(dtype), target, bias=model.bias.to(dtype),
+            entropy=True, chunk_size=7, **model.options,
+        )
+        for how in SHARDS:
+            weight, bias, options, _ = shard(grid, model.to(dtype), how)
+            shared = ic.linear_log_probs(
+                hidden.to(dtype), weight, target, bias=bias, entropy=True, chunk_size=7,
+                **options, **model.options,
+            )
+            torch.testing.assert_close(shared, whole)
+            stacked = torch.stack([x.detach() for x in shared])
+            every = [torch.empty_like(stacked) for _ in range(grid.tp)]
+            dist.all_gather(every, stacked, group=grid.vocabulary)
+            assert all(torch.equal(x, stacked) for x in every)
+
+
+def not_finite(grid):
+    """NaN in a hidden state takes its own token on every rank, and the loss drops that token."""
+    model = Model.make(8)
+    place = tuple(model.batch.mask.nonzero()[3].tolist())
+    model.hidden[place] = torch.nan
+    for how, correction in zip(SHARDS, [ic.token_tis(), ic.sequence_tis()] * 2, strict=True):
+        loss_fn, found = PolicyLoss(correction=correction), []
+        for weight, bias, options, mine in (
+            (model.weight.clone().requires_grad_(), model.bias, {}, slice(None)),
+            shard(grid, model, how),
+        ):
+            hidden = model.hidden.clone().requires_grad_()
+            log_probs = ic.linear_log_probs(
+                hidden, weight, model.target, bias=bias, layout=model.batch.mask, **options
+            )
+            assert log_probs.isnan().nonzero().tolist() == [list(place)]
+            loss, _ = ic.fused_policy_loss(
+                loss_fn, hidden=hidden, weight=weight, bias=bias, target=model.target,
+                mask=model.batch.mask, chunk_size=7, **model.data(loss_fn, False), **options,
+            )
+            loss.backward()
+            grad = weight.grad.to_local() if isinstance(weight, DTensor) else weight.grad
+            found.append((loss.detach(), hidden.grad, grad, mine))
+        (loss, of_hidden, of_weight, _), (shared, hidden_here, weight_here, mine) = found
+        close(shared, loss, 1e-10, "loss")
+        close(hidden_here, of_hidden, 1e-10, "hidden")
+        expected = of_weight[mine]
+        close(weight_here[: len(expected)], expected, 1e-10, "weight")
+        assert of_weight.isfinite().all() and of_weight.abs().sum() > 0
+
+
+def all_but_certain(grid):
+    """The digits of 1 − p of the target survive the exchange."""
+    weight = torch.tensor([[18.0], [0.0], [0.0], [0.0]]).chunk(grid.tp)[grid.k].clone()
+    hidden = torch.tensor([[1.0]], requires_grad=True)
+    ic.linear_log_probs(
+        hidden, weight, torch.tensor([0]), vocabulary_group=grid.vocabulary
+    ).backward()
+    e = 3 * torch.tensor(-18.0, dtype=torch.float64).exp()
+    torch.testing.assert_close(hidden.grad.double()[0, 0], 18 * e / (1 + e), rtol=1e-6, atol=0)
+
+
+def what_is_sent(grid):
+    """Never logits: numbers per token, and a row per token of hidden states and their gradient."""
+    model, sent = Model.make(8), []
+    hidden, target = model.hidden.nan_to_num(), model.target.clamp(min=0)
+    tokens, width = target.numel(), hidden.shape[-1]
+    each = [1, 2]  # the largest logit; the target's and the sum of the others
+    reduce, broadcast = dist.all_reduce, dist.broadcast
+
+    def counted(call):
+        def send(x, *args, **kwargs):
+            sent.append(x.numel())
+            return call(x, *args, **kwargs)
+
+        return send
+
+    dist.all_reduce, dist.broadcast = counted(reduce), counted(broadcast)
+    for sequence_parallel, states in ((False, []), (True, [width])):
+        weight, bias, options, _ = shard(grid, model, "padded")
+        own = hidden.chunk(grid.tp, 1)[grid.k] if sequence_parallel else hidden
+        log_probs = ic.linear_log_probs(
+            own.clone().requires_grad_(), weight, target, bias=bias, chunk_size=tokens // 2,
+            sequence_parallel=sequence_parallel, **options,
+        )
+        forward = [tokens // 2 * n for n in [*states, *each] * 2]
+        assert sent == forward
+        log_probs.sum().backward()
+        assert sent[len(forward):] == [tokens] + [
+            tokens // 2 * n for n in [*states, *each, width] * 2
+        ]
+        sent.clear()
+    dist.all_reduce, dist.broadcast = reduce, broadcast
+
+
+def gradients_that_differ(grid):
+    """The first rank's is taken: neither a rounding nor a token more can part the ranks."""
+    model = Model.make(9)
+    hidden, target = model.hidden.nan_to_num(), model.target.clamp(min=0)
+    found = []
+    for own in (False, True):
+        h = hidden.clone().requires_grad_()
+        weight, bias, options, _ = shard(grid, model, one_row_first)
+        log_probs = ic.linear_log_probs(h, weight, target, bias=bias, chunk_size=3, **options)
+        coefficient = torch.ones_like(log_probs)
+        coefficient[0] = 0
+        if own and grid.k:
+            coefficient = torch.arange(40.0).view(5, 8).double()
+        log_probs.backward(coefficient)
+        found.append((h.grad, weight.grad))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
+def refused_heads(grid):
+    """All ranks raise, whichever is wrong, and go on together."""
+    weight, target = torch.zeros(3, 4), torch.arange(6).view(2, 3)
+    right = {
+        "hidden": torch.zeros(2, 3, 4), "weight": weight, "target": target,
+        "vocabulary_group": grid.vocabulary,
+    }
+    last = dist.get_rank() == grid.tp - 1
+    one_less = torch.ones(2, 3, dtype=torch.bool)
+    one_less[0, 0] = False
+
+    def sharded(x, placement):
+        return DTensor.from_local(x, grid.heads, [placement])
+
+    wrong_on_one = [
+        ({"layout": one_less}, r"`target` must be the same on all ranks .*, 6 of .*, 5 of "),
+        ({"target": target.flip(0)}, r"`target` must be the same on all ranks .* checksum"),
+        ({"temperature": 0.5}, r"`temperature` must be the same .* 1\.0 on the first and 0\.5"),
+        ({"vocabulary_size": 6}, "`vocabulary_size` must be the same"),
+        ({"chunk_size": 2}, "`chunk_size` must be the same"),
+        ({"bias": torch.zeros(3)}, "`bias` must be the same"),
+        ({"weight": torch.zeros(3, 4, requires_grad=True)}, "`requires_grad` must be the same"),
+        ({"hidden": torch.zeros(2, 3, 4).double()}, "`hidden` must be the same"),
+        ({"weight": torch.zeros(3, 5)}, r"`hidden` must be a floating|from rank 1 of .* `hidden`"),
+        ({"target": target[0]}, r"`target` must be of shape|from rank 1 of .* `target`"),
+    ]
+    wrong_on_all = [
+        ({"vocabulary_size": 7}, "`vocabulary_size` must be at most 6"),
+        ({"vocabulary_size": 5}, r"`target` must be token ids in \[0, 5\) .*, got 5"),
+        ({"vocabulary_size": 0}, "`vocabulary_size` must be an int > 0"),
+        ({"vocabulary_group": grid.heads}, "`vocabulary_group` must be a process group"),
+        ({"sequence_parallel": True}, r"`target` must be of shape \(2, 6\)"),
+        ({"hidden": torch.zeros(2, 1, 4)}, "pass sequence_parallel=True where"),
+        ({"weight": sharded(weight, Replicate())}, "`weight` must be whole, or a DTensor"),
+        ({"weight": sharded(weight, Shard(1))}, "`weight` must be whole, or a DTensor"),
+        ({"weight": sharded(weight, Shard(0))}, "`vocabulary_group` must be None where"),
+        ({"hidden": sharded(torch.zeros(2, 3, 4), Shard(1))}, "`hidden` must be a plain tensor"),
+        (
+            {"weight": sharded(weight, Shard(0)), "vocabulary_group": None,
+             "bias": sharded(torch.zeros(6), Replicate())}, "`bias` must be sharded like",
+        ),
+    ]
+    for change, message in wrong_on_one:
+        with pytest.raises(InputError, match=message):
+            ic.linear_log_probs(**right | (change if last else {}))
+    for change, message in wrong_on_all:
+        with pytest.raises(InputError, match=message):
+            ic.linear_log_probs(**right | change)
+    batch = dict.fromkeys(["rollout_log_probs", "advantages"], torch.zeros(2, 3))
+    if last:
+        batch["rollout_log_probs"] = torch.zeros(2, 4)
+    with pytest.raises(InputError, match=r"one token too many|from rank 1 of .*"):
+        ic.fused_policy_loss(PolicyLoss(), mask=torch.ones(2, 3, dtype=bool), **right, **batch)
+    assert ic.linear_log_probs(**right).shape == (2, 3)
+
+
+def logits_that_fail(*args, **kwargs):
+    raise ValueError("out of memory, say")
+
+
+def logits_that_hang(*args, **kwargs):
+    time.sleep(60)
+
+
+def a_head_with(product):
+    if dist.get_rank() == 1:
+        linear_module._product = product
+    ic.linear_log_probs(
+        torch.zeros(2, 3, 4), torch.zeros(3, 4), torch.zeros(2, 3, dtype=torch.long),
+        vocabulary_group=dist.group.WORLD,
+    )
+
+
+def a_rank_that_stops_in_the_head(grid):
+    a_head_with(logits_that_fail)
+
+
+def a_rank_that_hangs_in_the_head(grid):
+    a_head_with(logits_that_hang)
+
+
+def start(rank, store, facts, dp, cp, tp):
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+    fails = set(FAILURES) & set(facts)
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world,
-        timeout=datetime.timedelta(seconds=5 if a_rank_that_stops in facts else 60),
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=dp * cp * tp,
+        timeout=datetime.timedelta(seconds=5 if fails else 60),
     )
-    grid = Grid(dp, cp)
+    grid = Grid(dp, cp, tp)
     for fact in facts:
         fact(grid)
     dist.destroy_process_group()
 
 
-def spawn(tmp_path, facts, dp, cp):
-    mp.spawn(start, (str(tmp_path / "store"), dp * cp, facts, dp, cp), nprocs=dp * cp)
+def spawn(tmp_path, facts, dp, cp, tp):
+    # What takes seconds to import is imported once, before the server forks.
+    multiprocessing.set_forkserver_preload(["iscorrect", "hypothesis", "torch.distributed.tensor"])
+    mp.start_processes(
+        start, (str(tmp_path / "store"), facts, dp, cp, tp), nprocs=dp * cp * tp,
+        start_method="forkserver",
+    )
 
 
-# Starting processes takes longer than what they do, so each grid is started once.
 FACTS = {
-    (2, 1): [every_correction, idle_ranks, groups_across_ranks, averaged_gradients,
-             disagreeing_ranks],
-    (1, 2): [every_correction, every_objective, idle_ranks, float32],
-    (2, 2): [every_objective, drawn_batches, idle_ranks],
-    (4, 1): [drawn_batches],
-    (1, 4): [drawn_batches],
+    (2, 1, 1): [every_correction, idle_ranks, groups_across_ranks, averaged_gradients,
+                disagreeing_ranks, every_third_head],
+    (1, 2, 1): [every_correction, every_objective, idle_ranks, float32, every_third_head],
+    (1, 1, 2): [every_head, drawn_heads, float32_heads, idle_heads, long_sequences, entropy,
+                not_finite, all_but_certain, what_is_sent, gradients_that_differ,
+                refused_heads],
+    (2, 2, 1): [every_objective, drawn_batches, idle_ranks, every_third_head],
+    (2, 1, 2): [every_third_head, drawn_heads, idle_heads],
+    (1, 2, 2): [every_third_head, drawn_heads],
+    (4, 1, 1): [drawn_batches, every_third_head],
+    (1, 4, 1): [drawn_batches, every_third_head],
+    (1, 1, 4): [every_third_head, entropy, idle_heads],
 }
 
 
-@pytest.mark.parametrize(("dp", "cp"), FACTS)
-def test_a_batch_cut_over_ranks_gives_what_it_gives_whole(tmp_path, dp, cp):
-    spawn(tmp_path, FACTS[dp, cp], dp, cp)
+@pytest.mark.parametrize(("dp", "cp", "tp"), FACTS)
+def test_a_batch_cut_over_ranks_gives_what_it_gives_whole(tmp_path, dp, cp, tp):
+    spawn(tmp_path, FACTS[dp, cp, tp], dp, cp, tp)
 
 
-def test_a_rank_that_stops_stops_the_others(tmp_path):
-    with pytest.raises(mp.ProcessRaisedException, match=r"out of memory, say|timeout|closed"):
-        spawn(tmp_path, [a_rank_that_stops], 2, 1)
+FAILURES = {
+    a_rank_that_stops: "out of memory, say|[Gg]loo|[Cc]onnection|Timed out",
+    a_rank_that_stops_in_the_head: "out of memory, say|[Gg]loo|[Cc]onnection|Timed out",
+    a_rank_that_hangs_in_the_head: "Timed out",
+}
+
+
+@pytest.mark.parametrize("fact", FAILURES)
+def test_a_rank_that_stops_stops_the_others(tmp_path, fact):
+    with pytest.raises(mp.ProcessRaisedException, match=FAILURES[fact]):
+        spawn(tmp_path, [fact], 2, 1, 1)
