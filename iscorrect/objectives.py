@@ -1,8 +1,9 @@
 """Objectives: per-token losses of the policy being trained, and the terms that go beside them.
 
 An objective is any callable ``(log_probs, old_log_probs, advantages, layout) -> loss`` on "b t"
-tensors. It carries the gradient; importance weights multiply it afterwards. One that clips may also
-have ``with_clipped``, which returns the loss and the tokens that it clipped.
+tensors that are finite, and 0 outside the mask. It carries the gradient; importance weights
+multiply it afterwards. One that clips may also have ``with_clipped``, which returns the loss and
+the tokens that it clipped.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from iscorrect.ratios import (
     at_level,
     check_bounds,
     check_level,
+    difference,
     level_scope,
     log_ratio,
     ratio,
@@ -113,7 +115,7 @@ class PPOClip:
         self, log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, layout: Layout
     ) -> tuple[Tensor, Tensor]:
         """The loss, and the tokens whose gradient the clip removes, bool "b t"."""
-        log_r = at_level(log_ratio(log_probs, old_log_probs, layout), layout, self.level)
+        log_r = at_level(difference(log_probs, old_log_probs), layout, self.level)
         r = ratio(log_r.detach())
         loss = plain = -advantages * r
         if self.low is not None or self.high is not None:
@@ -160,7 +162,7 @@ class CISPO:
         self, log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, layout: Layout
     ) -> tuple[Tensor, Tensor]:
         """The loss, and the tokens whose update ratio the bounds change, bool "b t"."""
-        r = ratio(log_ratio(log_probs.detach(), old_log_probs, layout))
+        r = ratio(difference(log_probs.detach(), old_log_probs))
         weight = r.clamp(self.low, self.high)
         return -weight * advantages * log_probs, (weight - r).bool()
 
