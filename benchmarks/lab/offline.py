@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,10 +52,8 @@ def main(
             sampled = {}
             for precision in ENGINES:
                 progress.update(bar, description=f"{path.name}, rollouts in {precision.name}")
-                # vLLM switches torch.compile off in its process, and is not opened twice in one
-                with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as worker:
-                    drawn = worker.submit(sample, path, precision, engine, seeds, sequences, length)
-                    sampled[precision] = drawn.result()
+                drawn = path, precision, engine, seeds, sequences, length
+                sampled[precision] = apart_from_here(*drawn) if engine == "vllm" else sample(*drawn)
                 progress.update(bar, advance=1)
             for trainer in TRAINERS:
                 progress.update(bar, description=f"{path.name}, scored in {trainer.name}")
@@ -74,10 +73,16 @@ def main(
     (records / "offline.json").write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
 
 
+def apart_from_here(*arguments: Any) -> Sampled:
+    """:func:`sample` in another process: vLLM switches torch.compile off in its own."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as worker:
+        return worker.submit(sample, *arguments).result()
+
+
 def sample(
     path: Path, precision: Precision, kind: str, seeds: int, sequences: int, length: int
 ) -> Sampled:
-    """Prompts and rollouts of each seed, from one engine; runs in a process of its own."""
+    """Prompts and rollouts of each seed, from one engine."""
     torch.set_num_threads(1)
     prompt_seeds = [first_prompts(path, sequences, seed) for seed in range(seeds)]
     engine = open_engine(path, precision, prompt_seeds[0].shape[1] + length, kind)
