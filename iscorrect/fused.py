@@ -18,16 +18,9 @@ from torch import Tensor
 from iscorrect.aggregate import Aggregation, Normalizer, aggregate
 from iscorrect.correction import Correction, uncorrected
 from iscorrect.errors import check_per_token, input_error
+from iscorrect.head import Head, Tokens, prepare
 from iscorrect.layout import Layout, as_layout
-from iscorrect.linear import (
-    Gradients,
-    Head,
-    Reader,
-    Tokens,
-    check_first_order,
-    log_probs_of,
-    prepare,
-)
+from iscorrect.linear import Gradients, Reader, check_first_order, log_probs_of
 from iscorrect.logprobs import Support
 from iscorrect.loss import LossOutput, PolicyLoss
 from iscorrect.objectives import CISPO, Objective, Reinforce
