@@ -25,19 +25,28 @@ from benchmarks.lab.records import (
 ROOT = Path(__file__).parents[2]
 PAGES = (Path(__file__).parent / "README.md", ROOT / "docs" / "fp16-or-correction.md")
 PICTURES = ROOT / "docs" / "lab"
-MARKED = re.compile(r"(<!-- lab:(?P<table>[\w-]+) -->\n).*?(<!-- /lab -->)", re.DOTALL)
+MARKED = re.compile(
+    r"(<!-- lab:(?P<table>\w+)(?:/(?P<folder>\w+))? -->\n).*?(<!-- /lab -->)", re.DOTALL
+)
 CLAIMED = ("fp16 / fp16", "bf16 / fp16", "fp16 / bf16", "bf16 / bf16")
 """Rollout / trainer, best first, as the claim that the lab looks into has it."""
 
 
 def main(records: Path, pages: Iterable[Path], pictures: Path) -> None:
-    """Rewrite every table between markers ``<!-- lab:table -->``, and draw the figures."""
+    """Rewrite the tables between markers ``<!-- lab:table/folder -->``, and draw the figures.
+
+    The folder, where one is named, is that of other records among these.
+    """
     pictures.mkdir(parents=True, exist_ok=True)
     figures.main(records, pictures)
     for page in pages:
         text = page.read_text(encoding="utf-8")
-        page.write_text(MARKED.sub(lambda m: f"{m[1]}{TABLES[m['table']](records)}{m[3]}", text),
-                        encoding="utf-8")
+        page.write_text(MARKED.sub(lambda m: m[1] + fill(records, m) + m[4], text), "utf-8")
+
+
+def fill(records: Path, marker: re.Match[str]) -> str:
+    """The table that a marker asks for."""
+    return TABLES[marker["table"]](records / (marker["folder"] or ""))
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -59,8 +68,8 @@ def pretty(value: float) -> str:
     return f"{value:.3g}" if abs(value) >= 1e-3 or value == 0 else f"{value:.1e}"
 
 
-def share(mean: float, error: float) -> str:
-    return f"{mean:.1%}" + ("" if isnan(error) else f" ± {error:.1%}")
+def share(mean: float, error: float, digits: int = 1) -> str:
+    return f"{mean:.{digits}%}" + ("" if isnan(error) else f" ± {error:.{digits}%}")
 
 
 def times(logs: Sequence[float]) -> str:
@@ -221,7 +230,7 @@ def phases(records: Path) -> str:
                     continue
                 ends = [outcome(run) for run in seeds]
                 fallen = sum(collapsed for _, collapsed in ends)
-                cells.append(f"{statistics.fmean(end for end, _ in ends):.0%}"
+                cells.append(share(*with_error([end for end, _ in ends]), digits=0)
                              + (f", {fallen} of {len(ends)} collapsed" if fallen else ""))
             start = [
                 run["kl"][0] * run["length"][0] for correction in corrections
