@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.lab.policy import Precision, State, open_policy
+from benchmarks.lab.policy import DEVICE, Precision, State, open_policy
 from benchmarks.lab.tasks import PAD
 
 
@@ -83,11 +83,15 @@ class Vllm:
             hf_overrides={"head_dtype": "float32"} if precision.fp32_head else {},
             enforce_eager=True, max_model_len=max_length, max_num_seqs=256,
             logprobs_mode="processed_logprobs", enable_prefix_caching=False,
-            skip_tokenizer_init=True,
+            skip_tokenizer_init=True, **self._room(),
         )
         self._sampling = vllm.SamplingParams
         worker = self._llm.llm_engine.model_executor.driver_worker.worker
         self._model: nn.Module = worker.model_runner.model
+
+    def _room(self) -> dict[str, float]:
+        # on a GPU the trainer needs some, too
+        return {"gpu_memory_utilization": 0.4} if DEVICE.type == "cuda" else {}
 
     def generate(self, prompts: Tensor, max_tokens: int, stop: int | None) -> Rollouts:
         sampling = self._sampling(
@@ -144,13 +148,14 @@ class Transformers:
 
     @torch.no_grad()
     def generate(self, prompts: Tensor, max_tokens: int, stop: int | None) -> Rollouts:
+        prompts = prompts.to(DEVICE)
         made = self._model.generate(
             prompts, attention_mask=torch.ones_like(prompts), do_sample=True, temperature=1.0,
             top_k=0, top_p=1.0, max_new_tokens=max_tokens, eos_token_id=stop, pad_token_id=PAD,
             return_dict_in_generate=True, output_logits=True,
         )
-        token_ids = made.sequences[:, prompts.shape[1] :]
-        every = torch.stack(made.logits, 1).float().log_softmax(-1)
+        token_ids = made.sequences[:, prompts.shape[1] :].cpu()
+        every = torch.stack(made.logits, 1).float().log_softmax(-1).cpu()
         found = every.gather(-1, token_ids[..., None])[..., 0]
         ended = torch.zeros_like(token_ids) if stop is None else (token_ids == stop).int()
         mask = ended.cumsum(1) - ended == 0

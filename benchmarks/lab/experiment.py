@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from benchmarks.harness import commit, processor
 from benchmarks.lab.engines import Engine, open_engine
 from benchmarks.lab.models import within_reach
-from benchmarks.lab.policy import Precision
+from benchmarks.lab.policy import DEVICE, Precision
 from benchmarks.lab.reinforce import Arm, Schedule, train
 from benchmarks.lab.tasks import parse
 
@@ -152,7 +152,7 @@ def _note(run: Run, engine: Engine, prompts: int) -> None:
     made = json.loads((run.model / "made.json").read_text(encoding="utf-8"))
     note = {
         "engine": engine.name, "schedule": asdict(run.schedule), "model": made,
-        "prompts within reach": prompts, "processor": processor("cpu"), "threads": 1,
+        "prompts within reach": prompts, "processor": processor(DEVICE.type), "threads": 1,
         "python": platform.python_version(), "torch": torch.__version__, "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
     }

@@ -13,7 +13,7 @@ from torch.nn import functional
 from transformers import Qwen2ForCausalLM
 
 from benchmarks.lab.engines import Engine, Rollouts, Transformers
-from benchmarks.lab.policy import Size, prompts_of, sharp
+from benchmarks.lab.policy import DEVICE, Size, prompts_of, sharp
 from benchmarks.lab.tasks import END, Task, parse
 
 CONTEXT = 192
@@ -52,8 +52,9 @@ def _trained(
 ) -> tuple[Qwen2ForCausalLM, dict[str, float]]:
     torch.manual_seed(seed)
     generator = random.Random(seed)
-    model = Qwen2ForCausalLM(size.config())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
+    model = Qwen2ForCausalLM(size.config()).to(DEVICE)
+    largest = min(2e-3, 0.256 / size.width)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=largest, weight_decay=0.01)
     engine = Transformers.of(model)
     prompts = prompts_of(task, 128, seed=-1)
     accuracy = 0.0
@@ -61,8 +62,9 @@ def _trained(
         bar = progress.add_task(f"training {task.name}", total=steps)
         for step in range(steps):
             for group in optimizer.param_groups:
-                group["lr"] = 2e-3 * min(1, (step + 1) / 50)
+                group["lr"] = largest * min(1, (step + 1) / 50)
             ids = torch.tensor([task.stream(generator, CONTEXT) for _ in range(16)])
+            ids = ids.to(DEVICE)
             logits = model(ids[:, :-1]).logits
             loss = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
             optimizer.zero_grad()

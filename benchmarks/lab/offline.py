@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness import commit, processor
 from benchmarks.lab.engines import Rollouts, open_engine
-from benchmarks.lab.policy import Precision, log_probs, open_policy, prompts_of
+from benchmarks.lab.policy import DEVICE, Precision, log_probs, open_policy, prompts_of
 from benchmarks.lab.tasks import EQUALS, START, parse
 from iscorrect import effective_sample_size, k3
 from iscorrect.dumps import LogProbDump, write_dump
@@ -66,7 +66,7 @@ def main(
         writer.writerows(rows)
     file.with_suffix(".part").replace(file)
     note = {
-        "sequences": sequences, "length": length, "processor": processor("cpu"), "threads": 1,
+        "sequences": sequences, "length": length, "processor": processor(DEVICE.type), "threads": 1,
         "torch": torch.__version__, "commit": commit(),
         "models": [json.loads((m / "made.json").read_text(encoding="utf-8")) for m in models],
     }

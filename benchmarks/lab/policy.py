@@ -16,6 +16,8 @@ from benchmarks.lab.tasks import END, PAD, START, VOCABULARY, Task
 from iscorrect.linear import linear_log_probs
 
 State = Mapping[str, Tensor]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+"""Where models live; tokens and log-probs stay on the CPU."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -83,7 +85,7 @@ def open_policy(path: Path, precision: Precision) -> Qwen2ForCausalLM:
     model = Qwen2ForCausalLM.from_pretrained(
         path, dtype=dtype, attn_implementation=precision.attention
     )
-    model.train(False)
+    model.to(DEVICE).train(False)
     if precision.compiled:
         model.model.compile()
     return model
@@ -91,15 +93,15 @@ def open_policy(path: Path, precision: Precision) -> Qwen2ForCausalLM:
 
 def log_probs(model: nn.Module, precision: Precision, ids: Tensor, answer: int) -> Tensor:
     """Log-probs "b t" of the last ``answer`` tokens of "b p+t", padding at the end allowed."""
-    device = ids.device.type
     dtype = precision.torch_dtype
-    with torch.autocast(device, dtype) if precision.autocast else nullcontext():
+    ids = ids.to(DEVICE)
+    with torch.autocast(DEVICE.type, dtype) if precision.autocast else nullcontext():
         hidden = model.model(ids[:, :-1], use_cache=False).last_hidden_state[:, -answer:]
     weight = model.lm_head.weight
     if precision.autocast and not precision.fp32_head:
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     head = torch.float32 if precision.fp32_head else dtype
-    return linear_log_probs(hidden, weight, ids[:, -answer:], head_dtype=head)
+    return linear_log_probs(hidden, weight, ids[:, -answer:], head_dtype=head).cpu()
 
 
 def prompts_of(task: Task, n: int, seed: int) -> Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.lab.policy import Precision, State, log_probs, open_policy
+from benchmarks.lab.policy import DEVICE, Precision, State, log_probs, open_policy
 from iscorrect import fp16_scaler
 
 
@@ -29,8 +29,8 @@ class Trainer:
             self.master.parameters(), lr=learning_rate, betas=(0.9, 0.95), eps=1e-15, weight_decay=0
         )
         self.scaler = (
-            fp16_scaler("cpu") if precision.dtype == "fp16"
-            else torch.amp.GradScaler("cpu", enabled=False)
+            fp16_scaler(DEVICE) if precision.dtype == "fp16"
+            else torch.amp.GradScaler(DEVICE.type, enabled=False)
         )
 
     def log_probs(self, ids: Tensor, answer: int) -> Tensor:
