@@ -133,6 +133,16 @@ def test_a_run_stops_when_the_engine_has_other_weights(folder, engine, message):
             pass
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["sanity", "--arms", "fp17"], "no arms fp17: there are bf16, "),
+     (["sanity", "brackets"], "no task 'brackets': give one of add, sort, brackets")],
+)
+def test_what_is_misspelt_is_named(folder, arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        lab(folder, "transformers", *arguments)
+
+
 def test_a_missing_record_is_said_to_be_missing(tmp_path):
     for name, table in report.TABLES.items():
         assert "No record of `python -m benchmarks.lab" in table(tmp_path), name

@@ -79,6 +79,9 @@ def main(arguments: list[str] | None = None) -> None:
                      seeds=given.seeds, sequences=given.sequences, length=given.length)
     else:
         experiment = sanity if given.command == "sanity" else phases
+        known = [arm.name for arm in experiment.arms(1)]
+        if unknown := set(given.arms or []) - set(known):
+            raise SystemExit(f"no arms {', '.join(sorted(unknown))}: there are {', '.join(known)}")
         schedule = replace(Schedule(), steps=given.steps, prompts=given.prompts)
         runs = [
             Run(arm, task, model(task), schedule, seed, given.engine,
