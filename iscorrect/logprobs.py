@@ -48,8 +48,8 @@ def log_probs_from_logits(
         logits: "... v".
         target: int "...", in [0, v).
         temperature: τ > 0, the sampler's.
-        support: S, the kept ids, each once: int "... k" with −1 for unused places, or a :class:`Support`.
-            None: the whole vocabulary.
+        support: S, the kept ids, each once: int "... k" with −1 for unused places, or a
+            :class:`Support`. None: the whole vocabulary.
         inplace_backward: let the backward pass write the gradient over the logits, for callers that
             do not read them again; otherwise it is the one copy of them that is made.
 
