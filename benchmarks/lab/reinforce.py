@@ -116,7 +116,6 @@ def train(
         for settings in trainer.optimizer.param_groups:
             settings["lr"] = schedule.learning_rate * min(1, (step + 1) / schedule.warmup)
         norms = []
-        # whole groups stay together
         for part in torch.arange(len(ids)).chunk(schedule.updates):
             loss, _ = arm.loss(
                 trainer.log_probs(ids[part], longest), old_log_probs=old[part],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import torch
@@ -21,9 +20,8 @@ class Trainer:
     def __init__(self, path: Path, precision: Precision, *, learning_rate: float):
         self.precision = precision
         self.model = open_policy(path, precision)
-        full = open_policy(path, Precision("fp32"))
         self._shared = precision.dtype == "fp32"
-        self.master = self.model if self._shared else copy.deepcopy(full)
+        self.master = self.model if self._shared else open_policy(path, Precision("fp32"))
         self._pairs = list(zip(self.master.parameters(), self.model.parameters(), strict=True))
         self.optimizer = torch.optim.AdamW(
             self.master.parameters(), lr=learning_rate, betas=(0.9, 0.95), eps=1e-15, weight_decay=0
