@@ -1,6 +1,5 @@
 """The FP16 switch: what is counted, what is judged, what is read, and the loss scale."""
 
-import gc
 import json
 import math
 import sys
@@ -625,9 +624,6 @@ def test_a_scaler_that_torch_would_switch_off_is_an_error():
 def skip_together(rank, store):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     one_overflows(rank)
-    # What still refers to the group must go before it does, or its threads may end with it.
-    gc.collect()
-    dist.barrier()
     dist.destroy_process_group()
 
 
@@ -654,4 +650,7 @@ def one_overflows(rank):
 
 
 def test_all_ranks_skip_the_step_that_one_must_skip(tmp_path):
-    mp.spawn(skip_together, args=(tmp_path / "store",), nprocs=2)
+    # A server's child ends without shutting its interpreter down, which FSDP2 on gloo can abort.
+    mp.start_processes(
+        skip_together, (tmp_path / "store",), nprocs=2, start_method="forkserver"
+    )

@@ -460,7 +460,7 @@ def test_sampling_from_a_cut_distribution_is_warned_of(path, tmp_path):
 
 
 PROGRAM = """
-import json, sys
+import json, os, sys
 from tiny_trl import GRPOTrainer, SimulatedEngine, run
 from iscorrect import PolicyLoss, token_tis
 from iscorrect.adapters.trl import CorrectedGRPO
@@ -477,7 +477,8 @@ keywords = {
 }
 trainer = run(Corrected, model, output, changes=changes, **keywords[loss])
 if trainer.accelerator.is_main_process:
-    print("RESULT" + json.dumps(trainer.state.log_history[:3]))
+    print("RESULT" + json.dumps(trainer.state.log_history[:3]), flush=True)
+os._exit(0)  # gloo's threads can abort an interpreter that shuts down under them
 """
 
 
