@@ -23,8 +23,9 @@ def run(setting: Setting) -> Iterator[Workload]:
         yield measure("tokens-64", 64, 512, 64, list(OURS), setting)
         return
     every = [*OURS, *peers.PACKAGES]
-    yield measure("tokens-1024", 1024, 32768, 256, every, setting)
-    yield measure("tokens-4096", 4096, 32768, 256, every, setting)
+    yield measure("tokens-1024", 1024, 32768, 1024, every, setting)
+    yield measure("tokens-4096", 4096, 32768, 1024, every, setting)
+    yield measure("tokens-4096-width-256", 4096, 32768, 256, every, setting)
     yield measure("tokens-8192-vocabulary-151936", 8192, 151_936, 256, list(OURS), setting)
 
 

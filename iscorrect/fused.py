@@ -7,6 +7,7 @@ states and weights are made while the chunk's probabilities are still in the buf
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -20,7 +21,14 @@ from iscorrect.correction import Correction, uncorrected
 from iscorrect.errors import check_per_token, input_error
 from iscorrect.head import Head, Tokens, prepare
 from iscorrect.layout import Layout, as_layout
-from iscorrect.linear import Gradients, Reader, check_first_order, log_probs_of
+from iscorrect.linear import (
+    Gradients,
+    Reader,
+    Reading,
+    check_first_order,
+    default_step,
+    log_probs_of,
+)
 from iscorrect.logprobs import Support
 from iscorrect.loss import LossOutput, PolicyLoss
 from iscorrect.objectives import CISPO, Objective, Reinforce
@@ -132,7 +140,7 @@ def fused_policy_loss(
             normalizer=normalizer,
         )
 
-    head, tokens, size = prepare(
+    head, tokens = prepare(
         "fused_policy_loss", hidden=hidden, weight=weight, target=target, bias=bias,
         temperature=temperature, softcap=softcap, chunk_size=chunk_size, head_dtype=head_dtype,
         support=support, layout=layout, vocabulary_group=vocabulary_group,
@@ -143,15 +151,15 @@ def fused_policy_loss(
     wanted = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in inputs]
     if any(wanted[:3]):
         made = _in_one_pass(
-            loss_fn, batch, head, tokens, size=size, sequence_scratch=sequence_scratch,
-            wanted=wanted,
+            loss_fn, batch, head, tokens, chunk_size=chunk_size,
+            sequence_scratch=sequence_scratch, wanted=wanted,
         )
         if made is not None:
             log_probs, ready = made
             loss, metrics = evaluate(log_probs, None if extra is None else extra.detach())
             loss = _Ready.apply(loss, ready, *inputs)  # type: ignore[no-untyped-call]
             return LossOutput(loss, metrics)
-    (log_probs,) = log_probs_of(head, tokens, size)
+    (log_probs,) = log_probs_of(head, tokens, default_step(head))
     return evaluate(log_probs, extra)
 
 
@@ -244,7 +252,7 @@ class _Batch(NamedTuple):
 
 @torch.no_grad()
 def _in_one_pass(
-    loss_fn: PolicyLoss, batch: _Batch, head: Head, tokens: Tokens, *, size: int,
+    loss_fn: PolicyLoss, batch: _Batch, head: Head, tokens: Tokens, *, chunk_size: int | None,
     sequence_scratch: bool, wanted: list[bool],
 ) -> tuple[Tensor, list[Tensor | None]] | None:
     """Log-probs "b t" and the gradients of hidden, weight, bias and extra; None if it takes two."""
@@ -253,37 +261,62 @@ def _in_one_pass(
     shared = batch.layout.sequence_group is not None and scope == "sequence"
     if scope == "batch" or shared:  # other ranks hold tokens of these sequences
         return None
-    if scope == "token":
-        # Tokens without advantage rarely have a derivative: together they make chunks without one.
-        idle = batch.advantages.flatten()[tokens.index] == 0
-        tokens = tokens[first_over(idle.argsort(stable=True), head.group)]
-        parts = [slice(i, min(i + size, len(tokens))) for i in range(0, len(tokens), size)]
-    else:
-        parts = _whole_sequences(batch.layout, tokens, size)
+    tokens, busy = _idle_last(loss_fn, batch, tokens, scope, head.group)
+    into = Gradients.of(head, tokens, hidden=wanted[0], weight=wanted[1], bias=wanted[2])
+    reader, size = Reader(head, tokens), chunk_size
+    if size is None:
+        size = default_chunk_size(busy, tokens.index.device, weight=wanted[1])
+    room = _Room(reader, into, size)
+    parts: Iterable[slice] = room.parts(busy)
+    if scope == "sequence":
+        parts = _whole_sequences(batch.layout, tokens[:busy], room)
         by_factor = sequence_scratch and loss_fn.reference_kl is None
-        if not by_factor and any(part.stop - part.start > size for part in parts):
+        if not by_factor and any(len(tokens[part]) > room.least for part in parts[1:]):
             return None
-    into = Gradients.zeros(head, tokens, hidden=wanted[0], weight=wanted[1], bias=wanted[2])
     scale = _scale(loss_fn, batch, head.wide(tokens.hidden))
     derivative = _Derivative.of(loss_fn, batch, tokens.index, scope, scale, head.group)
     log_probs = scale.new_zeros(scale.numel())
     scratch = None
     with torch.autocast(tokens.hidden.device.type, enabled=False):
-        reader = Reader(head, tokens, size)
         for part in parts:
             chunk = tokens[part]
-            if len(chunk) <= size:
-                chosen = _chunk(reader, chunk, derivative[part], into)
+            if len(chunk) <= room.now:
+                reading = reader.read(chunk, keep=room.take(len(chunk)))
+                coefficient = derivative[part](reading.log_probs)
+                reader.differentiate(chunk, reading, coefficient, into)
             else:
-                scratch = scratch or into.another()
-                chosen = _long_sequence(reader, chunk, derivative[part], into, scratch)
-            log_probs[chunk.index] = chosen
+                scratch = scratch or room.another()
+                reading = _long_sequence(reader, chunk, derivative[part], room, scratch)
+            log_probs[chunk.index] = reading.log_probs
+        if busy < len(tokens):
+            rest = slice(busy, len(tokens))
+            reading = reader.score(tokens[rest], room.step)
+            log_probs[tokens[rest].index] = reading.log_probs
+            coefficient = derivative[rest](reading.log_probs)
+            reader.differentiate_all(tokens[rest], reading, coefficient, into, room.step)
     if known and loss_fn.correction.scope != "token" and not bool(log_probs.isfinite().all()):
         # A token that is not finite takes its sequence with it, which was not known beforehand.
         return None
-    return log_probs.view(scale.shape), [
-        into.hidden, into.weight, into.bias, scale if wanted[3] else None
-    ]
+    return log_probs.view(scale.shape), [*into.total(), scale if wanted[3] else None]
+
+
+def _idle_last(
+    loss_fn: PolicyLoss, batch: _Batch, tokens: Tokens, scope: Scope, group: Group
+) -> tuple[Tokens, int]:
+    """Tokens, or sequences, without any advantage come last; how many tokens are not among them.
+
+    They rarely have a derivative, so that their logits need not be kept.
+    """
+    if loss_fn.reference_kl is not None:
+        return tokens, len(tokens)
+    advantage = batch.advantages.abs()
+    if scope == "sequence":
+        advantage = batch.layout.sequence_max(advantage)
+    idle = first_over(advantage.flatten()[tokens.index] == 0, group)
+    count = int(idle.sum())
+    if not count:
+        return tokens, len(tokens)
+    return tokens[idle.int().argsort(stable=True)], len(tokens) - count
 
 
 def _scope(loss_fn: PolicyLoss, *, known: bool) -> Scope:
@@ -294,12 +327,77 @@ def _scope(loss_fn: PolicyLoss, *, known: bool) -> Scope:
     return widest(scope_of(loss_fn.objective), "token" if known else loss_fn.correction.scope)
 
 
-def _whole_sequences(layout: Layout, tokens: Tokens, size: int) -> list[slice]:
+def default_chunk_size(tokens: int, device: torch.device, *, weight: bool) -> int:
+    """Tokens whose exponentials are held: one in 40, so that memory stays in the background.
+
+    At least 80 on a CPU and 1024 on a GPU, at most 4096. None, where it is faster to compute logits
+    twice: with fewer than 192 tokens at a time, reading and writing a gradient of the weight takes
+    longer.
+
+    >>> default_chunk_size(16384, torch.device("cpu"), weight=True)
+    409
+    """
+    size = min(max(tokens // 40, 80 if device.type == "cpu" else 1024), 4096)
+    return 0 if weight and size < 192 else size
+
+
+class _Room:
+    """Where the exponentials "v c" of a chunk wait until its derivative is known.
+
+    That is where the gradient of the weight is going to be, as long as it is fresh: each block of
+    rows is written when its exponentials have been read for the last time. From then on a buffer
+    for ``size`` tokens, or none if that is 0.
+    """
+
+    def __init__(self, reader: Reader, into: Gradients, size: int):
+        self.reader, self.into, self.size = reader, into, size
+        self.step = default_step(reader.head)
+        self._buffer: Tensor | None = None
+
+    def another(self) -> _Room:
+        """The room that another gradient of the weight has."""
+        return _Room(self.reader, self.into.another(), self.size)
+
+    @property
+    def least(self) -> int:
+        """Tokens of which a chunk may always be."""
+        return self.size or self.step
+
+    @property
+    def now(self) -> int:
+        """Tokens of which the next chunk may be."""
+        gradient = self.into.weight
+        if gradient is None or not self.into.fresh:
+            return self.least
+        return max(self.size, gradient.shape[1])
+
+    def parts(self, n: int) -> Iterator[slice]:
+        """Chunks of n tokens, as large as they may be by then."""
+        start = 0
+        while start < n:
+            stop = min(start + self.now, n)
+            yield slice(start, stop)
+            start = stop
+
+    def take(self, n: int) -> Tensor | None:
+        """Room for n tokens; None: their logits are to be computed twice."""
+        gradient = self.into.weight
+        if gradient is not None and self.into.fresh and n <= gradient.shape[1]:
+            return gradient[:, :n]
+        if n > self.size:
+            return None
+        if self._buffer is None:
+            weight = self.reader.head.weight
+            self._buffer = weight.new_empty(len(weight), self.size, dtype=self.reader.dtype)
+        return self._buffer[:, :n]
+
+
+def _whole_sequences(layout: Layout, tokens: Tokens, room: _Room) -> list[slice]:
     """As many sequences as fit into a chunk; a longer one by itself."""
     first = layout.sequence_starts().flatten()[tokens.index].nonzero().squeeze(-1).tolist()
     parts: list[slice] = []
     for start, stop in pairwise([*first, len(tokens)]):
-        if parts and stop - parts[-1].start <= size:
+        if parts and stop - parts[-1].start <= (room.least if parts[1:] else room.now):
             parts[-1] = slice(parts[-1].start, stop)
         else:
             parts.append(slice(start, stop))
@@ -419,49 +517,36 @@ class _Derivative:
         return first_over(torch.autograd.grad(loss, leaf)[0], self.group)
 
 
-def _chunk(
-    reader: Reader, tokens: Tokens, derivative: _Derivative, into: Gradients
-) -> Tensor:
-    """Log-probs of tokens whose derivatives depend on no others."""
-    log_probs, _ = reader.read(tokens)
-    reader.differentiate(tokens, log_probs, derivative(log_probs), into)
-    return log_probs
-
-
 def _long_sequence(
-    reader: Reader, tokens: Tokens, derivative: _Derivative, into: Gradients, scratch: Gradients
-) -> Tensor:
-    """Log-probs of a sequence longer than a chunk.
+    reader: Reader, tokens: Tokens, derivative: _Derivative, room: _Room, scratch: _Room
+) -> Reading:
+    """A sequence longer than a chunk.
 
     Its gradient is gathered without the sequence's factor, and multiplied by it once that is known.
-    Where it turns out that there is no such factor, the sequence is read again.
+    Where it turns out that there is no such factor, it is gathered again.
     """
-    for total in (scratch.weight, scratch.bias):
-        if total is not None:
-            total.zero_()
-    size, parts, guesses = reader.size, [], []
-    for part, chunk in tokens.chunks(size):
-        log_probs, _ = reader.read(chunk)
-        guesses.append(derivative[part].without_factor(log_probs))
-        reader.differentiate(chunk, log_probs, guesses[-1], scratch)
-        parts.append(log_probs)
-    log_probs, guess = torch.cat(parts), torch.cat(guesses)
-    truth = derivative(log_probs)
+    scratch.into.clear()
+    readings, guesses = [], []
+    for part in scratch.parts(len(tokens)):
+        chunk = tokens[part]
+        reading = reader.read(chunk, keep=scratch.take(len(chunk)))
+        guesses.append(derivative[part].without_factor(reading.log_probs))
+        reader.differentiate(chunk, reading, guesses[-1], scratch.into)
+        readings.append(replace(reading, kept=None))
+    reading, guess = Reading.joined(readings), torch.cat(guesses)
+    truth = derivative(reading.log_probs)
     factor = _factor(truth, guess)
     _, rows = tokens.here()
-    if factor is not None:
-        for total, add in ((into.weight, scratch.weight), (into.bias, scratch.bias)):
-            if total is not None and add is not None:
-                total.add_(add.mul_(factor))
-        if into.hidden is not None:
-            into.hidden[rows] *= factor
-        return log_probs
-    if into.hidden is not None:
-        into.hidden[rows] = 0
-    for part, chunk in tokens.chunks(size):
-        reader.read(chunk)
-        reader.differentiate(chunk, log_probs[part], truth[part], into)
-    return log_probs
+    hidden = room.into.hidden
+    if factor is None:
+        if hidden is not None:
+            hidden[rows] = 0
+        reader.differentiate_all(tokens, reading, truth, room.into, room.step)
+    else:
+        if hidden is not None:
+            hidden[rows] *= factor
+        room.into.add(scratch.into, factor)
+    return reading
 
 
 def _factor(truth: Tensor, guess: Tensor) -> Tensor | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -43,6 +43,13 @@ class Head:
         """What logits, sums and gradients are held in: float32 or wider."""
         dtype = torch.promote_types(hidden.dtype, self.weight.dtype)
         return torch.promote_types(torch.promote_types(dtype, self.head_dtype), torch.float32)
+
+    def slope(self, logits: Tensor) -> Tensor:
+        """Of the soft cap, 1 − tanh², by what it made of the logits."""
+        assert self.softcap is not None
+        tanh = logits * (self.temperature / self.softcap)
+        # −inf stands for what has underflowed
+        return 1 - tanh.clamp_(min=-1).square_()
 
     def placed(self, start: int, vocabulary: int) -> Head:
         """These rows as those of the whole head from ``start`` on, padding left out."""
@@ -90,6 +97,7 @@ class Tokens:
         target: int "n".
         support: what each may be, or None.
         part: which hidden states are here; None: all.
+        start: the first row of the hidden states, where all that follow one another are meant.
     """
 
     hidden: Tensor
@@ -98,6 +106,7 @@ class Tokens:
     target: Tensor
     support: Support | None = None
     part: Part | None = None
+    start: int | None = None
 
     @classmethod
     def of(
@@ -113,7 +122,8 @@ class Tokens:
         if support is not None:
             support = _select(_as_rows(caller, support, target), index)
         states = hidden.reshape(-1, hidden.shape[-1])
-        return cls(states, target.shape, index, flat[index], support, part)
+        start = 0 if part is None and len(index) == len(flat) else None
+        return cls(states, target.shape, index, flat[index], support, part, start)
 
     def check(self, caller: str, vocabulary: int) -> None:
         """Raise on a token id that the vocabulary does not have."""
@@ -132,15 +142,19 @@ class Tokens:
                     fix="mask ignored positions, and give the head's full vocabulary",
                 )
 
-    def here(self) -> tuple[slice | Tensor, Tensor]:
+    def here(self) -> tuple[slice | Tensor, slice | Tensor]:
         """The tokens whose hidden states are on this rank, and in which rows."""
-        return (slice(None), self.index) if self.part is None else self.part.find(self.index)
+        if self.part is not None:
+            return self.part.find(self.index)
+        if self.start is not None:
+            return slice(None), slice(self.start, self.start + len(self))
+        return slice(None), self.index
 
     def states(self) -> Tensor:
         """"n d", the hidden states, from the ranks that hold them."""
-        if self.part is None:
-            return self.hidden.index_select(0, self.index)
         here, rows = self.here()
+        if self.part is None:
+            return self.hidden[rows]
         states = self.hidden.new_zeros(len(self), self.hidden.shape[1])
         states[here] = self.hidden[rows]
         return sum_over(states, self.part.group)
@@ -153,14 +167,12 @@ class Tokens:
         if support is not None:
             every = torch.arange(len(self), device=self.index.device)
             support = _select(support, every[part])
-        return replace(self, index=self.index[part], target=self.target[part], support=support)
-
-    def chunks(self, size: int) -> Iterator[tuple[slice, Tokens]]:
-        """Parts of at most ``size`` tokens, each with its place."""
-        for start in range(0, len(self), size):
-            part = slice(start, start + size)
-            yield part, self[part]
-
+        start = None
+        if isinstance(part, slice) and self.start is not None:
+            start = self.start + part.indices(len(self))[0]
+        return replace(
+            self, index=self.index[part], target=self.target[part], support=support, start=start
+        )
 
 
 class Part(NamedTuple):
@@ -192,8 +204,8 @@ def prepare(
     support: Tensor | Support | None, layout: Tensor | Layout | None, vocabulary_group: Group,
     vocabulary_size: int | None, sequence_parallel: bool, also: Callable[[], None] = lambda: None,
     **alike: object,
-) -> tuple[Head, Tokens, int]:
-    """The head, the tokens that count, and how many make a chunk, once all inputs are checked.
+) -> tuple[Head, Tokens]:
+    """The head and the tokens that count, once all inputs are checked.
 
     The arguments are those of the caller. Where ranks share the head, ``also`` is checked on each
     before anything is sent, and ``alike`` has to be the same on all.
@@ -202,8 +214,13 @@ def prepare(
     head = Head(weight, bias, temperature, softcap, head_dtype, group)
     rank, ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
 
-    def check() -> tuple[Tokens, int]:
+    def check() -> Tokens:
         head.check(caller)
+        if chunk_size is not None and not _is_count(chunk_size):
+            raise input_error(
+                caller, "chunk_size", expected="an int > 0, or None", got=repr(chunk_size),
+                fix="leave it out, or pass chunk_size=256",
+            )
         if vocabulary_size is not None and not _is_count(vocabulary_size):
             raise input_error(
                 caller, "vocabulary_size", expected="an int > 0, or None",
@@ -220,25 +237,24 @@ def prepare(
             caller, hidden=hidden, target=target, mask=mask, support=support, part=part
         )
         also()
-        return tokens, check_chunk_size(caller, chunk_size, tokens)
+        return tokens
 
-    def facts(checked: tuple[Tokens, int]) -> _Facts:
-        tokens, size = checked
+    def facts(tokens: Tokens) -> _Facts:
         wanted = [x is not None and x.requires_grad for x in (hidden, weight, bias)]
         return len(weight), alike | {
             "target": f"{tuple(target.shape)}, {_fingerprint(tokens)}",
             "hidden": describe(hidden), "weight": f"{weight.dtype}, {weight.shape[1]} wide",
             "bias": bias is not None, "requires_grad": torch.is_grad_enabled() and wanted,
             "temperature": temperature, "softcap": softcap, "head_dtype": head_dtype,
-            "chunk_size": size,
+            "chunk_size": chunk_size,
             "support": None if tokens.support is None else f"{len(tokens.support.ids)} ids",
             "vocabulary_size": vocabulary_size, "sequence_parallel": sequence_parallel,
         }
 
     if group is None:
-        (tokens, size), rows = check(), [len(weight)]
+        tokens, rows = check(), [len(weight)]
     else:
-        (tokens, size), rows = _unanimous(caller, group, check, facts)
+        tokens, rows = _unanimous(caller, group, check, facts)
     vocabulary = sum(rows) if vocabulary_size is None else vocabulary_size
     if vocabulary > sum(rows):
         raise input_error(
@@ -247,32 +263,7 @@ def prepare(
         )
     tokens.check(caller, vocabulary)
     start = sum(rows[:rank])
-    return head.placed(start, vocabulary), tokens, size
-
-
-
-def default_chunk_size(tokens: int, device: torch.device) -> int:
-    """Tokens whose logits are held at a time: one in 32, so that memory stays in the background.
-
-    At least 256 on a CPU and 1024 on a GPU, where smaller products waste the machine; at most 4096.
-
-    >>> default_chunk_size(16384, torch.device("cpu"))
-    512
-    """
-    return min(max(tokens // 32, 256 if device.type == "cpu" else 1024), 4096)
-
-
-
-def check_chunk_size(caller: str, chunk_size: int | None, tokens: Tokens) -> int:
-    """The chunk size given, or the default for None."""
-    if chunk_size is None:
-        return default_chunk_size(len(tokens), tokens.index.device)
-    if not _is_count(chunk_size):
-        raise input_error(
-            caller, "chunk_size", expected="an int > 0, or None", got=repr(chunk_size),
-            fix="leave it out, or pass chunk_size=256",
-        )
-    return chunk_size
+    return head.placed(start, vocabulary), tokens
 
 
 

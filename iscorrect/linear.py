@@ -19,8 +19,8 @@ from iscorrect.layout import Layout
 from iscorrect.logprobs import Support
 from iscorrect.ranks import Group, first_over, max_over, sum_over
 
-BLOCK = 1 << 21
-"""Entries of a weight that are upcast at a time on the CPU: they stay in cache."""
+CPU_ROWS, GPU_ROWS = 2048, 16384
+"""Rows of the head that are worked on at a time: on a CPU what comes of them stays in cache."""
 
 WIDE_OUTPUT = hasattr(torch.ops.aten.mm, "dtype")
 """Whether products of 16-bit matrices can leave the accumulator in float32 (torch 2.8, CUDA)."""
@@ -94,7 +94,8 @@ def linear_log_probs(
         bias: "v", with gradient.
         temperature: τ > 0, the sampler's.
         softcap: c > 0, as in Gemma's final logits; None for none.
-        chunk_size: tokens whose logits are held at a time; None: one in 32, and 256 or more.
+        chunk_size: tokens that go through the head at a time, over a block of its rows after the
+            other; None: d, and 1024 or more.
         head_dtype: what the head's output is rounded to. float32 is the FP32 head, whatever the
             dtype of hidden states and weights; torch.bfloat16 repeats an engine with a 16-bit head.
         support: S, the kept ids, as in :func:`log_probs_from_logits`.
@@ -118,72 +119,134 @@ def linear_log_probs(
     >>> linear_log_probs(hidden, weight, torch.zeros(2, 3, dtype=torch.int64))[0]
     tensor([-1.3863, -1.3863, -1.3863])
     """
-    head, tokens, size = prepare(
+    head, tokens = prepare(
         "linear_log_probs", hidden=hidden, weight=weight, target=target, bias=bias,
         temperature=temperature, softcap=softcap, chunk_size=chunk_size, head_dtype=head_dtype,
         support=support, layout=layout, vocabulary_group=vocabulary_group,
         vocabulary_size=vocabulary_size, sequence_parallel=sequence_parallel, entropy=entropy,
     )
-    log_probs, *moments = log_probs_of(head, tokens, size, spread=entropy)
+    log_probs, *moments = log_probs_of(
+        head, tokens, chunk_size or default_step(head), spread=entropy
+    )
     return HeadOutput(log_probs, *moments) if entropy else log_probs
 
 
-@dataclass(frozen=True, eq=False)
+def default_step(head: Head) -> int:
+    """Tokens that go through the head at a time: as many as it is wide, and 1024 or more.
+
+    Fewer, and reading the weight takes longer than multiplying by it.
+    """
+    return max(head.weight.shape[1], 1024)
+
+
+def chunks(n: int, step: int) -> Iterator[slice]:
+    """Of n tokens, at most so many at a time."""
+    for start in range(0, n, step):
+        yield slice(start, min(start + step, n))
+
+
+@dataclass(eq=False)
 class Gradients:
     """Sums of what the chunks give, in float32 or wider; None where nothing asks for them.
 
     Attributes:
         hidden: "m d".
-        weight: "v d".
+        weight: "v d", without any meaning as long as it is ``fresh``.
         bias: "v".
+        fresh: nothing has been added to ``weight``.
     """
 
     hidden: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
+    fresh: bool = True
 
     @classmethod
-    def zeros(
-        cls, head: Head, tokens: Tokens, *, hidden: bool, weight: bool, bias: bool
-    ) -> Gradients:
+    def of(cls, head: Head, tokens: Tokens, *, hidden: bool, weight: bool, bias: bool) -> Gradients:
         """Sums of nothing yet."""
-        dtype = head.wide(tokens.hidden)
-
-        def zeros(like: Tensor | None, wanted: bool) -> Tensor | None:
-            if like is None or not wanted:
-                return None
+        dtype, device = head.wide(tokens.hidden), tokens.hidden.device
+        return cls(
+            torch.zeros(tokens.hidden.shape, dtype=dtype, device=device) if hidden else None,
             # contiguous, whatever the strides of the parameter
-            return torch.zeros(like.shape, dtype=dtype, device=like.device)
-
-        return cls(zeros(tokens.hidden, hidden), zeros(head.weight, weight), zeros(head.bias, bias))
+            torch.empty(head.weight.shape, dtype=dtype, device=device) if weight else None,
+            torch.zeros(len(head.weight), dtype=dtype, device=device) if bias else None,
+        )
 
     def another(self) -> Gradients:
         """The same rows of ``hidden``, and other sums of weight and bias."""
         weight, bias = self.weight, self.bias
         return Gradients(
-            self.hidden, None if weight is None else torch.zeros_like(weight),
+            self.hidden, None if weight is None else torch.empty_like(weight),
             None if bias is None else torch.zeros_like(bias),
         )
 
+    def clear(self) -> None:
+        """Forget the sums of weight and bias."""
+        self.fresh = True
+        if self.bias is not None:
+            self.bias.zero_()
 
-class Reader:
-    """One buffer "c v" through which chunks of tokens go.
+    def add(self, other: Gradients, factor: Tensor) -> None:
+        """Add sums of weight and bias, which are multiplied in place."""
+        if self.weight is not None and other.weight is not None and not other.fresh:
+            (self.weight.copy_ if self.fresh else self.weight.add_)(other.weight.mul_(factor))
+            self.fresh = False
+        if self.bias is not None and other.bias is not None:
+            self.bias.add_(other.bias.mul_(factor))
 
-    :meth:`read` leaves its probabilities there, :meth:`differentiate` makes gradients of them.
+    def total(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Of hidden, weight and bias, once all chunks are through."""
+        if self.fresh and self.weight is not None:
+            self.weight.zero_()
+        return self.hidden, self.weight, self.bias
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """What is known of some tokens "c" once all logits have been seen.
+
+    Attributes:
+        log_probs: of the targets, z_y − largest − log_total.
+        largest: logit.
+        log_total: log Σ exp(z − largest).
+        moments: entropy and variance of the surprisal, or nothing.
+        kept: what saves computing the logits again, or None.
     """
 
-    def __init__(self, head: Head, tokens: Tokens, chunk_size: int, *, spread: bool = False):
+    log_probs: Tensor
+    largest: Tensor
+    log_total: Tensor
+    moments: tuple[Tensor, ...] = ()
+    kept: Kept | None = None
+
+    def __getitem__(self, part: slice | Tensor) -> Reading:
+        return Reading(self.log_probs[part], self.largest[part], self.log_total[part])
+
+    @classmethod
+    def joined(cls, readings: list[Reading]) -> Reading:
+        log_probs, largest, log_total, moments = zip(
+            *[(x.log_probs, x.largest, x.log_total, x.moments) for x in readings], strict=True
+        )
+        return cls(
+            torch.cat(log_probs), torch.cat(largest), torch.cat(log_total),
+            tuple(torch.cat(x) for x in zip(*moments, strict=True)),
+        )
+
+
+class Kept(NamedTuple):
+    """exp(z − reference) "v c" but for the targets, with a reference "c" for each block of rows."""
+
+    exponentials: Tensor
+    references: list[Tensor]
+    hidden: Tensor
+
+
+class Reader:
+    """The head over chunks of tokens and, for each, over blocks of rows of the vocabulary."""
+
+    def __init__(self, head: Head, tokens: Tokens):
         self.head = head
         self.dtype = head.wide(tokens.hidden)
-        self.size = rows = min(chunk_size, max(1, len(tokens)))
-
-        def buffer() -> Tensor:
-            return head.weight.new_empty(rows, len(head.weight), dtype=self.dtype)
-
-        self._buffer = buffer()
-        # 1 − tanh², where the logits are capped
-        self._slope = buffer() if head.softcap is not None else None
-        self._surprisal = buffer() if spread else None
         self._native = (
             WIDE_OUTPUT and head.weight.device.type == "cuda" and self.dtype == torch.float32
             and head.weight.dtype == tokens.hidden.dtype in (torch.bfloat16, torch.float16)
@@ -191,161 +254,263 @@ class Reader:
         # bfloat16 has the range for any coefficient; float16 has not
         narrow = self._native and head.weight.dtype == torch.bfloat16
         self._operand = torch.bfloat16 if narrow else self.dtype
-        width = head.weight.shape[1]
-        self._rows = max(1, len(head.weight))
-        self._upcast = None
-        if head.weight.dtype != self.dtype and not self._native:
-            self._rows = max(1, min(self._rows, BLOCK // max(1, width)))
-            self._upcast = head.weight.new_empty(self._rows, width, dtype=self.dtype)
+        rows = CPU_ROWS if head.weight.device.type == "cpu" else GPU_ROWS
+        self._rows = max(1, min(rows, len(head.weight)))
+        self._upcast: Tensor | None = None
 
-    def read(self, chunk: Tokens) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Log-probs "c" of the targets, and entropy and variance of the surprisal if asked for."""
-        head, z = self.head, self._buffer[: len(chunk)]
-        hidden = self._hidden = self._operands(chunk)
-        for rows, weight in self._blocks():
-            _product(hidden, weight.T, out=z[:, rows])
-        if head.bias is not None:
-            z += head.bias
-        if head.head_dtype.itemsize < 4:
-            z.copy_(z.to(head.head_dtype))
-        if self._slope is not None and head.softcap is not None:
-            slope = self._slope[: len(chunk)]
-            z.div_(head.softcap).tanh_()
-            torch.mul(z, z, out=slope).neg_().add_(1)
-            z.mul_(head.softcap)
-        if head.temperature != 1:
-            z.div_(head.temperature)
-        impossible = None if chunk.support is None else _restrict(z, chunk.support, head)
-        target = _Entry.of(chunk.target, head)
-        z.sub_(max_over(_largest(z), head.group))
-        own = target.read(z)
-        if impossible is not None:
-            own.masked_fill_(impossible, -torch.inf)
-        if self._surprisal is not None:
-            surprisal = self._surprisal[: len(chunk)].copy_(z)
-        z.exp_()
-        # The sum less 1, taken without the target, has digits left where p is all but 1.
-        target.write(z, torch.zeros_like(own))
-        others = z.sum(1, keepdim=True)
-        if head.group is not None:
-            others, own = sum_over(torch.stack([others, own]), head.group)
-        log_total = torch.log1p(others + torch.expm1(own))
-        target.write(z, own.exp())
-        z.div_(log_total.exp())
-        log_probs = rearrange(own - log_total, "c 1 -> c")
-        if self._surprisal is None:
-            return log_probs, ()
-        # −log p of each token of the vocabulary; what has probability 0 adds nothing
-        surprisal.sub_(log_total).neg_().clamp_(max=torch.finfo(self.dtype).max ** 0.25)
-        mean = sum_over(torch.linalg.vecdot(z, surprisal), head.group)
-        surprisal.sub_(rearrange(mean, "c -> c 1"))
-        variance = sum_over(torch.linalg.vecdot(z, surprisal.mul_(surprisal)), head.group)
-        return log_probs, (mean, variance)
-
-    def differentiate(
-        self, chunk: Tokens, log_probs: Tensor, coefficient: Tensor, into: Gradients
-    ) -> None:
-        """Add Σ_i c_i ∂ log p_i of the chunk that was read last; what has c_i = 0 costs nothing.
-
-        The probabilities are lost.
+    def read(self, chunk: Tokens, *, keep: Tensor | None = None, spread: bool = False) -> Reading:
+        """Log-probs of the targets, from a running maximum and sum over the blocks.
 
         Args:
-            chunk: what was read.
-            log_probs: "c", as read.
+            chunk: the tokens.
+            keep: "v c", where the exponentials stay.
+            spread: ask for the moments.
+        """
+        head, hidden = self.head, self._operands(chunk)
+        largest = hidden.new_full((len(chunk),), torch.finfo(self.dtype).min, dtype=self.dtype)
+        others, own = torch.zeros_like(largest), torch.zeros_like(largest)
+        moments = _Moments(own) if spread else None
+        allowed = _Allowed.of(chunk.support, head)
+        room = self._scratch(len(chunk)) if keep is None else keep
+        references = []
+        for rows in self._blocks():
+            z = self._logits(hidden, rows, allowed, room if keep is None else room[rows])
+            target = _Entry.of(chunk.target, rows, head)
+            own = target.read(z, own)
+            before, largest = largest, torch.maximum(largest, z.amax(0))
+            z.sub_(largest)
+            if moments is not None:
+                moments.add(z, before - largest)
+            # The sum less 1, taken without the target, has digits left where p is all but 1.
+            target.write(z.exp_(), torch.zeros_like(own))
+            others = others * (before - largest).exp() + z.sum(0)
+            references.append(largest)
+        top = max_over(largest, head.group)
+        others = others * (largest - top).exp()
+        if head.group is not None:
+            others, own = sum_over(torch.stack([others, own]), head.group)
+        own = own - top
+        if allowed is not None:
+            own = own.masked_fill(allowed.nothing, -torch.inf)
+        log_total = torch.log1p(others + torch.expm1(own))
+        return Reading(
+            own - log_total, top, log_total,
+            () if moments is None else moments.over(largest - top, log_total, head.group),
+            None if keep is None else Kept(keep, references, hidden),
+        )
+
+    def differentiate(
+        self, chunk: Tokens, reading: Reading, coefficient: Tensor, into: Gradients
+    ) -> None:
+        """Add Σ_i c_i ∂ log p_i; what has c_i = 0 costs nothing.
+
+        Args:
+            chunk: the tokens.
+            reading: of them; what it kept is lost.
             coefficient: "c", the same to the last bit on all ranks that share the head.
-            into: sums that grow; rows of ``hidden`` are set, for each token is read once.
+            into: sums that grow; rows of ``hidden`` are set, for each token comes once.
         """
         # what the support excludes has no gradient; NaN is not hidden
-        rows = (coefficient * (log_probs != -torch.inf)).nonzero().squeeze(-1)
+        rows = (coefficient * (reading.log_probs != -torch.inf)).nonzero().squeeze(-1)
         if not len(rows):
             return
-        grad = self._compact(self._buffer, rows, len(chunk))
-        slope = None if self._slope is None else self._compact(self._slope, rows, len(chunk))
-        hidden = self._hidden if len(rows) == len(chunk) else self._hidden[rows]
-        chunk, coefficient, log_probs = chunk[rows], coefficient[rows], log_probs[rows]
-        scale = rearrange(coefficient / self.head.temperature, "c -> c 1")
+        head, kept, every = self.head, reading.kept, len(rows) == len(chunk)
+        chunk = chunk if every else chunk[rows]
+        if kept is None:
+            hidden = self._operands(chunk)
+        else:
+            hidden = kept.hidden if every else kept.hidden[rows]
+        allowed = _Allowed.of(chunk.support, head) if kept is None else None
+        reading = reading[rows]
+        scale = coefficient[rows] / head.temperature
         # 1 − p of the target itself: expm1 keeps its digits where p is near 1
-        own = -torch.expm1(rearrange(log_probs, "c -> c 1")) * scale
-        _Entry.of(chunk.target, self.head).write(grad.mul_(-scale), own)
-        if slope is not None:
-            grad.mul_(slope)
+        own = -torch.expm1(reading.log_probs) * scale
+        if head.softcap is not None:
+            own *= head.slope(reading.log_probs + reading.log_total + reading.largest)
+        here, places = chunk.here()
+        sums = None
         if into.hidden is not None:
-            sums = grad.new_zeros(len(grad), hidden.shape[1])
-            for part, block in self._blocks():
-                _accumulate(sums, grad[:, part].to(self._operand), block)
-            here, places = chunk.here()
-            into.hidden.index_copy_(0, places, sum_over(sums, self.head.group)[here])
-        if into.bias is not None:
-            into.bias.add_(grad.sum(0))
-        if into.weight is not None:
-            _accumulate(into.weight, grad.to(self._operand).T, hidden)
+            whole = isinstance(places, slice)
+            sums = into.hidden[places] if whole else own.new_zeros(len(rows), hidden.shape[1])
+        scratch = self._scratch(len(rows))
+        for i, block in enumerate(self._blocks()):
+            grad = scratch[: block.stop - block.start]
+            if kept is None:
+                reference = reading.largest
+                exponentials = self._logits(hidden, block, allowed, grad).sub_(reference).exp_()
+            else:
+                reference, exponentials = kept.references[i], kept.exponentials[block]
+                if not every:
+                    reference, exponentials = reference[rows], exponentials.index_select(1, rows)
+            slope = None
+            if head.softcap is not None:
+                slope = head.slope(exponentials.log().add_(reference))
+            factor = (reference - reading.largest - reading.log_total).exp_().mul_(-scale)
+            torch.mul(exponentials, factor, out=grad)
+            if slope is not None:
+                grad *= slope
+            _Entry.of(chunk.target, block, head).write(grad, own)
+            if into.bias is not None:
+                into.bias[block] += grad.sum(1)
+            operand = grad.to(self._operand)
+            if sums is not None:
+                _accumulate(operand.T, self._weight(block), sums)
+            if into.weight is not None:
+                (_product if into.fresh else _accumulate)(operand, hidden, into.weight[block])
+        if into.hidden is not None and sums is not None:
+            into.hidden[places] = sum_over(sums, head.group)[here]
+        into.fresh = False
+
+    def score(self, tokens: Tokens, step: int, *, spread: bool = False) -> Reading:
+        """Read any number of tokens, so many at a time, without keeping anything."""
+        readings = [self.read(tokens[part], spread=spread) for part in chunks(len(tokens), step)]
+        if readings:
+            return Reading.joined(readings)
+        nothing = tokens.hidden.new_zeros(0, dtype=self.dtype)
+        return Reading(nothing, nothing, nothing, (nothing, nothing) if spread else ())
+
+    def differentiate_all(
+        self, tokens: Tokens, reading: Reading, coefficient: Tensor, into: Gradients, step: int
+    ) -> None:
+        """The same for any number of tokens, whose logits are computed again."""
+        rows = coefficient.nonzero().squeeze(-1)
+        tokens, reading, coefficient = tokens[rows], reading[rows], coefficient[rows]
+        for part in chunks(len(tokens), step):
+            self.differentiate(tokens[part], reading[part], coefficient[part], into)
 
     def _operands(self, chunk: Tokens) -> Tensor:
         hidden = chunk.states()
         return hidden if self._native else hidden.to(self.dtype)
 
-    def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """The weight in the dtype of the products: whole, or some rows at a time."""
-        weight = self.head.weight.detach()
-        for start in range(0, len(weight), self._rows):
-            rows = slice(start, start + self._rows)
-            block = weight[rows]
-            yield rows, block if self._upcast is None else self._upcast[: len(block)].copy_(block)
+    def _blocks(self) -> Iterator[slice]:
+        every = len(self.head.weight)
+        for start in range(0, every, self._rows):
+            yield slice(start, min(start + self._rows, every))
 
-    def _compact(self, buffer: Tensor, rows: Tensor, n: int) -> Tensor:
-        """Move some rows, in order, to the front of the buffer."""
-        if len(rows) < n:
-            step = len(rows) if buffer.device.type == "cuda" else 8
-            for start in range(0, len(rows), step):
-                # a row never moves back, so nothing is overwritten before it is read
-                part = rows[start : start + step]
-                buffer[start : start + len(part)] = buffer[part]
-        return buffer[: len(rows)]
+    def _scratch(self, n: int) -> Tensor:
+        return self.head.weight.new_empty(self._rows, n, dtype=self.dtype)
+
+    def _weight(self, rows: slice) -> Tensor:
+        """Some rows of the weight, in the dtype of the products."""
+        weight = self.head.weight.detach()[rows]
+        if self._native or weight.dtype == self.dtype:
+            return weight
+        if self._upcast is None:
+            self._upcast = self._scratch(weight.shape[1])
+        return self._upcast[: len(weight)].copy_(weight)
+
+    def _logits(
+        self, hidden: Tensor, rows: slice, allowed: _Allowed | None, room: Tensor
+    ) -> Tensor:
+        """"v c", of some rows of the head, at the start of ``room``."""
+        head, z = self.head, room[: rows.stop - rows.start]
+        _product(self._weight(rows), hidden.T, z)
+        if head.bias is not None:
+            z += rearrange(head.bias.detach()[rows], "v -> v 1")
+        if head.head_dtype.itemsize < 4:
+            z.copy_(z.to(head.head_dtype))
+        if head.softcap is not None:
+            z.div_(head.softcap).tanh_().mul_(head.softcap)
+        if head.temperature != 1:
+            z.div_(head.temperature)
+        if allowed is not None:
+            allowed.restrict(z, rows)
+        return z
 
 
 class _Entry(NamedTuple):
-    """One entry of each row of "c v": its target's, where that is among this rank's rows."""
+    """One entry of each column of "v c": its target's, where that is in these rows."""
 
-    column: Tensor
-    held: Tensor | None
+    row: Tensor
+    held: Tensor
 
     @classmethod
-    def of(cls, target: Tensor, head: Head) -> _Entry:
-        column = rearrange(target, "c -> c 1")
-        if head.group is None:
-            return cls(column, None)
-        column = column - head.start
-        last = len(head.weight) - 1
-        return cls(column.clamp(0, max(last, 0)), (column >= 0) & (column <= last))
+    def of(cls, target: Tensor, rows: slice, head: Head) -> _Entry:
+        row = target - (head.start + rows.start)
+        last = rows.stop - rows.start - 1
+        return cls(rearrange(row.clamp(0, last), "c -> 1 c"), (row >= 0) & (row <= last))
 
-    def read(self, z: Tensor) -> Tensor:
-        """"c 1"; 0 where another rank holds it."""
-        if self.held is None:
-            return z.gather(1, self.column)
-        if not z.shape[1]:
-            return z.new_zeros(self.column.shape)
-        return torch.where(self.held, z.gather(1, self.column), 0)
+    def read(self, z: Tensor, otherwise: Tensor) -> Tensor:
+        return torch.where(self.held, z.gather(0, self.row)[0], otherwise)
 
     def write(self, z: Tensor, value: Tensor) -> None:
-        if self.held is None:
-            z.scatter_(1, self.column, value)
-        elif z.shape[1]:
-            z.scatter_(1, self.column, torch.where(self.held, value, z.gather(1, self.column)))
+        z.scatter_(0, self.row, torch.where(self.held, value, z.gather(0, self.row)))
 
 
-def _largest(z: Tensor) -> Tensor:
-    return z.amax(1, keepdim=True) if z.shape[1] else z.new_full((len(z), 1), -torch.inf)
+class _Allowed(NamedTuple):
+    """What the support allows: which token, which row of the head; and tokens without a support."""
+
+    token: Tensor
+    row: Tensor
+    nothing: Tensor
+
+    @classmethod
+    def of(cls, support: Support | None, head: Head) -> _Allowed | None:
+        if support is None:
+            return None
+        counts = support.offsets.diff()
+        token = torch.arange(len(counts), device=counts.device)
+        token = token.repeat_interleave(counts, output_size=len(support.ids))
+        return cls(token, support.ids - head.start, counts == 0)
+
+    def restrict(self, z: Tensor, rows: slice) -> None:
+        """Other logits become −inf; those of tokens without a support stay."""
+        row = self.row - rows.start
+        # one row more, for those of other blocks
+        allowed = torch.zeros(len(z) + 1, z.shape[1], dtype=torch.bool, device=z.device)
+        allowed[torch.where((row >= 0) & (row < len(z)), row, len(z)), self.token] = True
+        z.masked_fill_(~(allowed[:-1] | self.nothing), -torch.inf)
+
+
+class _Moments:
+    """Of u, the logits less their running maximum, under weights e^u; merged block by block.
+
+    weight = Σ e^u,  first = Σ e^u u,  second = Σ e^u (u − first/weight)²
+    """
+
+    def __init__(self, zero: Tensor):
+        self.weight = self.first = self.second = zero
+
+    def add(self, u: Tensor, shift: Tensor) -> None:
+        """A block "v c" of u, by ``shift`` lower than those before."""
+        self.lower(shift)
+        # what has probability 0 adds nothing
+        u = u.clamp(min=-(torch.finfo(u.dtype).max ** 0.25))
+        e = u.exp()
+        weight, first = e.sum(0), (e * u).sum(0)
+        mean = first / _positive(weight)
+        apart = mean - self.first / _positive(self.weight)
+        both = self.weight * weight / _positive(self.weight + weight)
+        self.second = self.second + (e * (u - mean).square_()).sum(0) + apart.square() * both
+        self.weight, self.first = self.weight + weight, self.first + first
+
+    def lower(self, shift: Tensor) -> None:
+        fade = shift.exp()
+        self.first = fade * (self.first + self.weight * shift)
+        self.weight, self.second = fade * self.weight, fade * self.second
+
+    def over(self, shift: Tensor, log_total: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+        """Entropy and variance of the surprisal, of the rows on all ranks."""
+        self.lower(shift)
+        mean = sum_over(self.first, group) / log_total.exp()
+        apart = self.first / _positive(self.weight) - mean
+        second = sum_over(self.second + self.weight * apart.square(), group)
+        return log_total - mean, second / log_total.exp()
+
+
+def _positive(x: Tensor) -> Tensor:
+    return x.clamp(min=torch.finfo(x.dtype).tiny)
 
 
 def log_probs_of(
-    head: Head, tokens: Tokens, chunk_size: int, *, spread: bool = False
+    head: Head, tokens: Tokens, step: int, *, spread: bool = False
 ) -> tuple[Tensor, ...]:
     """Log-probs of the targets, in their shape, with gradient; entropy and variance if asked for.
 
     What does not count gets 0.
     """
     out: tuple[Tensor, ...] = _LinearLogProbs.apply(
-        tokens.hidden, head.weight, head.bias, head, tokens, chunk_size, spread
+        tokens.hidden, head.weight, head.bias, head, tokens, step, spread
     )  # type: ignore[no-untyped-call]
     return out
 
@@ -354,21 +519,17 @@ class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, tokens: Tokens,
-        chunk_size: int, spread: bool,
+        step: int, spread: bool,
     ) -> tuple[Tensor, ...]:
-        dtype = head.wide(hidden)
-        out = [
-            torch.zeros(tokens.shape, dtype=dtype, device=hidden.device)
-            for _ in range(3 if spread else 1)
-        ]
         with torch.autocast(hidden.device.type, enabled=False):
-            reader = Reader(head, tokens, chunk_size, spread=spread)
-            for _, chunk in tokens.chunks(chunk_size):
-                log_probs, moments = reader.read(chunk)
-                for x, values in zip(out, (log_probs, *moments), strict=True):
-                    x.view(-1).index_copy_(0, chunk.index, values)
+            reading = Reader(head, tokens).score(tokens, step, spread=spread)
         ctx.save_for_backward(hidden, weight, bias)
-        ctx.head, ctx.tokens, ctx.chunk_size = head, tokens, chunk_size
+        ctx.head, ctx.tokens, ctx.reading, ctx.step = head, tokens, reading, step
+        out = []
+        for values in (reading.log_probs, *reading.moments):
+            x = values.new_zeros(tokens.shape)
+            x.view(-1).index_copy_(0, tokens.index, values)
+            out.append(x)
         ctx.mark_non_differentiable(*out[1:])
         return tuple(out)
 
@@ -376,23 +537,16 @@ class _LinearLogProbs(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         check_first_order("linear_log_probs")
         hidden, weight, bias = ctx.saved_tensors
-        head, every = ctx.head, ctx.tokens
-        wanted = ctx.needs_input_grad
+        head, tokens, wanted = ctx.head, ctx.tokens, ctx.needs_input_grad
         with torch.autocast(hidden.device.type, enabled=False):
-            into = Gradients.zeros(head, every, hidden=wanted[0], weight=wanted[1], bias=wanted[2])
-            grad = first_over(grad.flatten()[every.index], head.group)
-            rows = grad.nonzero().squeeze(-1)
-            tokens, grad = every[rows], grad[rows]
-            reader = Reader(head, tokens, ctx.chunk_size)
-            for part, chunk in tokens.chunks(ctx.chunk_size):
-                log_probs, _moments = reader.read(chunk)
-                reader.differentiate(chunk, log_probs, grad[part], into)
-        return (
-            None if into.hidden is None else into.hidden.to(hidden.dtype),
-            None if into.weight is None else into.weight.to(weight.dtype),
-            None if into.bias is None else into.bias.to(bias.dtype),
-            None, None, None, None,
-        )
+            into = Gradients.of(head, tokens, hidden=wanted[0], weight=wanted[1], bias=wanted[2])
+            grad = first_over(grad.flatten()[tokens.index], head.group)
+            Reader(head, tokens).differentiate_all(tokens, ctx.reading, grad, into, ctx.step)
+        ready = [
+            None if made is None else made.to(like.dtype)
+            for made, like in zip(into.total(), (hidden, weight, bias), strict=True)
+        ]
+        return (*ready, None, None, None, None)
 
 
 def check_first_order(caller: str) -> None:
@@ -401,33 +555,15 @@ def check_first_order(caller: str) -> None:
         raise RuntimeError(f"{caller}: differentiating twice (create_graph=True) is not supported")
 
 
-def _product(a: Tensor, b: Tensor, *, out: Tensor) -> None:
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
     if a.dtype == out.dtype:
         torch.mm(a, b, out=out)
     else:
         torch.mm(a, b, out.dtype, out=out)
 
 
-def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
+def _accumulate(a: Tensor, b: Tensor, total: Tensor) -> None:
     if a.dtype == total.dtype:
         total.addmm_(a, b.to(total.dtype))
     else:
         total += torch.mm(a, b, total.dtype)
-
-
-def _restrict(z: Tensor, support: Support, head: Head) -> Tensor:
-    """Logits outside the support become −inf; rows without any kept id stay, and are returned."""
-    counts, ids = support.offsets.diff(), support.ids
-    row = torch.arange(len(z), device=z.device)
-    row = row.repeat_interleave(counts, output_size=len(ids))
-    if head.group is not None:
-        ids = ids - head.start
-        here = (ids >= 0) & (ids < z.shape[1])
-        row, ids = row[here], ids[here]
-    kept = z[row, ids]
-    empty = rearrange(counts == 0, "c -> c 1")
-    z.masked_fill_(~empty, -torch.inf)
-    z[row, ids] = kept
-    return empty
-
-

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from products import Products
 
 from iscorrect import (
     CISPO,
@@ -96,24 +97,10 @@ def assert_same(loss_fn, batch, **more):
     assert grads[1].abs().sum() > 0
 
 
-@pytest.fixture
-def products(monkeypatch):
-    """Rows of the products with the whole vocabulary: logits, and gradients of the weight."""
-    rows = {"logits": 0, "gradients": 0}
-    product, accumulate = linear_module._product, linear_module._accumulate
-
-    def counted_product(a, b, *, out):
-        rows["logits"] += len(a)
-        product(a, b, out=out)
-
-    def counted_accumulate(total, a, b):
-        if total.shape == (V, D):
-            rows["gradients"] += len(b)
-        accumulate(total, a, b)
-
-    monkeypatch.setattr(linear_module, "_product", counted_product)
-    monkeypatch.setattr(linear_module, "_accumulate", counted_accumulate)
-    return rows
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """A vocabulary of several blocks."""
+    monkeypatch.setattr(linear_module, "CPU_ROWS", 5)
 
 
 WIDE = {
@@ -123,13 +110,13 @@ WIDE = {
 
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("old", [False, True])
-@pytest.mark.parametrize("scratch", [False, True])
-def test_every_preset_is_the_same_in_one_pass(name, old, scratch):
+@pytest.mark.parametrize(("chunk_size", "scratch"), [(4, False), (4, True), (None, True)])
+def test_every_preset_is_the_same_in_one_pass(name, old, chunk_size, scratch):
     loss_fn = PolicyLoss(correction=PRESETS[name](**WIDE.get(name, {})))
-    assert_same(loss_fn, make(old=old), chunk_size=4, sequence_scratch=scratch)
+    assert_same(loss_fn, make(old=old), chunk_size=chunk_size, sequence_scratch=scratch)
 
 
-@pytest.mark.parametrize("chunk_size", [1, 3, 100])
+@pytest.mark.parametrize("chunk_size", [1, 3, 100, None])
 @pytest.mark.parametrize("old", [False, True])
 @pytest.mark.parametrize(
     "objective",
@@ -167,6 +154,16 @@ class SquaredAdvantage:
 
 
 @dataclass(frozen=True)
+class LikelyTokens:
+    """A derivative without an advantage."""
+
+    scope: ClassVar[str] = "token"
+
+    def __call__(self, log_probs, old_log_probs, advantages, layout):
+        return -(advantages + 1) * log_probs
+
+
+@dataclass(frozen=True)
 class SquaredMean:
     """Says nothing of how far it looks, so it may look at the batch."""
 
@@ -174,7 +171,7 @@ class SquaredMean:
         return -advantages * layout.mean(log_probs).square() * layout.mask
 
 
-@pytest.mark.parametrize("objective", [SquaredAdvantage(), SquaredMean()])
+@pytest.mark.parametrize("objective", [SquaredAdvantage(), LikelyTokens(), SquaredMean()])
 def test_parts_that_users_write_work_too(objective):
     loss_fn = PolicyLoss(correction=token_tis(), objective=objective)
     assert_same(loss_fn, make(), chunk_size=4)
@@ -219,56 +216,89 @@ def test_micro_batches_with_a_normalizer_add_up():
     torch.testing.assert_close(total, whole[2][1:])
 
 
-def test_one_pass_computes_each_logit_once(products):
+def multiplied(loss_fn, batch, **more):
+    """Tokens that were multiplied by the whole head, and what came of it."""
+    with Products() as products:
+        out = run(fused, loss_fn, batch, **more)
+    return products.tokens(batch.weight), out
+
+
+def counted(batch):
+    """Tokens that count, and those of them with an advantage."""
+    return int(batch.mask.sum()), int(batch.mask[batch.rest["advantages"] != 0].sum())
+
+
+def test_one_pass_computes_each_logit_once():
     batch = make()
-    n = int(batch.mask.sum())
-    run(fused, PolicyLoss(correction=token_tis()), batch, chunk_size=4)
-    assert products["logits"] == n
+    n, busy = counted(batch)
+    tokens, _ = multiplied(PolicyLoss(correction=token_tis()), batch, chunk_size=4)
+    assert busy < n
+    assert tokens == n + 2 * busy
 
 
-def test_known_old_log_probs_make_one_pass_of_whole_sequences(products):
+def test_known_old_log_probs_make_one_pass_of_whole_sequences():
     batch = make(old=True)
-    run(fused, PolicyLoss(correction=sequence_tis()), batch, chunk_size=4)
-    assert products["logits"] == batch.mask.sum()
+    n, busy = counted(batch)
+    tokens, _ = multiplied(PolicyLoss(correction=sequence_tis()), batch, chunk_size=4)
+    assert tokens == n + 2 * busy
 
 
-def test_a_factor_per_sequence_needs_one_pass_with_a_scratch_and_two_without(products):
+def test_a_factor_per_sequence_needs_one_pass_with_a_scratch_and_two_without():
     batch, loss_fn = make(), PolicyLoss(correction=sequence_is())
-    n = int(batch.mask.sum())
-    run(fused, loss_fn, batch, chunk_size=4, sequence_scratch=True)
-    assert products["logits"] == n
-    run(fused, loss_fn, batch, chunk_size=4)
-    counted = n + int(batch.mask[batch.rest["advantages"] != 0].sum())
-    assert products["logits"] == n + counted
+    n, busy = counted(batch)
+    one, _ = multiplied(loss_fn, batch, chunk_size=4, sequence_scratch=True)
+    assert one == n + 2 * busy
+    two, _ = multiplied(loss_fn, batch, chunk_size=4)
+    assert two == n + 3 * busy
 
 
-def test_sequences_that_fit_into_a_chunk_need_no_scratch(products):
+def test_sequences_that_fit_into_a_chunk_need_no_scratch():
     batch = make()
-    run(fused, PolicyLoss(correction=sequence_is()), batch, chunk_size=T)
-    assert products["logits"] == batch.mask.sum()
+    n, busy = counted(batch)
+    tokens, _ = multiplied(PolicyLoss(correction=sequence_is()), batch, chunk_size=T)
+    assert tokens == n + 2 * busy
 
 
-def test_a_token_without_derivative_costs_no_gradient(products):
+def test_a_sequence_that_fits_where_the_gradient_will_be_needs_no_scratch():
     batch = make()
-    run(fused, PolicyLoss(correction=token_tis()), batch, chunk_size=4)
-    assert products["gradients"] == batch.mask[batch.rest["advantages"] != 0].sum()
+    batch.mask[1:] = batch.mask[0, -1] = False
+    n, _ = counted(batch)
+    assert 4 < n <= D
+    tokens, _ = multiplied(PolicyLoss(correction=sequence_is()), batch, chunk_size=4)
+    assert tokens == 3 * n
 
 
-def test_a_rejected_token_costs_no_gradient(products):
+def test_a_rejected_token_costs_no_gradient():
     batch = make()
+    n, busy = counted(batch)
     loss_fn = PolicyLoss(correction=PRESETS["token-mis"](high=1.0))
-    _, metrics, _ = run(fused, loss_fn, batch, chunk_size=4)
-    with_gradient = batch.mask & (batch.rest["advantages"] != 0)[:, None]
-    assert 0 < products["gradients"] < with_gradient.sum()
+    tokens, (_, metrics, _) = multiplied(loss_fn, batch, chunk_size=4)
+    assert n < tokens < n + 2 * busy
     assert 0 < metrics["is/rejected"] < 1
 
 
-def test_a_batch_without_advantage_has_zero_gradients(products):
+def test_a_batch_without_advantage_has_zero_gradients():
     batch = make()
     batch.rest["advantages"].zero_()
-    _, _, grads = run(fused, PolicyLoss(correction=token_tis()), batch)
-    assert products["gradients"] == 0
+    tokens, (_, _, grads) = multiplied(PolicyLoss(correction=token_tis()), batch)
+    assert tokens == batch.mask.sum()
     assert all((g == 0).all() for g in grads)
+
+
+def test_a_small_batch_is_read_twice_rather_than_held():
+    batch = make()
+    n, busy = counted(batch)
+    tokens, _ = multiplied(PolicyLoss(correction=token_tis()), batch)
+    assert tokens == n + 2 * busy + (busy - D)
+
+
+def test_tokens_without_advantage_are_read_again_only_where_they_have_a_derivative():
+    batch = make()
+    n, busy = counted(batch)
+    loss_fn = PolicyLoss(correction=token_tis(), objective=LikelyTokens())
+    tokens, (_, _, grads) = multiplied(loss_fn, batch, chunk_size=4)
+    assert tokens == n + 2 * busy + 3 * (n - busy)
+    torch.testing.assert_close(grads, run(unfused, loss_fn, batch)[2], rtol=1e-10, atol=1e-13)
 
 
 @pytest.mark.parametrize("correction", [token_tis(), sequence_tis()], ids=["token", "sequence"])

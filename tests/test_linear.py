@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from products import Products
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from iscorrect import InputError, Layout, Support, log_probs_from_logits
@@ -199,27 +200,7 @@ def test_the_logits_of_a_batch_never_exist():
     assert V * D < B * T * V
 
 
-@pytest.fixture
-def rows_multiplied(monkeypatch):
-    """How many rows went through the forward and the weight's backward product."""
-    counts = {"forward": 0, "backward": 0}
-    product, accumulate = linear_module._product, linear_module._accumulate
-
-    def counted_product(a, b, *, out):
-        counts["forward"] += len(a)
-        product(a, b, out=out)
-
-    def counted_accumulate(total, a, b):
-        if total.shape == (V, D):
-            counts["backward"] += len(b)
-        accumulate(total, a, b)
-
-    monkeypatch.setattr(linear_module, "_product", counted_product)
-    monkeypatch.setattr(linear_module, "_accumulate", counted_accumulate)
-    return counts
-
-
-def test_what_does_not_count_is_never_computed(rows_multiplied):
+def test_what_does_not_count_is_never_computed():
     hidden, weight, bias, target = make(torch.float32)
     mask = torch.zeros(B, T, dtype=torch.bool)
     mask[0, :3] = mask[2, 5] = True
@@ -227,11 +208,13 @@ def test_what_does_not_count_is_never_computed(rows_multiplied):
     target[~mask] = -100
     hidden.requires_grad_()
     weight.requires_grad_()
-    out = linear_log_probs(hidden, weight, target, bias=bias, layout=Layout(mask), chunk_size=2)
-    assert rows_multiplied["forward"] == 4
+    with Products() as forward:
+        out = linear_log_probs(hidden, weight, target, bias=bias, layout=Layout(mask), chunk_size=2)
+    assert forward.tokens(weight) == 4
     assert (out[~mask] == 0).all()
-    (out * torch.tensor([[1.0], [1.0], [0.0]])).sum().backward()
-    assert rows_multiplied == {"forward": 4 + 3, "backward": 3}
+    with Products() as backward:
+        (out * torch.tensor([[1.0], [1.0], [0.0]])).sum().backward()
+    assert backward.tokens(weight) == 3 * 3
     assert (hidden.grad[~mask] == 0).all()
     assert hidden.grad.isfinite().all()
     assert weight.grad.isfinite().all()
@@ -259,13 +242,14 @@ def test_autocast_does_not_narrow_the_head():
     torch.testing.assert_close(weight.grad, gradient, rtol=0, atol=0)
 
 
-def test_a_frozen_head_gets_no_gradient(rows_multiplied):
+def test_a_frozen_head_gets_no_gradient():
     hidden, weight, bias, target = make(torch.float32)
     hidden.requires_grad_()
-    linear_log_probs(hidden, weight, target, bias=bias).sum().backward()
+    with Products() as products:
+        linear_log_probs(hidden, weight, target, bias=bias).sum().backward()
     assert hidden.grad is not None
     assert weight.grad is None
-    assert rows_multiplied["backward"] == 0
+    assert products.tokens(weight) == 3 * B * T
 
 
 def test_a_transposed_weight_gets_its_own_gradient():
@@ -292,18 +276,25 @@ def test_token_ids_may_be_narrow_integers():
     torch.testing.assert_close(out, linear_log_probs(hidden, weight, target, bias=bias))
 
 
-def test_blocks_of_an_upcast_weight_make_the_whole(monkeypatch):
-    hidden, weight, bias, target = make(torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "temperature": 0.7}], ids=str)
+def test_blocks_of_the_vocabulary_make_the_whole(monkeypatch, dtype, options):
+    hidden, weight, bias, target = make(dtype)
+    ids = torch.stack([target, (target + 20) % V], -1)
     of = torch.randn(B, T, generator=torch.Generator().manual_seed(3))
 
-    def run():
+    def run(**more):
         return gradients(
-            lambda h, w, b: linear_log_probs(h, w, target, bias=b), hidden, weight, bias, of=of
-        )
+            lambda h, w, b: linear_log_probs(h, w, target, bias=b, **options, **more),
+            hidden, weight, bias, of=of,
+        ), linear_log_probs(hidden, weight, target, bias=bias, entropy=True, **options, **more)
 
-    whole = run()
-    monkeypatch.setattr(linear_module, "BLOCK", 5 * D)
-    torch.testing.assert_close(run(), whole)
+    for more in ({}, {"support": ids}, {"chunk_size": 3}):
+        monkeypatch.setattr(linear_module, "CPU_ROWS", V)
+        whole = run(**more)
+        for rows in (1, 5, V // 2):
+            monkeypatch.setattr(linear_module, "CPU_ROWS", rows)
+            torch.testing.assert_close(run(**more), whole)
 
 
 def test_rows_that_pad_the_vocabulary_are_left_out():
