@@ -240,17 +240,21 @@ def realistic(size: dict[str, int], setting: Setting) -> Workload:
 
 
 def sequences(n: int, size: dict[str, int], setting: Setting) -> Workload:
-    problem = make(2, n // 2, device=setting.device, **size)
+    t = n + n // 2  # longer than a chunk that needs no buffer
+    problem = make(2, t, device=setting.device, **size)
     loss_fn = PolicyLoss(correction=sequence_is())
     workload = Workload(
         "sequence-weights",
-        f"2 sequences of {n // 2} tokens, vocabulary {size['v']}, width {size['d']}, float32: "
+        f"2 sequences of {t} tokens, vocabulary {size['v']}, width {size['d']}, float32: "
         "weights of whole sequences under the policy being trained.",
     )
     runs = {
         "materialised": materialised_sequences(problem),
         "iscorrect, two passes": two_pass(problem, loss_fn),
-        "iscorrect, one pass with sequence_scratch": ours(problem, loss_fn, sequence_scratch=True),
+        "iscorrect, sequence_scratch": ours(problem, loss_fn, sequence_scratch=True),
+        "iscorrect, sequence_scratch, chunk_size=256": ours(
+            problem, loss_fn, sequence_scratch=True, chunk_size=256
+        ),
     }
     times = interleave(runs, setting)
     for provider, taken in times.items():

@@ -14,7 +14,7 @@ from benchmarks.harness import Setting, Workload, extra_memory
 from benchmarks.linear import forget, make, ours, theirs
 
 OURS = {
-    "iscorrect, one pass": {}, "iscorrect, one pass, chunk_size=96": {"chunk_size": 96},
+    "iscorrect, one pass": {}, "iscorrect, one pass, chunk_size=256": {"chunk_size": 256},
 }
 
 

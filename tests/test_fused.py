@@ -23,7 +23,7 @@ from iscorrect import (
     sequence_tis,
     token_tis,
 )
-from iscorrect import linear as linear_module
+from iscorrect import reader as reader_module
 from iscorrect.fused import fp32_head_loss, fused_policy_loss
 from iscorrect.linear import linear_log_probs
 
@@ -100,7 +100,7 @@ def assert_same(loss_fn, batch, **more):
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """A vocabulary of several blocks."""
-    monkeypatch.setattr(linear_module, "CPU_ROWS", 5)
+    monkeypatch.setattr(reader_module, "CPU_ROWS", 5)
 
 
 WIDE = {

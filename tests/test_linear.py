@@ -8,7 +8,7 @@ from products import Products
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from iscorrect import InputError, Layout, Support, log_probs_from_logits
-from iscorrect import linear as linear_module
+from iscorrect import reader as reader_module
 from iscorrect.linear import linear_log_probs
 
 B, T, D, V = 3, 7, 16, 41
@@ -290,10 +290,10 @@ def test_blocks_of_the_vocabulary_make_the_whole(monkeypatch, dtype, options):
         ), linear_log_probs(hidden, weight, target, bias=bias, entropy=True, **options, **more)
 
     for more in ({}, {"support": ids}, {"chunk_size": 3}):
-        monkeypatch.setattr(linear_module, "CPU_ROWS", V)
+        monkeypatch.setattr(reader_module, "CPU_ROWS", V)
         whole = run(**more)
         for rows in (1, 5, V // 2):
-            monkeypatch.setattr(linear_module, "CPU_ROWS", rows)
+            monkeypatch.setattr(reader_module, "CPU_ROWS", rows)
             torch.testing.assert_close(run(**more), whole)
 
 
@@ -393,6 +393,6 @@ def test_bad_input_names_the_argument(case):
 def test_float32_output_and_upcast_agree_on_a_gpu(dtype, monkeypatch):
     hidden, weight, bias, target = (x.cuda() for x in make(dtype))
     wide_output = linear_log_probs(hidden, weight, target, bias=bias)
-    monkeypatch.setattr(linear_module, "WIDE_OUTPUT", False)
+    monkeypatch.setattr(reader_module, "WIDE_OUTPUT", False)
     upcast = linear_log_probs(hidden, weight, target, bias=bias)
     torch.testing.assert_close(wide_output, upcast, rtol=1e-5, atol=1e-5)

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import iscorrect as ic
-import iscorrect.linear as linear_module
+import iscorrect.reader as reader_module
 from iscorrect import PRESETS, InputError, Layout, PolicyLoss, log_probs_from_logits
 from iscorrect.aggregate import denominator
 from iscorrect.metrics import merge
@@ -690,7 +690,7 @@ def logits_that_hang(*args, **kwargs):
 
 def a_head_with(product):
     if dist.get_rank() == 1:
-        linear_module._product = product
+        reader_module._product = product
     ic.linear_log_probs(
         torch.zeros(2, 3, 4), torch.zeros(3, 4), torch.zeros(2, 3, dtype=torch.long),
         vocabulary_group=dist.group.WORLD,
@@ -708,7 +708,7 @@ def a_rank_that_hangs_in_the_head(grid):
 def start(rank, store, facts, dp, cp, tp):
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    linear_module.CPU_ROWS = 3  # a vocabulary of several blocks on each rank
+    reader_module.CPU_ROWS = 3  # a vocabulary of several blocks on each rank
     fails = set(FAILURES) & set(facts)
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=dp * cp * tp,
