@@ -6,7 +6,6 @@ a chunk is left to two passes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -54,20 +53,22 @@ def in_one_pass(
     if size is None:
         size = default_chunk_size(busy, tokens.index.device, weight=wanted[1])
     room = _Room(reader, into, size)
-    parts: Iterable[slice] = room.parts(busy)
     if scope == "sequence":
-        parts = _whole_sequences(batch.layout, tokens[:busy], room)
         by_factor = sequence_scratch and loss_fn.reference_kl is None
-        if not by_factor and any(len(tokens[part]) > room.least for part in parts[1:]):
+        parts = _whole_sequences(batch.layout, tokens[:busy], room, by_factor=by_factor)
+        if not by_factor and any(len(tokens[part]) > room.at(i) for i, part in enumerate(parts)):
             return None
+    else:
+        parts = room.parts(busy)
+    held = parts[-1].stop if parts else 0
     scale = _scale(loss_fn, batch, head.wide(tokens.hidden))
     derivative = _Derivative.of(loss_fn, batch, tokens.index, scope, scale, head.group)
     log_probs = scale.new_zeros(scale.numel())
     scratch = None
     with torch.autocast(tokens.hidden.device.type, enabled=False):
-        for part in parts:
+        for i, part in enumerate(parts):
             chunk = tokens[part]
-            if len(chunk) <= room.now:
+            if len(chunk) <= room.at(i):
                 reading = reader.read(chunk, keep=room.take(len(chunk)))
                 coefficient = derivative[part](reading.log_probs)
                 reader.differentiate(chunk, reading, coefficient, into)
@@ -75,8 +76,8 @@ def in_one_pass(
                 scratch = scratch or room.another()
                 reading = _long_sequence(reader, chunk, derivative[part], room, scratch)
             log_probs[chunk.index] = reading.log_probs
-        if busy < len(tokens):
-            rest = slice(busy, len(tokens))
+        if held < len(tokens):
+            rest = slice(held, len(tokens))
             reading = reader.score(tokens[rest], room.step)
             log_probs[tokens[rest].index] = reading.log_probs
             coefficient = derivative[rest](reading.log_probs)
@@ -130,9 +131,9 @@ def default_chunk_size(tokens: int, device: torch.device, *, weight: bool) -> in
 class _Room:
     """Where the exponentials "v c" of a chunk wait until its derivative is known.
 
-    That is where the gradient of the weight is going to be, as long as it is fresh: each block of
-    rows is written when its exponentials have been read for the last time. From then on a buffer
-    for ``size`` tokens, or none if that is 0.
+    For the first chunk that is where the gradient of the weight is going to be: each block of rows
+    is written when its exponentials have been read for the last time. For the others it is a buffer
+    of ``size`` tokens, or there are no others if that is 0.
     """
 
     def __init__(self, reader: Reader, into: Gradients, size: int):
@@ -144,49 +145,44 @@ class _Room:
         """The room that another gradient of the weight has."""
         return _Room(self.reader, self.into.another(), self.size)
 
-    @property
-    def least(self) -> int:
-        """Tokens of which a chunk may always be."""
-        return self.size or self.step
-
-    @property
-    def now(self) -> int:
-        """Tokens of which the next chunk may be."""
+    def at(self, i: int) -> int:
+        """Tokens of which the i-th chunk may be."""
         gradient = self.into.weight
-        if gradient is None or not self.into.fresh:
-            return self.least
-        return max(self.size, gradient.shape[1])
+        return self.size if i or gradient is None else max(self.size, gradient.shape[1])
 
-    def parts(self, n: int) -> Iterator[slice]:
-        """Chunks of n tokens, as large as they may be by then."""
+    def parts(self, n: int) -> list[slice]:
+        """Chunks, of n tokens or as many of them as there is room for."""
+        parts: list[slice] = []
         start = 0
-        while start < n:
-            stop = min(start + self.now, n)
-            yield slice(start, stop)
-            start = stop
+        while start < n and self.at(len(parts)):
+            parts.append(slice(start, min(start + self.at(len(parts)), n)))
+            start = parts[-1].stop
+        return parts
 
-    def take(self, n: int) -> Tensor | None:
-        """Room for n tokens; None: their logits are to be computed twice."""
+    def take(self, n: int) -> Tensor:
+        """Room for n tokens."""
         gradient = self.into.weight
         if gradient is not None and self.into.fresh and n <= gradient.shape[1]:
             return gradient[:, :n]
-        if n > self.size:
-            return None
         if self._buffer is None:
             weight = self.reader.head.weight
             self._buffer = weight.new_empty(len(weight), self.size, dtype=self.reader.dtype)
         return self._buffer[:, :n]
 
 
-def _whole_sequences(layout: Layout, tokens: Tokens, room: _Room) -> list[slice]:
-    """As many sequences as fit into a chunk; a longer one by itself."""
+def _whole_sequences(
+    layout: Layout, tokens: Tokens, room: _Room, *, by_factor: bool
+) -> list[slice]:
+    """Chunks of as many sequences as there is room for; a longer one by itself."""
     first = layout.sequence_starts().flatten()[tokens.index].nonzero().squeeze(-1).tolist()
     parts: list[slice] = []
     for start, stop in pairwise([*first, len(tokens)]):
-        if parts and stop - parts[-1].start <= (room.least if parts[1:] else room.now):
+        if parts and stop - parts[-1].start <= room.at(len(parts) - 1):
             parts[-1] = slice(parts[-1].start, stop)
-        else:
+        elif room.size or by_factor or (not parts and stop <= room.at(0)):
             parts.append(slice(start, stop))
+        else:
+            break
     return parts
 
 
@@ -311,14 +307,19 @@ def _long_sequence(
     Its gradient is gathered without the sequence's factor, and multiplied by it once that is known.
     Where it turns out that there is no such factor, it is gathered again.
     """
-    scratch.into.clear()
-    readings, guesses = [], []
-    for part in scratch.parts(len(tokens)):
+    into = scratch.into
+    into.clear()
+    readings, guesses, parts = [], [], scratch.parts(len(tokens))
+    for part in parts:
         chunk = tokens[part]
         reading = reader.read(chunk, keep=scratch.take(len(chunk)))
         guesses.append(derivative[part].without_factor(reading.log_probs))
-        reader.differentiate(chunk, reading, guesses[-1], scratch.into)
+        reader.differentiate(chunk, reading, guesses[-1], into)
         readings.append(replace(reading, kept=None))
+    rest = slice(parts[-1].stop, len(tokens))
+    readings.append(reader.score(tokens[rest], scratch.step))
+    guesses.append(derivative[rest].without_factor(readings[-1].log_probs))
+    reader.differentiate_all(tokens[rest], readings[-1], guesses[-1], into, scratch.step)
     reading, guess = Reading.joined(readings), torch.cat(guesses)
     truth = derivative(reading.log_probs)
     factor = _factor(truth, guess)
@@ -331,7 +332,7 @@ def _long_sequence(
     else:
         if hidden is not None:
             hidden[rows] *= factor
-        room.into.add(scratch.into, factor)
+        room.into.add(into, factor)
     return reading
 
 

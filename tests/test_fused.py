@@ -250,6 +250,8 @@ def test_a_factor_per_sequence_needs_one_pass_with_a_scratch_and_two_without():
     assert one == n + 2 * busy
     two, _ = multiplied(loss_fn, batch, chunk_size=4)
     assert two == n + 3 * busy
+    small, _ = multiplied(loss_fn, batch)
+    assert n + 2 * busy < small <= two
 
 
 def test_sequences_that_fit_into_a_chunk_need_no_scratch():

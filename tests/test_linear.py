@@ -23,6 +23,14 @@ def make(dtype=torch.float64, *, bias=True, seed=0):
     return hidden, weight, b, target
 
 
+@pytest.fixture(autouse=True, scope="module")
+def small_blocks():
+    """A vocabulary of several blocks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reader_module, "CPU_ROWS", 7)
+        yield
+
+
 def plain(hidden, weight, bias, target, *, temperature=1.0, softcap=None, support=None):
     """The logits of every token, all at once."""
     logits = hidden @ weight.T
@@ -112,8 +120,9 @@ def test_a_log_prob_is_never_positive(seed, scale):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_no_less_exact_than_the_naive_path(dtype):
+def test_no_less_exact_than_the_naive_path(monkeypatch, dtype):
     """Errors against float64 of the same inputs, over many tokens."""
+    monkeypatch.setattr(reader_module, "CPU_ROWS", 2048)
     generator = torch.Generator().manual_seed(0)
     n, v, d = 128, 4099, 256
     hidden = torch.randn(n, d, generator=generator).to(dtype)
@@ -295,6 +304,23 @@ def test_blocks_of_the_vocabulary_make_the_whole(monkeypatch, dtype, options):
         for rows in (1, 5, V // 2):
             monkeypatch.setattr(reader_module, "CPU_ROWS", rows)
             torch.testing.assert_close(run(**more), whole)
+
+
+@pytest.mark.parametrize("span", [3.0, 300.0, 3e4])
+@pytest.mark.parametrize("falling", [False, True])
+def test_logits_that_rise_or_fall_from_block_to_block_lose_no_digits(span, falling):
+    logits = torch.linspace(-span, span, V).flip(0) if falling else torch.linspace(-span, span, V)
+    weight = logits[:, None] * torch.eye(1, D)
+    hidden = torch.eye(1, D).expand(V, D)
+    target = torch.arange(V)
+    out = linear_log_probs(hidden, weight, target, entropy=True)
+    exact = linear_log_probs(hidden.double(), weight.double(), target, entropy=True)
+    log_p = logits.double().log_softmax(-1)
+    torch.testing.assert_close(exact.log_probs, log_p, rtol=1e-13, atol=1e-13)
+    entropy = -(log_p.exp() * log_p).sum()
+    torch.testing.assert_close(exact.entropy[0], entropy, rtol=1e-12, atol=1e-13)
+    for x, y in zip(out, exact, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=1e-6, atol=1e-7)
 
 
 def test_rows_that_pad_the_vocabulary_are_left_out():
