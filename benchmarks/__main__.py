@@ -10,7 +10,7 @@ import importlib
 import os
 import sys
 
-CASES = ("overhead", "linear", "memory", "head", "fp16_switch")
+CASES = ("overhead", "linear", "emulated", "memory", "head", "fp16_switch")
 
 
 def main() -> None:
@@ -29,6 +29,10 @@ def main() -> None:
     given = parser.parse_args()
     # before torch is imported: its thread pools are sized on loading
     os.environ["OMP_NUM_THREADS"] = str(given.threads)
+    if "emulated" in given.cases:
+        if len(given.cases) > 1 or given.device != "cpu":
+            parser.error("emulated switches a CPU's 16-bit arithmetic off: run it by itself, there")
+        os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE"
 
     import torch
 

@@ -60,7 +60,8 @@ def make(
     rollout = log_probs + 0.1 * torch.randn(b, t, generator=generator)
     if b > 1:
         advantages = torch.randn(b, 1, generator=generator).expand(b, t).clone()
-        advantages[: round(idle * b)] = 0
+        # rows of all lengths, so that the share is one of the tokens too
+        advantages[((torch.arange(round(idle * b)) + 0.5) / max(idle, 1 / b)).long()] = 0
     else:
         advantages = torch.randn(b, t, generator=generator)
         advantages[:, : round(idle * t)] = 0
@@ -215,8 +216,8 @@ def realistic(size: dict[str, int], setting: Setting) -> Workload:
     workload = Workload(
         "group-batch",
         f"{b} × {t} positions in ragged rows, {counted:.0%} of them counted, 40 % of the rows "
-        f"without advantage; vocabulary {size['v']}, width {size['d']}, float32. Padding is "
-        "removed for everyone but where the name says so.",
+        f"and of these tokens without advantage; vocabulary {size['v']}, width {size['d']}, "
+        "float32. Padding is removed for everyone but where the name says so.",
     )
     runs = {"iscorrect, one pass": ours(problem)}
     versions, missing = {"iscorrect, one pass": "iscorrect"}, {}
