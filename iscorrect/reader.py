@@ -268,7 +268,8 @@ class Reader:
     ) -> None:
         """The same for any number of tokens, whose logits are computed again."""
         rows = coefficient.nonzero().squeeze(-1)
-        tokens, reading, coefficient = tokens[rows], reading[rows], coefficient[rows]
+        if len(rows) < len(tokens):
+            tokens, reading, coefficient = tokens[rows], reading[rows], coefficient[rows]
         for part in chunks(len(tokens), step):
             self.differentiate(tokens[part], reading[part], coefficient[part], into)
 
