@@ -60,7 +60,8 @@ def fused_policy_loss(
     Tokens outside the mask cost nothing, tokens whose derivative is 0 no gradient. Where
     the loss of a token looks farther than the tokens at hand (a correction of whole sequences
     under the policy being trained, a batch-wide bound), a second pass recomputes the logits.
-    Leaving tokens out takes their number: a GPU is asked for it once a chunk.
+    Leaving tokens out takes their number: a GPU is asked for it before the first chunk, twice, and
+    once a chunk.
 
     Args:
         loss_fn: the loss.
