@@ -42,10 +42,10 @@ from benchmarks.faulty import (
     top_p,
     updated,
 )
+from iscorrect.cli.rollouts import MODELS, shipped_rollouts
+from iscorrect.cli.rollouts import PAIRS as SHIPPED_PAIRS
 from iscorrect.diagnose import diagnose
 from iscorrect.dumps import LogProbDump, concatenate
-from iscorrect.rollouts import MODELS, shipped_rollouts
-from iscorrect.rollouts import PAIRS as SHIPPED_PAIRS
 
 LENGTH, ANSWERS = 128, 4
 BF16 = Stack(torch.bfloat16, fused=True), Stack(torch.bfloat16, fused=False)

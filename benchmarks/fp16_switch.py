@@ -17,8 +17,8 @@ from torch.nn import functional
 
 from benchmarks.harness import Setting, Workload, extra_memory, interleave, summary
 from iscorrect import PRESETS, PolicyLoss, effective_sample_size, k3
-from iscorrect.fused import fused_policy_loss
-from iscorrect.linear import linear_log_probs
+from iscorrect.head.fused import fused_policy_loss
+from iscorrect.head.linear import linear_log_probs
 
 CORRECTIONS = ("token-is", "token-tis", "icepop", "sequence-tis", "sequence-mis", "geometric-rs")
 LOSS_SCALE = 2.0**16

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks import peers
 from benchmarks.harness import Setting, Workload
-from iscorrect.linear import linear_log_probs
+from iscorrect.head.linear import linear_log_probs
 
 
 def run(setting: Setting) -> Iterator[Workload]:

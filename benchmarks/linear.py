@@ -11,8 +11,8 @@ from torch import Tensor
 from benchmarks import peers
 from benchmarks.harness import Setting, Workload, interleave, summary
 from iscorrect import PolicyLoss, sequence_is, token_tis
-from iscorrect.fused import fused_policy_loss
-from iscorrect.linear import linear_log_probs
+from iscorrect.head.fused import fused_policy_loss
+from iscorrect.head.linear import linear_log_probs
 
 CAP = 2.0
 TOKEN_TIS = PolicyLoss(correction=token_tis(CAP))

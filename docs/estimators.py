@@ -11,8 +11,8 @@ from einops import einsum, rearrange, repeat
 from torch import Tensor
 
 from iscorrect import PRESETS, PolicyLoss, binary_kl, k2, k3, mse_optimal_cap, sequence_tis
+from iscorrect.cli.audit import Setting
 from iscorrect.testing import TabularPolicy, audit, chi2, kl, total_variation
-from iscorrect.testing.command import Setting
 from iscorrect.testing.mismatch import token_sigma
 
 PAGE = Path(__file__).with_suffix(".md")

@@ -15,8 +15,17 @@ log-probs to a loss of this package, and the gradient is corrected for it:
 ``iscorrect.testing`` tests losses.
 """
 
-from iscorrect.aggregate import aggregate, global_normalizer, group_advantages
-from iscorrect.bounds import (
+from iscorrect.errors import InputError
+from iscorrect.fp16.audit import FP16Audit, audit_fp16
+from iscorrect.fp16.scaler import fp16_scaler
+from iscorrect.head.fused import fp32_head_loss, fused_policy_loss
+from iscorrect.head.linear import HeadOutput, linear_log_probs
+from iscorrect.head.logits import log_probs_from_logits
+from iscorrect.head.support import Support
+from iscorrect.layout import Layout, pad_sequences, unpad
+from iscorrect.loss.advantages import group_advantages
+from iscorrect.loss.aggregate import aggregate, global_normalizer
+from iscorrect.loss.bounds import (
     Clip,
     ConfidenceCap,
     Ignore,
@@ -25,10 +34,29 @@ from iscorrect.bounds import (
     SignedTruncate,
     Truncate,
 )
-from iscorrect.correction import (
+from iscorrect.loss.caps import (
+    ESSCap,
+    IonidesCap,
+    MSEOptimalCap,
+    ess_cap,
+    ionides_cap,
+    mse_optimal_cap,
+)
+from iscorrect.loss.correction import Correction, Weights
+from iscorrect.loss.divergences import binary_kl, k1, k2, k3
+from iscorrect.loss.evidence import Evidence
+from iscorrect.loss.metrics import Metrics, effective_sample_size
+from iscorrect.loss.objectives import CISPO, PPOClip, Reinforce
+from iscorrect.loss.pareto import pareto_tail
+from iscorrect.loss.policy_loss import (
+    LossOutput,
+    PolicyLoss,
+    masked_is_loss,
+    sequence_is_loss,
+    token_tis_loss,
+)
+from iscorrect.loss.presets import (
     PRESETS,
-    Correction,
-    Weights,
     confidence_is,
     dppo,
     geometric_rs,
@@ -47,25 +75,8 @@ from iscorrect.correction import (
     trust_region_mask,
     uncorrected,
 )
-from iscorrect.divergences import binary_kl, k1, k2, k3
-from iscorrect.errors import InputError
-from iscorrect.fused import fp32_head_loss, fused_policy_loss
-from iscorrect.layout import Layout, pad_sequences, unpad
-from iscorrect.linear import HeadOutput, linear_log_probs
-from iscorrect.logprobs import Support, log_probs_from_logits
-from iscorrect.loss import (
-    LossOutput,
-    PolicyLoss,
-    masked_is_loss,
-    sequence_is_loss,
-    token_tis_loss,
-)
-from iscorrect.metrics import Metrics, effective_sample_size
-from iscorrect.objectives import CISPO, PPOClip, ReferenceKL, Reinforce, score_centering
-from iscorrect.pareto import pareto_tail
-from iscorrect.precision import FP16Audit, audit_fp16, fp16_scaler
-from iscorrect.ratios import Evidence, at_level, log_ratio, ratio
-from iscorrect.reject import (
+from iscorrect.loss.ratios import at_level, log_ratio, ratio
+from iscorrect.loss.rules import (
     BinaryKL,
     DivergenceAbove,
     OffPolicyNegative,
@@ -73,14 +84,7 @@ from iscorrect.reject import (
     RatioOutside,
     Veto,
 )
-from iscorrect.thresholds import (
-    ESSCap,
-    IonidesCap,
-    MSEOptimalCap,
-    ess_cap,
-    ionides_cap,
-    mse_optimal_cap,
-)
+from iscorrect.loss.terms import ReferenceKL, score_centering
 
 __version__ = "0.1.0"
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from iscorrect.cli import main
+from iscorrect.cli.main import main
 
 sys.exit(main())

@@ -6,6 +6,10 @@ microsecond and never synchronise with the device.
 
 from __future__ import annotations
 
+import difflib
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -33,6 +37,60 @@ def describe(x: object) -> str:
     if isinstance(x, Tensor):
         return f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
     return type(x).__name__
+
+
+def check_choice(caller: str, argument: str, value: object, known: Sequence[object]) -> None:
+    """Raise unless ``value`` is one of some names.
+
+    >>> check_choice("group_advantages", "estimator", "rloo", ["grpo", "rloo"])
+    """
+    if not (isinstance(value, str) and value in known):
+        names = [name for name in known if isinstance(name, str)]
+        near = difflib.get_close_matches(str(value), names, n=1)
+        raise input_error(
+            caller, argument, expected="one of " + ", ".join(map(repr, known)), got=repr(value),
+            fix=f"did you mean {near[0]!r}?" if near else f"pass {argument}={known[0]!r}",
+        )
+
+
+def check_number(
+    caller: str,
+    argument: str,
+    value: object,
+    what: str,
+    *,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    most: float = math.inf,
+    optional: bool = False,
+) -> None:
+    """Raise unless ``value`` is a real number in a range.
+
+    Args:
+        caller: what the message begins with.
+        argument: its name.
+        value: what was given.
+        what: the quantity and its unit, such as "a KL in nats" or "a bound on the ratio itself".
+        least: the smallest that will do.
+        above: what it must exceed.
+        most: the largest that will do.
+        optional: whether None will do.
+
+    >>> check_number("BinaryKL", "limit", 0.1, "a KL in nats", least=0)
+    """
+    if value is None and optional:
+        return
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if number and value >= least and value > above and value <= most:  # type: ignore[operator]
+        return
+    ends = [f"> {above:g}"] if above > -math.inf else []
+    ends += [f">= {least:g}"] if least > -math.inf else []
+    ends += [f"<= {most:g}"] if most < math.inf else []
+    range_ = " " + " and ".join(ends) if ends else ""
+    raise input_error(
+        caller, argument, expected=f"a number{range_}, {what}" + (", or None" if optional else ""),
+        got=repr(value), fix=f"pass {argument} as {what}",
+    )
 
 
 def check_mask(caller: str, mask: object) -> None:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 Group = dist.ProcessGroup | None
+
 T = TypeVar("T")
 
 
@@ -113,3 +114,8 @@ class _SumOver(torch.autograd.Function):
         grad = grad.clone()
         dist.all_reduce(grad, group=ctx.group)
         return grad, None
+
+
+def accumulator(device: torch.device) -> torch.dtype:
+    """The widest floating type of a device; counts to 2⁵³ are exact in float64."""
+    return torch.float32 if device.type == "mps" else torch.float64

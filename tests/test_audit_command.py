@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from iscorrect import PRESETS, InputError, PolicyLoss, parse, sequence_tis
-from iscorrect.testing import audit
-from iscorrect.testing.command import (
+from iscorrect.cli.audit import (
     HEADER,
     Setting,
     add_audit_arguments,
@@ -18,6 +17,7 @@ from iscorrect.testing.command import (
     sweep,
     threshold,
 )
+from iscorrect.testing import audit
 
 
 def arguments(*words):

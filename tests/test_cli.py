@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from iscorrect import PRESETS, sequence_mis
-from iscorrect.cli import main
-from iscorrect.compare import enumerated
+from iscorrect.cli.main import main
+from iscorrect.cli.rollouts import MODELS, PAIRS, shipped_rollouts
 from iscorrect.dumps import write_dump
-from iscorrect.rollouts import MODELS, PAIRS, shipped_rollouts
+from iscorrect.report.effects import enumerated
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import torch
 
 from iscorrect import InputError
 from iscorrect.dumps import (
-    PER_SEQUENCE,
     DumpWriter,
     LogProbDump,
     concatenate,
@@ -16,6 +15,7 @@ from iscorrect.dumps import (
     stream_dump,
     write_dump,
 )
+from iscorrect.dumps.dump import PER_SEQUENCE
 
 SUFFIXES = [".parquet", ".jsonl", ".npz", ".safetensors", ".pt"]
 
@@ -343,7 +343,7 @@ class TestBrokenDumps:
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, suffix, monkeypatch):
-    from iscorrect import dumps
+    from iscorrect.dumps import formats
 
     path = tmp_path / f"dump{suffix}"
     write_dump(ragged_dump(), path)
@@ -353,7 +353,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, suffix, m
         unfinished.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setitem(dumps.WRITERS, suffix, half)
+    monkeypatch.setitem(formats.WRITERS, suffix, half)
     with pytest.raises(OSError, match="disk full"):
         write_dump(ragged_dump(seed=1), path)
     assert path.read_bytes() == before

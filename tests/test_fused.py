@@ -23,9 +23,9 @@ from iscorrect import (
     sequence_tis,
     token_tis,
 )
-from iscorrect import reader as reader_module
-from iscorrect.fused import fp32_head_loss, fused_policy_loss
-from iscorrect.linear import linear_log_probs
+from iscorrect.head import reader as reader_module
+from iscorrect.head.fused import fp32_head_loss, fused_policy_loss
+from iscorrect.head.linear import linear_log_probs
 
 B, T, D, V = 5, 9, 8, 23
 

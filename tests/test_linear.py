@@ -8,8 +8,8 @@ from products import Products
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from iscorrect import InputError, Layout, Support, log_probs_from_logits
-from iscorrect import reader as reader_module
-from iscorrect.linear import linear_log_probs
+from iscorrect.head import reader as reader_module
+from iscorrect.head.linear import linear_log_probs
 
 B, T, D, V = 3, 7, 16, 41
 

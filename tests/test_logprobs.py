@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from iscorrect import InputError, Support, log_probs_from_logits
-from iscorrect import logprobs as logprobs_module
+from iscorrect.head import logits as logprobs_module
 
 N, V = 6, 13
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from test_layout import OBJECTIVES, loss_and_gradient
 
 import iscorrect as ic
-from iscorrect import PRESETS, Layout, PolicyLoss, loss, token_tis
+from iscorrect import PRESETS, Layout, PolicyLoss, token_tis
+from iscorrect.loss import policy_loss
 
 MICRO_AGGREGATIONS = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
 
@@ -139,7 +140,7 @@ def test_blocks_of_rows_equal_the_whole(monkeypatch, objective, preset):
     )
     layout = Layout(batch.mask)
     expected, expected_gradient, expected_metrics = loss_and_gradient(loss_fn, batch, layout)
-    monkeypatch.setattr(loss, "BLOCK", 20)
+    monkeypatch.setattr(policy_loss, "BLOCK", 20)
     value, gradient, metrics = loss_and_gradient(loss_fn, batch, layout)
     torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-12, atol=1e-12)
@@ -153,7 +154,7 @@ def test_blocks_of_rows_serve_packed_rows_and_bf16(monkeypatch):
     loss_fn = PolicyLoss(correction=ic.sequence_tis(), objective=ic.PPOClip(level="geometric"),
                          reference_kl=ic.ReferenceKL())
     expected = loss_and_gradient(loss_fn, batch, layout)
-    monkeypatch.setattr(loss, "BLOCK", 25)
+    monkeypatch.setattr(policy_loss, "BLOCK", 25)
     value, gradient, metrics = loss_and_gradient(loss_fn, batch, layout)
     torch.testing.assert_close(value, expected[0])
     torch.testing.assert_close(gradient, expected[1])
@@ -161,7 +162,7 @@ def test_blocks_of_rows_serve_packed_rows_and_bf16(monkeypatch):
 
 
 def test_blocks_of_rows_scale_with_the_incoming_gradient_and_refuse_a_second_backward(monkeypatch):
-    monkeypatch.setattr(loss, "BLOCK", 20)
+    monkeypatch.setattr(policy_loss, "BLOCK", 20)
     batch = ragged(7, 9, torch.float64)
     log_probs = batch.log_probs.clone().requires_grad_()
     value, _ = call(PolicyLoss(), batch, log_probs=log_probs)
@@ -176,7 +177,7 @@ def test_blocks_of_rows_scale_with_the_incoming_gradient_and_refuse_a_second_bac
 def test_blocks_of_rows_ask_for_no_gradient_where_none_is_wanted(monkeypatch):
     batch = ragged(7, 9, torch.float64)
     expected, _ = call(PolicyLoss(), batch)
-    monkeypatch.setattr(loss, "BLOCK", 20)
+    monkeypatch.setattr(policy_loss, "BLOCK", 20)
     with torch.no_grad():
         value, _ = call(PolicyLoss(), batch, log_probs=batch.log_probs.clone().requires_grad_())
     assert not value.requires_grad

@@ -8,7 +8,7 @@ import torch
 
 from iscorrect import InputError
 from iscorrect.dumps import LogProbDump
-from iscorrect.plots import FIGURES
+from iscorrect.report.figures import FIGURES
 
 pytest.importorskip("matplotlib")
 
@@ -103,7 +103,7 @@ def test_importing_the_plots_does_not_import_matplotlib():
     import subprocess
     import sys
 
-    code = "import sys, iscorrect.plots; assert 'matplotlib' not in sys.modules"
+    code = "import sys, iscorrect.report.figures; assert 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -16,11 +16,11 @@ from hypothesis.extra.numpy import arrays
 from safetensors.torch import save_file
 from torch import nn
 
-import iscorrect.checkpoints
+import iscorrect.fp16.checkpoints
 from iscorrect import FP16Audit, InputError, audit_fp16, fp16_scaler
-from iscorrect.checkpoints import boxes, stored
-from iscorrect.cli import main
-from iscorrect.ranges import measure
+from iscorrect.cli.main import main
+from iscorrect.fp16.checkpoints import boxes, stored
+from iscorrect.fp16.ranges import measure
 
 EDGES = [
     65504.0, 65519.996, 65520.0, 65536.0, 3e38, 2**-14, 2**-14 - 2**-26, 2**-14 - 2**-24, 2**-24,
@@ -96,7 +96,7 @@ def test_errors_are_those_of_float64(x):
 def test_the_range_of_a_whole_is_the_sum_of_its_parts(monkeypatch):
     x = torch.randn(1000) * 1e-5
     whole = measure("x", "gradient", x)
-    monkeypatch.setattr("iscorrect.ranges.PIECE", 7)
+    monkeypatch.setattr("iscorrect.fp16.ranges.PIECE", 7)
     parts = measure("x", "gradient", x)
     assert parts.octaves == whole.octaves
     assert parts.subnormal == whole.subnormal > 0
@@ -256,7 +256,7 @@ def test_a_directory_of_torch_files_leaves_the_trainers_state_alone(tmp_path):
 def test_no_read_holds_more_than_a_piece(tmp_path, monkeypatch):
     x = torch.randn(5, 3, 7)
     save_file({"w": x, "flat": x.flatten().clone()}, tmp_path / "model.safetensors")
-    monkeypatch.setattr(iscorrect.checkpoints, "boxes", lambda shape, _=8: boxes(shape, 8))
+    monkeypatch.setattr(iscorrect.fp16.checkpoints, "boxes", lambda shape, _=8: boxes(shape, 8))
     for tensor in stored("test", tmp_path):
         pieces = list(tensor.pieces)
         assert max(piece.numel() for piece in pieces) <= 8
@@ -273,7 +273,7 @@ def test_boxes_cut_an_array_in_order_and_leave_nothing_out(shape, entries):
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs /proc")
 def test_memory_stays_with_the_piece_not_the_checkpoint(tmp_path):
-    entries = 3 * iscorrect.checkpoints.PIECE
+    entries = 3 * iscorrect.fp16.checkpoints.PIECE
     save_file({"w": torch.ones(entries)}, tmp_path / "model.safetensors")
     mapped = []
     for tensor in stored("test", tmp_path):

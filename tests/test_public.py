@@ -12,22 +12,24 @@ import iscorrect
 
 PACKAGE = Path(iscorrect.__file__).parent
 README = PACKAGE.parent / "README.md"
-FLOORS = [
-    {"errors", "tables", "ranks"},
-    {"divergences", "layout", "gradients", "ranges", "checkpoints"},
-    {"ratios", "logprobs", "pareto", "aggregate"},
-    {"head", "thresholds", "metrics", "reject", "objectives"},
-    {"bounds", "reader"},
-    {"correction", "linear"},
-    {"loss", "dumps", "precision"},
-    {"onepass"},
-    {"fused", "testing", "diagnose"},
-    {"plots", "rollouts", "compare", "adapters"},
-    {"report", "demo"},
-    {"cli"},
-    {"__main__"},
-]
-FLOOR = {module: i for i, floor in enumerate(FLOORS) for module in floor}
+SHARED = {"errors", "ranks", "gradients", "text", "layout"}
+ALLOWED = {
+    "errors": set(), "ranks": set(), "gradients": set(), "text": set(),
+    "layout": {"errors", "ranks"},
+    "loss": SHARED,
+    "head": SHARED | {"loss"},
+    "dumps": SHARED,
+    "fp16": SHARED,
+    "testing": SHARED | {"loss"},
+    "diagnose": SHARED | {"loss", "dumps"},
+    "report": SHARED | {"loss", "dumps", "diagnose", "testing"},
+    "adapters": SHARED | {"loss", "head", "dumps"},
+    "cli": SHARED | {"loss", "dumps", "fp16", "testing", "diagnose", "report"},
+    "__main__": {"cli"},
+}
+"""Which rooms may be imported from: shared ← loss ← head, and tools above."""
+PARTS = {"bounds", "rules", "objectives", "terms", "aggregate", "advantages", "metrics"}
+"""What one step of a loss is made of; none imports another."""
 
 
 def room(path):
@@ -35,26 +37,47 @@ def room(path):
 
 
 def imports(path):
+    """The modules of this package that a file imports, as tuples of names."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("iscorrect."):
-            yield node.module.split(".")[1]
+            yield tuple(node.module.split(".")[1:])
         if isinstance(node, ast.Import):
-            yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("iscorrect."))
+            for alias in node.names:
+                if alias.name.startswith("iscorrect."):
+                    yield tuple(alias.name.split(".")[1:])
 
 
-@pytest.mark.parametrize(
-    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE))
-)
-def test_imports_go_strictly_downward(path):
-    if path == PACKAGE / "__init__.py":
-        return
+FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_room_imports_only_what_it_may(path):
     here = room(path)
-    for other in imports(path):
-        assert other == here or FLOOR[other] < FLOOR[here], f"{here} imports {other}"
+    for other, *_ in imports(path):
+        assert other == here or other in ALLOWED[here], f"{here} imports {other}"
 
 
-def test_every_room_has_a_floor():
-    assert {room(p) for p in PACKAGE.rglob("*.py")} - {"__init__"} == set(FLOOR)
+def test_the_table_has_every_room_and_no_other():
+    assert {room(p) for p in FILES} == set(ALLOWED)
+
+
+def test_what_may_be_imported_lies_below():
+    order = list(ALLOWED)
+    for here, others in ALLOWED.items():
+        assert all(order.index(other) < order.index(here) for other in others)
+
+
+def test_of_the_head_only_the_fused_loss_knows_the_loss():
+    for path in (PACKAGE / "head").glob("*.py"):
+        if any(other[0] == "loss" for other in imports(path)):
+            assert path.stem in ("onepass", "fused")
+
+
+def test_parts_of_a_loss_do_not_import_each_other():
+    for part in PARTS:
+        path = PACKAGE / "loss" / f"{part}.py"
+        others = {other[1] for other in imports(path) if other[0] == "loss"}
+        assert not others & (PARTS - {part}), part
 
 
 def test_public_names_are_sorted_unique_and_there():

@@ -18,10 +18,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import iscorrect as ic
-import iscorrect.reader as reader_module
+import iscorrect.head.reader as reader_module
 from iscorrect import PRESETS, InputError, Layout, PolicyLoss, log_probs_from_logits
-from iscorrect.aggregate import denominator
-from iscorrect.metrics import merge
+from iscorrect.loss.aggregate import denominator
+from iscorrect.loss.metrics import merge
 
 OBJECTIVES = [
     ic.Reinforce(), ic.PPOClip(dual=3.0), ic.PPOClip(level="geometric"),

@@ -13,25 +13,14 @@ import pytest
 import torch
 
 from iscorrect import InputError, Layout, parse
+from iscorrect.cli.convert import add_convert_arguments, run_convert
+from iscorrect.cli.env import add_env_arguments, run_env
+from iscorrect.cli.report import add_report_arguments, run_report
 from iscorrect.dumps import LogProbDump, concatenate, read_dump, write_dump
-from iscorrect.ratios import at_level, units
-from iscorrect.report import (
-    CORRECTIONS,
-    SAMPLE,
-    add_convert_arguments,
-    add_env_arguments,
-    add_report_arguments,
-    check_thresholds,
-    headline,
-    run_convert,
-    run_env,
-    run_report,
-    summarise,
-    tables,
-    to_html,
-    to_markdown,
-    write_report,
-)
+from iscorrect.loss.ratios import at_level, units
+from iscorrect.report.gather import CORRECTIONS, SAMPLE, summarise
+from iscorrect.report.limits import check_thresholds
+from iscorrect.report.render import headline, tables, to_html, to_markdown, write_report
 
 
 def some_dump(sequences=40, length=50, seed=0, noise=0.2):
@@ -288,7 +277,8 @@ class TestCommand:
         pty = pytest.importorskip("pty")
         parent, child = pty.openpty()
         code = (
-            "from iscorrect.report import print_report, summarise;"
+            "from iscorrect.report.gather import summarise;"
+            "from iscorrect.report.render import print_report;"
             "from iscorrect.dumps import stream_dump;"
             f"print_report(summarise(stream_dump({str(path)!r})))"
         )

@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt
 
 from benchmarks.lab.records import axes, outcome, runs
 from iscorrect.dumps import read_dump
-from iscorrect.plots import plot_probabilities, plot_sequences
+from iscorrect.report.figures import plot_probabilities, plot_sequences
 
 COLOURS = {"bf16": "#D55E00", "fp16": "#0072B2", "fp32": "#444444"}
 CURVES = {

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.lab.tasks import END, PAD, START, VOCABULARY, Task
-from iscorrect.linear import linear_log_probs
+from iscorrect.head.linear import linear_log_probs
 
 State = Mapping[str, Tensor]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

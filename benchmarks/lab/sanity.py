@@ -20,7 +20,7 @@ from iscorrect import (
     token_tis,
     uncorrected,
 )
-from iscorrect.objectives import Objective
+from iscorrect.loss.objectives import Objective
 
 LOW, HIGH = 0.8, 1.28
 """PPO's bounds on the ratio, the upper one raised as in DAPO (arXiv:2503.14476)."""

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from iscorrect.errors import input_error
+from iscorrect.adapters.bands import ClipWhere, clamp_to
+from iscorrect.errors import check_choice, input_error
 from iscorrect.layout import Layout
-from iscorrect.loss import PolicyLoss
+from iscorrect.loss.correction import Correction
+from iscorrect.loss.divergences import k2, k3
+from iscorrect.loss.evidence import Evidence, Scope
+from iscorrect.loss.policy_loss import PolicyLoss
+from iscorrect.loss.ratios import Level
+from iscorrect.loss.rules import Over
 
 
 def loss_function(policy_loss: PolicyLoss) -> Callable[..., Tensor]:
@@ -43,3 +50,93 @@ def loss_function(policy_loss: PolicyLoss) -> Callable[..., Tensor]:
         ).loss
 
     return loss_fn
+
+
+Metric = Literal["ratio", "kl_k1", "kl_k2", "kl_k3"]
+
+
+@dataclasses.dataclass(frozen=True)
+class AReaLRule:
+    """AReaL's filter: a statistic of the log-ratios, reduced over the sequence, inside a band.
+
+        ratio  exp(R log ρ)
+        kl_k1  R log ρ                    of the opposite sign to k1
+        kl_k2  R (log ρ)² / 2
+        kl_k3  R (exp(−log ρ) − 1 + log ρ)  k3 of −log ρ: neither KL of the two under μ
+
+    Args:
+        metric: as above.
+        over: R; "token" for none.
+        upper: of the band.
+        lower: of the band; None for none.
+    """
+
+    metric: Metric
+    over: Over
+    upper: float
+    lower: float | None
+
+    @property
+    def scope(self) -> Scope:
+        """"token" where nothing is reduced."""
+        return "token" if self.over == "token" else "sequence"
+
+    def __call__(self, evidence: Evidence) -> Tensor:
+        d, layout = evidence.log_ratio, evidence.layout
+        x = {"kl_k2": k2(d), "kl_k3": k3(-d)}.get(self.metric, d)
+        if self.over == "sum":
+            x = layout.sequence_total(x)
+        elif self.over == "mean":
+            x = layout.sequence_mean(x)
+        elif self.over == "max":
+            x = layout.sequence_max(x)
+        x = x.exp() if self.metric == "ratio" else x
+        keep = x <= self.upper
+        return keep if self.lower is None else keep & (x >= self.lower)
+
+
+def from_areal(
+    level: Literal["token", "sequence"] = "sequence",
+    action: Literal["mask", "clamp"] = "mask",
+    metric: Metric = "ratio",
+    agg: Literal["sum", "mean", "max"] = "mean",
+    upper: float = 5.0,
+    lower: float | None = None,
+) -> Correction:
+    """AReaL's ``RejectionSamplingConfig``.
+
+    The weight of level="sequence" with metric="ratio" is the geometric mean of the ratios, whatever
+    ``agg`` says; with the other metrics it is the token's own ratio. Its k1 is the negative of
+    everybody else's and its k3 that of the inverse ratio. A missing log-prob has ratio 1.
+
+    Args:
+        level: of the filter.
+        action: "mask" rejects, "clamp" bounds the weights of what would be rejected.
+        metric: what the bounds are on.
+        agg: how a sequence's tokens are reduced.
+        upper: upper bound.
+        lower: lower bound; None for none.
+
+    Raises:
+        InputError: an unknown name; "clamp" of anything but the ratio.
+
+    >>> from_areal("token", "clamp").bound
+    Truncate(cap=5.0)
+    """
+    check_choice("from_areal", "level", level, ("token", "sequence"))
+    check_choice("from_areal", "action", action, ("mask", "clamp"))
+    check_choice("from_areal", "metric", metric, get_args(Metric))
+    check_choice("from_areal", "agg", agg, ("sum", "mean", "max"))
+    if action == "clamp" and metric != "ratio":
+        raise input_error(
+            "from_areal", "action", expected=f"'mask' with metric {metric!r}", got="'clamp'",
+            fix="only ratios can be clamped",
+        )
+    rule = AReaLRule(metric, "token" if level == "token" else agg, upper, lower)
+    weight: Level = "geometric" if level == "sequence" and metric == "ratio" else "token"
+    if action == "mask":
+        return Correction(level=weight, reject=(rule,), nonfinite="neutral")
+    bound = clamp_to(lower, upper)
+    if level == "sequence" and agg != "mean" and bound is not None:
+        bound = ClipWhere(rule, bound)
+    return Correction(level=weight, bound=bound, nonfinite="neutral")

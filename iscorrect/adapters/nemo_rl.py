@@ -6,8 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
+from iscorrect.adapters.bands import MaskType, Overflow, truncated
 from iscorrect.errors import input_error
-from iscorrect.loss import PolicyLoss
+from iscorrect.loss.bounds import Ignore
+from iscorrect.loss.correction import Correction
+from iscorrect.loss.policy_loss import PolicyLoss
+from iscorrect.loss.ratios import Level
 
 MEANS = (
     "mismatch/kl_k1", "mismatch/kl_k3", "mismatch/log_prob_diff/mean", "is/rejected", "is/nonfinite"
@@ -72,3 +76,38 @@ class CorrectedLoss:
         return loss, logged | {
             "loss": loss.item(), "num_valid_samples": data["sample_mask"].sum().item()
         }
+
+
+def from_nemo_rl(
+    use_importance_sampling_correction: bool = True,
+    truncated_importance_sampling_ratio: float | None = None,
+    truncated_importance_sampling_ratio_min: float | None = None,
+    truncated_importance_sampling_type: MaskType | None = "tis",
+    sequence_level_importance_ratios: bool = False,
+) -> Correction:
+    """NeMo-RL's ``loss_fn`` settings of the same names.
+
+    A ratio that overflows float32 gets weight 0, though it is the heaviest of all.
+
+    Args:
+        use_importance_sampling_correction: False for weights of 1.
+        truncated_importance_sampling_ratio: upper bound; None for unbounded weights.
+        truncated_importance_sampling_ratio_min: lower bound; None for 0.
+        truncated_importance_sampling_type: "tis" clamps, "icepop" masks, "seq-mask-tis" masks
+            sequences by their geometric mean and leaves token weights unbounded.
+        sequence_level_importance_ratios: the weight is the product over the sequence.
+
+    Raises:
+        InputError: an unknown type.
+
+    >>> from_nemo_rl(truncated_importance_sampling_ratio=2.0).bound
+    Truncate(cap=2.0)
+    """
+    if not use_importance_sampling_correction:
+        return Correction(bound=Ignore())
+    level: Level = "sequence" if sequence_level_importance_ratios else "token"
+    high, low = truncated_importance_sampling_ratio, truncated_importance_sampling_ratio_min
+    if high is None:
+        return Correction(level=level, reject=(Overflow(),))
+    kind = truncated_importance_sampling_type or "tis"
+    return truncated("from_nemo_rl", level, kind, low, high, (Overflow(),))

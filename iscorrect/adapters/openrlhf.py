@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from iscorrect.adapters.bands import MaskType, truncated
 from iscorrect.errors import input_error
-from iscorrect.loss import PolicyLoss
+from iscorrect.loss.correction import Correction
+from iscorrect.loss.policy_loss import PolicyLoss
 
 
 class CorrectedPolicyLoss(torch.nn.Module):
@@ -59,3 +61,26 @@ class CorrectedPolicyLoss(torch.nn.Module):
         read = metrics.read()
         clipped = read.get("policy/clipped", loss.new_zeros(()))
         return loss, clipped, read["policy/kl_k1"], read["mismatch/kl_k1"]
+
+
+def from_openrlhf(
+    vllm_is_correction_type: MaskType = "tis",
+    vllm_is_truncated_threshold: tuple[float, float] = (0.5, 5.0),
+) -> Correction:
+    """OpenRLHF's ``--vllm_is_correction_type`` and ``--vllm_is_truncated_threshold``.
+
+    Its "tis" raises small weights to the lower threshold, which published ablations find harmful;
+    its "seq-mask-tis" does not truncate.
+
+    Args:
+        vllm_is_correction_type: as for :func:`from_nemo_rl`.
+        vllm_is_truncated_threshold: (low, high).
+
+    Raises:
+        InputError: an unknown type.
+
+    >>> from_openrlhf().bound
+    Clip(low=0.5, high=5.0)
+    """
+    low, high = vllm_is_truncated_threshold
+    return truncated("from_openrlhf", "token", vllm_is_correction_type, low, high, ())

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from iscorrect.correction import parse
 from iscorrect.errors import input_error
 from iscorrect.layout import masked
-from iscorrect.loss import PolicyLoss
+from iscorrect.loss.policy_loss import PolicyLoss
+from iscorrect.loss.presets import parse
 
 
 def loss(inputs: Any, *, correction: str = "token-tis:cap=2") -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from iscorrect.errors import input_error
 from iscorrect.layout import masked
-from iscorrect.loss import PolicyLoss
+from iscorrect.loss.policy_loss import PolicyLoss
 
 OFF_POLICY_CORRECTION = (
     "tis_ratio_type", "sequence_mask_metric", "outlier_token_is_threshold_low",

@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iscorrect.correction import Correction
-from iscorrect.divergences import k3
-from iscorrect.errors import input_error
+from iscorrect.adapters.bands import HeldBound, NormalizedAfter, clamp_to
+from iscorrect.errors import check_choice, input_error
 from iscorrect.layout import Layout, masked, pad_sequences, unpad
-from iscorrect.ratios import log_ratio
+from iscorrect.loss.bounds import Bound, Clip, Ignore, Mask, Truncate
+from iscorrect.loss.correction import Correction
+from iscorrect.loss.divergences import k3
+from iscorrect.loss.ratios import log_ratio
+from iscorrect.loss.rules import RatioOutside, Rule, Veto
 
 Result = tuple[Tensor, list[Tensor], dict[str, Tensor]]
 
@@ -100,3 +103,68 @@ def warn_of_truncated_sampling(top_p: float, top_k: int) -> None:
             " by the mass that was cut, unless the trainer replays the kept tokens.",
             stacklevel=3,
         )
+
+
+def from_slime(args: Any) -> Correction:
+    """Arguments of slime and miles: the built-in corrections, or the example ``mis.py``.
+
+    The lower bound of slime's masking is 0 unless ``--tis-clip-low`` is given: one-sided. In
+    ``mis.py`` rejection does nothing without ``use_tis``, normalisation comes after truncation and
+    is over the micro-batch of a rank, and an unset lower bound is 1/upper.
+
+    Args:
+        args: the namespace that slime passes to its hooks, or one with the same names.
+
+    Raises:
+        InputError: a custom function that is neither of the two; normalised geometric weights,
+            which ``mis.py`` refuses too.
+
+    >>> import argparse
+    >>> args = argparse.Namespace(use_tis=True, tis_clip=2.0, tis_clip_low=0.0)
+    >>> from_slime(args).bound
+    Truncate(cap=2.0)
+    """
+    custom = getattr(args, "custom_tis_function_path", None)
+    if not args.use_tis:
+        return Correction(bound=Ignore())
+    if custom is None:
+        return Correction(bound=clamp_to(args.tis_clip_low, args.tis_clip))
+    if custom.endswith(".icepop_function"):
+        return Correction(bound=Mask(args.tis_clip_low, args.tis_clip))
+    if ".mis." not in custom:
+        raise input_error(
+            "from_slime", "custom_tis_function_path",
+            expected="None, slime's icepop_function, or its example mis.py", got=repr(custom),
+            fix="build the Correction that your function stands for",
+        )
+    return _from_mis(args)
+
+
+def _from_mis(args: Any) -> Correction:
+    level, mode, high = args.tis_level, args.tis_mode, args.tis_upper_bound
+    check_choice("from_slime", "tis_level", level, ("token", "sequence", "geometric"))
+    check_choice("from_slime", "tis_mode", mode, ("truncate", "clip", "mask"))
+    low = 1 / high if args.tis_lower_bound is None else args.tis_lower_bound
+    rules: list[Rule] = []
+    bound: Bound | None
+    if mode == "mask":
+        bound = None
+        rules.append(RatioOutside(level=level, low=low, high=high))
+    else:
+        bound = Truncate(high) if mode == "truncate" else Clip(low, high)
+    if args.use_rs:
+        rules.append(RatioOutside(
+            level=args.rs_level,
+            low=low if args.rs_lower_bound is None else args.rs_lower_bound,
+            high=high if args.rs_upper_bound is None else args.rs_upper_bound,
+        ))
+        if args.rs_veto_threshold is not None:
+            rules.append(Veto(low=args.rs_veto_threshold))
+    if args.tis_batch_normalize:
+        if level == "geometric":
+            raise input_error(
+                "from_slime", "tis_batch_normalize", expected="False with tis_level 'geometric'",
+                got="True", fix="set tis_batch_normalize: false",
+            )
+        bound = NormalizedAfter(HeldBound(bound))
+    return Correction(level=level, bound=bound, reject=tuple(rules))

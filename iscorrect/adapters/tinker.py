@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iscorrect.correction import Correction
 from iscorrect.layout import Layout, pad_sequences, unpad
-from iscorrect.loss import PolicyLoss
-from iscorrect.metrics import Metrics
+from iscorrect.loss.correction import Correction
+from iscorrect.loss.metrics import Metrics
+from iscorrect.loss.policy_loss import PolicyLoss
 
 CustomLoss = Callable[[list[Any], list[Tensor]], tuple[Tensor, dict[str, float]]]
 
@@ -66,7 +66,7 @@ def corrected_advantages(
         masks: bool "t_i" each; None: every token counts.
 
     >>> old, rollout = [torch.tensor([-1.0, -1.0])], [torch.tensor([-1.0, -3.0])]
-    >>> from iscorrect.correction import token_tis
+    >>> from iscorrect.loss.presets import token_tis
     >>> ready, metrics = corrected_advantages(
     ...     token_tis(cap=2.0), old_log_probs=old, rollout_log_probs=rollout,
     ...     advantages=[torch.tensor([1.0, 1.0])],

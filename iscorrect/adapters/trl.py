@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import functools
 import warnings
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from iscorrect.correction import Correction
+from iscorrect.adapters.bands import clamp_to
 from iscorrect.dumps import DumpWriter
-from iscorrect.errors import InputError, input_error
-from iscorrect.fused import fused_policy_loss
-from iscorrect.loss import PolicyLoss
-from iscorrect.metrics import Metrics, merge
+from iscorrect.errors import InputError, check_choice, input_error
+from iscorrect.head.fused import fused_policy_loss
+from iscorrect.loss.bounds import Mask
+from iscorrect.loss.correction import Correction
+from iscorrect.loss.metrics import Metrics, merge
+from iscorrect.loss.policy_loss import PolicyLoss
+from iscorrect.loss.ratios import Level
 
 MULTIMODAL = (
     "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes",
     "num_tiles", "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
 )
+
 IDLE_IN_POLICY_LOSS = {
     "top_entropy_quantile": 1.0, "off_policy_mask_threshold": None,
     "_entropy_bonus_enabled": False, "aux_loss_enabled": False,
 }
 """What of TRL's own loss a PolicyLoss stands for, and the value at which it is off."""
+
 LOGIT_SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 
 
@@ -291,3 +296,33 @@ def _mask(batch: dict[str, Any]) -> Tensor:
 
 def _refusal(argument: str, expected: str, got: str, fix: str) -> InputError:
     return input_error("CorrectedGRPO", argument, expected=expected, got=got, fix=fix)
+
+
+TRLMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+
+
+def from_trl(
+    mode: TRLMode = "sequence_mask",
+    clip_max: float | None = 3.0,
+    clip_min: float | None = None,
+) -> Correction:
+    """TRL's ``vllm_importance_sampling_mode``, ``_clip_max`` and ``_clip_min``.
+
+    A missing log-prob has ratio 1, as in TRL.
+
+    Args:
+        mode: TRL's default is "sequence_mask".
+        clip_max: None for no upper bound.
+        clip_min: None for no lower bound.
+
+    Raises:
+        InputError: an unknown mode.
+
+    >>> from_trl("token_truncate", clip_max=2.0).bound
+    Truncate(cap=2.0)
+    """
+    check_choice("from_trl", "mode", mode, get_args(TRLMode))
+    level: Level = "token" if mode.startswith("token") else "sequence"
+    masks = mode.endswith("mask")
+    bound = Mask(clip_min or 0.0, clip_max) if masks else clamp_to(clip_min, clip_max)
+    return Correction(level=level, bound=bound, nonfinite="neutral")

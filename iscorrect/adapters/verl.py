@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from iscorrect.adapters.verl_metrics import verl_metrics
-from iscorrect.bounds import Ignore
-from iscorrect.correction import Correction
+from iscorrect.adapters.bands import LEVELS, HeldBound, HeldRule, NormalizedAfter
 from iscorrect.dumps import DumpWriter
-from iscorrect.errors import input_error
+from iscorrect.errors import check_choice, input_error
 from iscorrect.layout import Layout, masked
-from iscorrect.metrics import policy_metrics
-from iscorrect.objectives import Objective, with_clipped
+from iscorrect.loss.bounds import Bound, Ignore, Mask, Truncate
+from iscorrect.loss.correction import Correction
+from iscorrect.loss.divergences import estimator
+from iscorrect.loss.metrics import policy_metrics
+from iscorrect.loss.objectives import Objective, with_clipped
+from iscorrect.loss.ratios import at_level, log_ratio
+from iscorrect.loss.rules import DivergenceAbove, Over, RatioOutside, Rule
 
 Hook = Callable[[Any, Mapping[str, Any]], tuple[Any, dict[str, float]]]
 
@@ -122,3 +126,230 @@ def register_loss(name: str, objective: Objective) -> None:
         return loss, metrics.to_floats()
 
     core_algos.register_policy_loss(name)(policy_loss)
+
+
+VERL_RULES: dict[str, tuple[Over, str]] = {
+    "token_k1": ("token", "k1"), "token_k2": ("token", "k2"), "token_k3": ("token", "k3"),
+    "seq_sum_k1": ("sum", "k1"), "seq_sum_k2": ("sum", "k2"), "seq_sum_k3": ("sum", "k3"),
+    "seq_mean_k1": ("mean", "k1"), "seq_mean_k2": ("mean", "k2"), "seq_mean_k3": ("mean", "k3"),
+    "seq_max_k2": ("max", "k2"), "seq_max_k3": ("max", "k3"),
+}
+
+
+def from_verl(
+    rollout_is: Literal["token", "sequence"] | None = "sequence",
+    rollout_is_threshold: float | str | None = 2.0,
+    rollout_is_batch_normalize: bool = False,
+    rollout_rs: str | None = None,
+    rollout_rs_threshold: float | str | None = None,
+    *,
+    strict: bool = False,
+) -> Correction:
+    """The ``algorithm.rollout_correction`` of verl.
+
+    In verl the bounds of every ``*_k1`` rule act on 1/ρ, so that "0.5_5.0" keeps 0.2 ≤ ρ ≤ 2;
+    normalisation comes after truncation, so that weights exceed the threshold; rules see
+    log-ratios clamped to ±20 nats.
+
+    Args:
+        rollout_is: level of the weights; None for weights of 1.
+        rollout_is_threshold: 2.0 or "2.0" truncates, "0.5_5.0" masks; None for weights of 1.
+        rollout_is_batch_normalize: divide by the batch mean of the weights.
+        rollout_rs: rules joined by commas; a token must pass all of them.
+        rollout_rs_threshold: one for all rules or one for each, joined by commas; "low_high" for
+            the k1 rules, where a single x means "1/x_x".
+        strict: what verl's documentation says in place of what verl does: k1 bounds on ρ itself, a
+            threshold that no weight exceeds (normalisation before it), no clamp.
+
+    Raises:
+        InputError: a setting that verl refuses too.
+
+    References:
+        verl/trainer/ppo/rollout_corr_helper.py (0.9.1).
+
+    >>> from_verl("token", "0.5_5.0").bound
+    Mask(low=0.5, high=5.0)
+    >>> from_verl(None, rollout_rs="seq_mean_k1", rollout_rs_threshold="0.5_4").reject
+    (HeldRule(rule=RatioOutside(level='geometric', low=0.25, high=2.0), limit=20.0),)
+    >>> from_verl(None, rollout_rs="seq_mean_k1", rollout_rs_threshold="0.5_4", strict=True).reject
+    (RatioOutside(level='geometric', low=0.5, high=4.0),)
+    """
+    rules = _verl_rules(rollout_rs, rollout_rs_threshold, strict)
+    if rollout_is is None or rollout_is_threshold is None:
+        return Correction(bound=Ignore(), reject=rules)
+    check_choice("from_verl", "rollout_is", rollout_is, ("token", "sequence"))
+    low, high = _band("rollout_is_threshold", rollout_is_threshold)
+    bound: Bound = Truncate(high) if low is None else Mask(low, high)
+    if rollout_is_batch_normalize and not strict:
+        bound = NormalizedAfter(HeldBound(bound))
+    return Correction(
+        level=rollout_is, bound=bound, reject=rules,
+        normalize=rollout_is_batch_normalize and strict,
+    )
+
+
+def _verl_rules(
+    names: str | None, thresholds: float | str | None, strict: bool
+) -> tuple[Rule, ...]:
+    if names is None:
+        return ()
+    # verl drops repeated names before it counts thresholds
+    options = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    texts = [text.strip() for text in str(thresholds).split(",") if text.strip()]
+    if thresholds is None or not options or len(texts) not in (1, len(options)):
+        raise input_error(
+            "from_verl", "rollout_rs_threshold", expected=f"one threshold, or {len(options)} joined"
+            " by commas", got=repr(thresholds), fix="pass one for each rule of rollout_rs",
+        )
+    texts = texts * len(options) if len(texts) == 1 else texts
+    return tuple(
+        _verl_rule(option, text, strict) for option, text in zip(options, texts, strict=True)
+    )
+
+
+def _verl_rule(option: str, text: str, strict: bool) -> Rule:
+    check_choice("from_verl", "rollout_rs", option, tuple(VERL_RULES))
+    over, estimator = VERL_RULES[option]
+    low, high = _band("rollout_rs_threshold", text)
+    rule: Rule
+    if estimator == "k1":
+        low = 1 / high if low is None else low
+        low, high = (low, high) if strict else (1 / high, 1 / low)
+        rule = RatioOutside(level=LEVELS[over], low=low, high=high)
+    elif low is not None:
+        raise input_error(
+            "from_verl", "rollout_rs_threshold", expected=f"one upper bound for {option}",
+            got=repr(text), fix="pass a number; only the k1 rules have two bounds",
+        )
+    else:
+        rule = DivergenceAbove(limit=high, estimator=estimator, over=over)
+    return rule if strict else HeldRule(rule)
+
+
+def _band(argument: str, threshold: float | str) -> tuple[float | None, float]:
+    """(None, 2.0) of 2.0 or "2.0", (0.5, 5.0) of "0.5_5.0"."""
+    try:
+        if isinstance(threshold, bool):
+            raise ValueError
+        first, _, second = str(threshold).strip().partition("_")
+        low, high = (float(first), float(second)) if second else (None, float(first))
+    except ValueError:
+        low, high = None, math.nan
+    if not high > 0 or (low is not None and not 0 < low <= high):
+        raise input_error(
+            "from_verl", argument, expected="a positive number, or 'low_high' with low <= high",
+            got=repr(threshold), fix="pass 2.0 or '0.5_5.0'",
+        ) from None
+    return low, high
+
+
+def verl_metrics(
+    correction: Correction,
+    *,
+    old_log_probs: Tensor,
+    rollout_log_probs: Tensor,
+    mask: Tensor,
+    keep: Tensor,
+) -> dict[str, float]:
+    """Metrics under the names that verl gives them.
+
+    ``rollout_rs_<option>_…`` are there for the rules that :func:`from_verl` makes.
+
+    Args:
+        correction: as installed.
+        old_log_probs: "b t", log π_old, nats.
+        rollout_log_probs: "b t", log μ, nats.
+        mask: bool "b t".
+        keep: bool "b t", what the rules leave of it.
+    """
+    from verl.trainer.ppo import rollout_corr_helper
+
+    layout = Layout(mask)
+    d = log_ratio(old_log_probs, rollout_log_probs, layout)
+    metrics = dict(rollout_corr_helper.compute_offpolicy_metrics(
+        masked(old_log_probs, mask), masked(rollout_log_probs, mask), mask
+    ))
+    if not isinstance(correction.bound, Ignore):
+        metrics |= _weight_metrics(correction, old_log_probs, rollout_log_probs, d, layout)
+    for rule in correction.reject:
+        metrics |= _rule_metrics(rule, d, layout)
+    rejected = (mask & ~keep).to(d.dtype)
+    metrics["rollout_rs_masked_fraction"] = layout.mean(rejected).item()
+    metrics["rollout_rs_seq_masked_fraction"] = rejected.amax(-1).mean().item()
+    return {f"rollout_corr/{name}": float(value) for name, value in metrics.items()}
+
+
+def _weight_metrics(
+    correction: Correction, old: Tensor, rollout: Tensor, d: Tensor, layout: Layout
+) -> dict[str, float]:
+    from verl.trainer.ppo import rollout_corr_helper
+
+    def weights_of(correction: Correction) -> Tensor:
+        evidence = dict(old_log_probs=old, rollout_log_probs=rollout, mask=layout)
+        return correction(**evidence).weights  # type: ignore[arg-type]
+
+    # verl's statistics are of the weights before normalisation and rejection
+    bound = inner = correction.bound
+    while isinstance(inner, (NormalizedAfter, HeldBound)):
+        inner = inner.bound
+    plain = dataclasses.replace(correction, bound=HeldBound(inner), reject=())
+    weights = weights_of(plain)
+    if not weights.any():  # verl divides by their mean
+        return {}
+    low, high = getattr(inner, "low", None), getattr(inner, "cap", getattr(inner, "high", None))
+    high = high if isinstance(high, float) else weights.max().item()
+    at = at_level(d, layout, correction.level)
+    raw = masked(at.clamp(-20, 20).exp(), layout.mask)
+    token = correction.level == "token"
+    metrics: dict[str, float] = rollout_corr_helper.compute_is_metrics(
+        rollout_is_weights=weights, raw_rollout_is_weights=raw,
+        log_ratio_for_metrics=at if token else at[:, :1], response_mask=layout.mask.to(d.dtype),
+        rollout_is="token" if token else "sequence",
+        rollout_is_threshold=high, rollout_is_threshold_lower=low,
+    )
+    if low is not None:
+        outside = ((raw < low) | (raw > high)).to(d.dtype)
+        metrics["rollout_is_oob_ratio"] = layout.mean(outside).item()
+    if isinstance(bound, NormalizedAfter):
+        normalized = weights_of(dataclasses.replace(plain, bound=bound))
+        metrics["rollout_is_batch_norm_factor"] = (weights.max() / normalized.max()).item()
+    return metrics
+
+
+def _rule_metrics(rule: Rule, d: Tensor, layout: Layout) -> dict[str, float]:
+    from verl.trainer.ppo import rollout_corr_helper
+
+    if not isinstance(rule, HeldRule):
+        return {}
+    d = d.clamp(-rule.limit, rule.limit)
+    inner = rule.rule
+    if isinstance(inner, RatioOutside) and inner.high is not None:
+        over = next(over for over, level in LEVELS.items() if level == inner.level)
+        name, low, high = "k1", -math.log(inner.high), -math.log(inner.low)
+    elif isinstance(inner, DivergenceAbove) and isinstance(inner.estimator, str):
+        over, name, low, high = inner.over, inner.estimator, None, inner.limit
+    else:
+        return {}
+    option = next(option for option, of in VERL_RULES.items() if of == (over, name))
+    x = estimator("verl_metrics", name)(d)
+    if over == "sum":
+        x = layout.sequence_total(x)
+    elif over == "mean":
+        x = layout.sequence_mean(x)
+    elif over == "max":
+        x = layout.sequence_max(x)
+        x = torch.where(x.isfinite(), x, 0)
+    present = layout.mask.any(-1)
+    metrics: dict[str, float] = rollout_corr_helper.compute_rs_metrics(
+        option_name=option, rs_statistic=x, response_mask=layout.mask.to(d.dtype),
+        seq_valid_mask=present, level="token" if over == "token" else "sequence",
+        per_sequence_values=None if over == "token" else x[:, 0],
+        rollout_rs_threshold=high, rollout_rs_threshold_lower=0.0 if low is None else low,
+        apply_lower_threshold=low is not None,
+    )
+    outside = (x > high) if low is None else (x > high) | (x < low)
+    dropped = (outside & layout.mask).to(d.dtype)
+    metrics[f"rollout_rs_{option}_masked_fraction"] = layout.mean(dropped).item()
+    sequences = dropped.amax(-1).sum() / present.sum().clamp(min=1)
+    metrics[f"rollout_rs_{option}_seq_masked_fraction"] = sequences.item()
+    return metrics

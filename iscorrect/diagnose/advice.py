@@ -9,12 +9,12 @@ import numpy as np
 import torch
 
 from iscorrect.diagnose.causes import NOISE, SCALES, Finding, diagnose
-from iscorrect.diagnose.tokens import Tokens
-from iscorrect.divergences import k3
 from iscorrect.dumps import LogProbDump
+from iscorrect.dumps.tokens import Tokens
 from iscorrect.errors import input_error
-from iscorrect.pareto import pareto_tail
-from iscorrect.thresholds import mse_optimal_cap
+from iscorrect.loss.caps import mse_optimal_cap
+from iscorrect.loss.divergences import k3
+from iscorrect.loss.pareto import pareto_tail
 
 # What a correction is for: hardware, and weights that differ on purpose. The rest is repaired.
 CORRECTABLE = (

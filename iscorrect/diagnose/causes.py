@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from iscorrect.diagnose.tokens import Array, Estimate, Tokens
 from iscorrect.dumps import LogProbDump
+from iscorrect.dumps.tokens import Array, Estimate, Tokens
 from iscorrect.errors import input_error
-from iscorrect.pareto import pareto_tail
+from iscorrect.loss.pareto import pareto_tail
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import torch
 from einops import einsum, rearrange, repeat
 from torch import Tensor
 
-from iscorrect.aggregate import Estimator, group_advantages
 from iscorrect.errors import describe, input_error
 from iscorrect.layout import masked
+from iscorrect.loss.advantages import Baseline, group_advantages
 from iscorrect.testing.tabular import TabularPolicy, check_same_sequences
 
 LossFn = Callable[..., Any]
@@ -79,7 +79,7 @@ def audit(
     reward: Tensor,
     *,
     batch: int = 1,
-    group: Estimator | None = None,
+    group: Baseline | None = None,
     advantages: Tensor | None = None,
     old_policy: TabularPolicy | None = None,
     samples: int | None = None,
@@ -247,7 +247,7 @@ def _in_logits(slopes: Tensor, rows: Tensor, policy: TabularPolicy) -> Tensor:
     return rearrange(table, "k c v -> k (c v)")
 
 
-def _against_group(rewards: Tensor, group: Estimator, length: int) -> Tensor:
+def _against_group(rewards: Tensor, group: Baseline, length: int) -> Tensor:
     k, b = rewards.shape
     ids = repeat(torch.arange(k), "k -> (k b)", b=b)
     advantages = group_advantages(rewards.flatten(), ids, estimator=group)
@@ -335,7 +335,7 @@ def _check(
     policy: TabularPolicy,
     reward: Tensor,
     batch: int,
-    group: Estimator | None,
+    group: Baseline | None,
     advantages: Tensor | None,
     samples: int | None,
 ) -> None:

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import pad
 
-from iscorrect.aggregate import Estimator
 from iscorrect.layout import Layout
+from iscorrect.loss.advantages import Baseline
 from iscorrect.testing.audit import LossFn, audit
 from iscorrect.testing.strategies import Batch, Case, cases, padded_batches, policies
 from iscorrect.testing.tabular import TabularPolicy
@@ -31,7 +31,7 @@ def check_unbiased(
     loss_fn: LossFn,
     *,
     batch: int = 1,
-    group: Estimator | None = None,
+    group: Baseline | None = None,
     old: bool = False,
     scale: float = 1.0,
 ) -> None:

@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor
 
 from iscorrect.errors import input_error
-from iscorrect.ratios import check_bounds
+from iscorrect.loss.ratios import check_bounds
 from iscorrect.testing.tabular import TabularPolicy
 
 Mismatch = Callable[[TabularPolicy], TabularPolicy]

@@ -19,14 +19,22 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from iscorrect.aggregate import Aggregation
-from iscorrect.bounds import Bound, Clip, ConfidenceCap, Ignore, Mask, ParetoSmooth, Truncate
-from iscorrect.correction import PRESETS, Correction
 from iscorrect.layout import Layout, pad_sequences
-from iscorrect.loss import PolicyLoss
-from iscorrect.objectives import CISPO, Objective, PPOClip, Reinforce
-from iscorrect.ratios import Level
-from iscorrect.reject import BinaryKL, DivergenceAbove, ProbabilityShift, RatioOutside, Rule, Veto
+from iscorrect.loss.aggregate import Aggregation
+from iscorrect.loss.bounds import Bound, Clip, ConfidenceCap, Ignore, Mask, ParetoSmooth, Truncate
+from iscorrect.loss.correction import Correction
+from iscorrect.loss.objectives import CISPO, Objective, PPOClip, Reinforce
+from iscorrect.loss.policy_loss import PolicyLoss
+from iscorrect.loss.presets import PRESETS
+from iscorrect.loss.ratios import Level
+from iscorrect.loss.rules import (
+    BinaryKL,
+    DivergenceAbove,
+    ProbabilityShift,
+    RatioOutside,
+    Rule,
+    Veto,
+)
 from iscorrect.testing.tabular import TabularPolicy, sequences
 
 

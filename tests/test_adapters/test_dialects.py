@@ -14,14 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from iscorrect import Clip, InputError, Mask, Truncate
-from iscorrect.adapters.dialects import (
-    from_areal,
-    from_nemo_rl,
-    from_openrlhf,
-    from_slime,
-    from_trl,
-    from_verl,
-)
+from iscorrect.adapters.areal import from_areal
+from iscorrect.adapters.nemo_rl import from_nemo_rl
+from iscorrect.adapters.openrlhf import from_openrlhf
+from iscorrect.adapters.slime import from_slime
+from iscorrect.adapters.trl import from_trl
+from iscorrect.adapters.verl import from_verl
 
 exp = np.exp
 bound = st.floats(math.log(1e-3), math.log(1e3)).map(math.exp)

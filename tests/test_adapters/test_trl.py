@@ -25,8 +25,7 @@ from iscorrect import (
     token_tis,
     uncorrected,
 )
-from iscorrect.adapters.dialects import from_trl
-from iscorrect.adapters.trl import CorrectedGRPO
+from iscorrect.adapters.trl import CorrectedGRPO, from_trl
 from iscorrect.dumps import DumpWriter, read_dump
 
 with warnings.catch_warnings():

@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 
 import iscorrect
 from iscorrect import Correction, Ignore, InputError, PPOClip, token_tis
-from iscorrect.adapters.dialects import from_verl
-from iscorrect.adapters.verl import batch_hook, register_loss
+from iscorrect.adapters.verl import batch_hook, from_verl, register_loss
 from iscorrect.dumps import DumpWriter, read_dump
 
 with warnings.catch_warnings():

@@ -1,0 +1,169 @@
+"""The counted tokens of a dump in one line, and estimates with errors clustered by sequence."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from iscorrect.dumps.dump import LogProbDump
+
+Array: TypeAlias = npt.NDArray[Any]
+
+
+class Estimate(NamedTuple):
+    """A mean or a coefficient, and its standard error clustered by sequence."""
+
+    value: float
+    error: float
+
+    @property
+    def z(self) -> float:
+        """How many standard errors it is away from zero."""
+        return self.value / self.error if self.error > 0 else 0.0
+
+    def __str__(self) -> str:
+        return f"{self.value:+.3g} ± {self.error:.2g}"
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """Tokens that count and are finite on both sides, sequence after sequence.
+
+    Attributes:
+        rollout: "n", log μ, nats.
+        old: "n", log π_old, nats.
+        row: int "n", the sequence of each token.
+        position: int "n", how many tokens of its sequence come before it.
+        count: how many sequences the dump has.
+        gap: "n", surprisal less entropy under the trainer, −log π_old − H; None without entropy.
+        ids: int "n", or None.
+        seen: bool "n", the same token came earlier in the row; None without ids.
+        step: int "s", of each sequence, or None; likewise ``version`` and ``group``.
+    """
+
+    rollout: Array
+    old: Array
+    row: Array
+    position: Array
+    count: int
+    gap: Array | None
+    ids: Array | None
+    seen: Array | None
+    step: Array | None
+    version: Array | None
+    group: Array | None
+
+    @classmethod
+    def of(cls, dump: LogProbDump) -> Tokens:
+        """The tokens of a dump."""
+        mask = _array(dump.mask)
+        rollout, old = _array(dump.rollout_log_probs), _array(dump.old_log_probs)
+        counted = mask & np.isfinite(rollout) & np.isfinite(old)
+        row, column = np.nonzero(counted)
+        starts = np.flatnonzero(np.r_[True, row[1:] != row[:-1]])
+        lengths = np.diff(np.r_[starts, len(row)])
+        old = old[row, column].astype(np.float64)
+        gap = None
+        if dump.entropy is not None:
+            gap = -old - _array(dump.entropy)[row, column]
+            gap = gap if np.isfinite(gap).all() else None
+        ids = seen = None
+        if dump.token_ids is not None:
+            ids = _array(dump.token_ids)[row, column]
+            seen = _seen(_array(dump.token_ids))[row, column]
+        return cls(
+            rollout=rollout[row, column].astype(np.float64), old=old, row=row,
+            position=np.arange(len(row)) - np.repeat(starts, lengths), count=len(mask), gap=gap,
+            ids=ids, seen=seen, step=_optional(dump.step), version=_optional(dump.policy_version),
+            group=_optional(dump.group),
+        )
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    @property
+    def d(self) -> Array:
+        """The log-ratio log ρ "n", nats."""
+        return self.old - self.rollout
+
+    @property
+    def sequences(self) -> int:
+        """How many sequences have a token here."""
+        return len(np.unique(self.row))
+
+    def where(self, keep: Array) -> Tokens:
+        """Some of the tokens."""
+        named = ("rollout", "old", "row", "position", "gap", "ids", "seen")
+        values = {name: getattr(self, name) for name in named}
+        kept: dict[str, Any] = {n: x if x is None else x[keep] for n, x in values.items()}
+        return replace(self, **kept)
+
+    def mean(self, x: Array) -> Estimate:
+        """Mean of "n" over tokens."""
+        value = float(x.mean())
+        return Estimate(value, self._error(x - value) / len(x))
+
+    def regress(self, y: Array, *x: Array) -> tuple[list[Estimate], float]:
+        """Least squares of y on x and a constant.
+
+        Returns:
+            the coefficient of each x, and the share of y's variance that they explain.
+        """
+        columns = np.stack([np.ones_like(y), *x], axis=1)
+        coefficients = np.linalg.lstsq(columns, y, rcond=None)[0]
+        residual = y - columns @ coefficients
+        inverse = np.linalg.pinv(columns.T @ columns)
+        errors = [self._error(residual * (columns @ inverse[k])) for k in range(1, len(x) + 1)]
+        estimates = [Estimate(float(b), e) for b, e in zip(coefficients[1:], errors, strict=True)]
+        variance = float(y.var())
+        return estimates, 1 - float(residual.var()) / variance if variance > 0 else 0.0
+
+    def _error(self, x: Array) -> float:
+        """Standard error of the sum of x; inf where one sequence is all there is."""
+        totals = np.bincount(self.row, weights=x, minlength=self.count)
+        s = self.sequences
+        return math.sqrt(float((totals**2).sum()) * s / (s - 1)) if s > 1 else math.inf
+
+    def typical(self) -> float:
+        """Robust standard deviation of log ρ."""
+        return 1.4826 * float(np.median(np.abs(self.d)))
+
+    def logit_noise(self) -> float:
+        """Typical difference of a token's log-odds, where the model is least certain of its noise.
+
+        The largest median of |log ρ| / (1 − p) over three bins of confidence. On a free choice
+        among equals, all logits move together and nothing is seen of their noise.
+        """
+        p = np.exp((self.old + self.rollout) / 2)
+        # log p − log q is the difference of the log-odds times about 1 − p
+        noise = np.abs(self.d) / (1 - np.minimum(p, 0.999))
+        edges = (0, 0.1, 0.5, 0.99)
+        bins = [noise[(p >= a) & (p < b)] for a, b in pairwise(edges)]
+        filled = [float(np.median(x)) for x in bins if len(x) >= 12]
+        return max(filled) if filled else float(np.median(noise))
+
+
+def _array(x: Tensor) -> Array:
+    array: Array = x.detach().cpu().numpy()
+    return array
+
+
+def _optional(x: Tensor | None) -> Array | None:
+    return None if x is None else _array(x)
+
+
+def _seen(ids: Array) -> Array:
+    """Whether the same id stands earlier in the row; bool "b t"."""
+    order = np.argsort(ids, axis=1, kind="stable")
+    ordered = np.take_along_axis(ids, order, axis=1)
+    again = np.zeros_like(ids, dtype=bool)
+    again[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
+    seen = np.empty_like(again)
+    np.put_along_axis(seen, order, again, axis=1)
+    return seen

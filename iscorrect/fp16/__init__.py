@@ -1,0 +1,1 @@
+"""The FP16 switch: may this model train and sample in FP16."""

@@ -1,0 +1,1 @@
+"""The LM-head path: from hidden states to log-probs and to the loss."""

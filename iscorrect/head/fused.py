@@ -1,0 +1,265 @@
+"""From hidden states to the loss, its metrics and its gradients in one pass over the vocabulary.
+
+In a corrected policy-gradient loss the derivative in a token's log-prob is known as soon as that
+log-prob is: weights carry no gradient, and denominators count the mask. So the gradients of hidden
+states and weights can be made while a chunk's exponentials are still there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iscorrect.errors import check_per_token, input_error
+from iscorrect.head.inputs import prepare
+from iscorrect.head.linear import check_first_order, log_probs_of
+from iscorrect.head.onepass import Batch, in_one_pass
+from iscorrect.head.reader import default_step
+from iscorrect.head.support import Support
+from iscorrect.layout import Layout, as_layout
+from iscorrect.loss.aggregate import Aggregation, Normalizer
+from iscorrect.loss.correction import Correction
+from iscorrect.loss.objectives import CISPO, Objective
+from iscorrect.loss.policy_loss import LossOutput, PolicyLoss
+from iscorrect.loss.presets import uncorrected
+from iscorrect.ranks import Group
+
+
+def fused_policy_loss(
+    loss_fn: PolicyLoss,
+    *,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    rollout_log_probs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | Layout,
+    old_log_probs: Tensor | None = None,
+    ref_log_probs: Tensor | None = None,
+    extra: Tensor | None = None,
+    normalizer: Normalizer | None = None,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    chunk_size: int | None = None,
+    head_dtype: torch.dtype = torch.float32,
+    support: Tensor | Support | None = None,
+    sequence_scratch: bool = False,
+    vocabulary_group: Group = None,
+    vocabulary_size: int | None = None,
+    sequence_parallel: bool = False,
+) -> LossOutput:
+    """A policy loss of a linear head's log-probs, its gradients made in the forward pass.
+
+        loss_fn(linear_log_probs(hidden, weight, target), …)
+
+    One pass over the vocabulary makes log-probs and gradients, 6 n v d operations instead of 8.
+    The exponentials of the first d tokens wait where the gradient of ``weight`` is going to be,
+    those of later chunks in a buffer; logits for which there is none are computed twice.
+    Tokens outside the mask cost nothing, tokens whose derivative is 0 no gradient. Where
+    the loss of a token looks farther than the tokens at hand (a correction of whole sequences
+    under the policy being trained, a batch-wide bound), a second pass recomputes the logits.
+    Leaving tokens out takes their number: a GPU is asked for it before the first chunk, twice, and
+    once a chunk.
+
+    Args:
+        loss_fn: the loss.
+        hidden: "b t d", with gradient; t predicts ``target`` at t.
+        weight: "v d", with gradient.
+        target: int "b t".
+        rollout_log_probs: "b t", log μ, nats, as the engine reported.
+        advantages: "b t", or "b" for one per row.
+        mask: bool "b t", or a layout.
+        old_log_probs: "b t", log π_old. None: π itself, without gradient.
+        ref_log_probs: "b t", log π_ref, where the loss has a ``reference_kl``.
+        extra: "b t", a per-token loss that no weight multiplies; may carry gradient.
+        normalizer: the whole batch's count, where this is a micro-batch.
+        bias: "v", with gradient.
+        temperature: τ > 0, the sampler's.
+        softcap: c > 0, as in Gemma's final logits; None for none.
+        chunk_size: tokens the buffer is for, v float32 numbers each. None: one in 40, on a GPU 1024
+            or more; on a CPU no buffer where these are fewer than 192 and ``weight`` is trained.
+        head_dtype: what the head's output is rounded to; see :func:`linear_log_probs`.
+        support: the kept ids, as in :func:`log_probs_from_logits`.
+        sequence_scratch: hold one more gradient of the weight, so that sequences longer than a
+            chunk take one pass too where their weight is one factor: it is multiplied at the end.
+        vocabulary_group: the ranks that hold the other rows of the head (tensor parallelism), as in
+            :func:`linear_log_probs`; groups of ``mask`` leave them out. All get the same loss.
+        vocabulary_size: v, where the rows of the head are padded to more.
+        sequence_parallel: ``hidden`` is "b t/R d", this rank's part of the tokens.
+
+    Returns:
+        loss "" and metrics. The gradients are kept once: backward runs once.
+
+    Raises:
+        InputError: see :class:`PolicyLoss` and :func:`linear_log_probs`.
+        RuntimeError: a second backward through the same loss.
+
+    >>> from iscorrect.loss.presets import token_tis
+    >>> hidden = torch.zeros(1, 2, 8, requires_grad=True)
+    >>> weight = torch.ones(4, 8, requires_grad=True)
+    >>> loss, metrics = fused_policy_loss(
+    ...     PolicyLoss(correction=token_tis()), hidden=hidden, weight=weight,
+    ...     target=torch.tensor([[0, 1]]), rollout_log_probs=torch.full((1, 2), -1.4),
+    ...     advantages=torch.ones(1), mask=torch.tensor([[True, True]]),
+    ... )
+    >>> loss.backward()
+    >>> weight.grad.shape
+    torch.Size([4, 8])
+    """
+    layout = as_layout("fused_policy_loss", mask)
+    if not isinstance(loss_fn, PolicyLoss):
+        raise input_error(
+            "fused_policy_loss", "loss_fn", expected="a PolicyLoss", got=repr(loss_fn),
+            fix="pass PolicyLoss(correction=token_tis())",
+        )
+    if isinstance(advantages, Tensor) and advantages.shape == layout.mask.shape[:-1]:
+        advantages = advantages.unsqueeze(-1).expand(layout.mask.shape)
+    batch = Batch(
+        rollout_log_probs, advantages, layout, old_log_probs, ref_log_probs, normalizer
+    )
+
+    def check() -> None:
+        check_per_token(
+            "fused_policy_loss", layout.mask, gradient=("extra",), extra=extra,
+            advantages=advantages, rollout_log_probs=rollout_log_probs,
+            old_log_probs=old_log_probs, ref_log_probs=ref_log_probs,
+        )
+
+    def evaluate(log_probs: Tensor, extra: Tensor | None) -> LossOutput:
+        return loss_fn(
+            log_probs, rollout_log_probs=rollout_log_probs, advantages=advantages, mask=layout,
+            old_log_probs=old_log_probs, ref_log_probs=ref_log_probs, extra=extra,
+            normalizer=normalizer,
+        )
+
+    head, tokens = prepare(
+        "fused_policy_loss", hidden=hidden, weight=weight, target=target, bias=bias,
+        temperature=temperature, softcap=softcap, chunk_size=chunk_size, head_dtype=head_dtype,
+        support=support, layout=layout, vocabulary_group=vocabulary_group,
+        vocabulary_size=vocabulary_size, sequence_parallel=sequence_parallel,
+        also=check, sequence_scratch=sequence_scratch, old_log_probs=old_log_probs is not None,
+    )
+    inputs = (hidden, head.weight, head.bias, extra)
+    wanted = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in inputs]
+    if any(wanted[:3]):
+        made = in_one_pass(
+            loss_fn, batch, head, tokens, chunk_size=chunk_size,
+            sequence_scratch=sequence_scratch, wanted=wanted,
+        )
+        if made is not None:
+            log_probs, ready = made
+            loss, metrics = evaluate(log_probs, None if extra is None else extra.detach())
+            loss = _Ready.apply(loss, ready, *inputs)  # type: ignore[no-untyped-call]
+            return LossOutput(loss, metrics)
+    (log_probs,) = log_probs_of(head, tokens, default_step(head))
+    return evaluate(log_probs, extra)
+
+
+def fp32_head_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    rollout_log_probs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | Layout,
+    old_log_probs: Tensor | None = None,
+    correction: Correction = uncorrected(),
+    objective: Objective = CISPO(),
+    aggregation: Aggregation = "token-mean",
+    normalizer: Normalizer | None = None,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    vocabulary_group: Group = None,
+    vocabulary_size: int | None = None,
+    sequence_parallel: bool = False,
+) -> LossOutput:
+    """Policy-gradient loss of log-probs from an LM head in float32, the rest staying in 16 bits.
+
+        loss = aggregate(w · objective(log π)),  log π from z = h Wᵀ in float32
+
+    A 16-bit head rounds each logit to 8 or 11 bits, which is most of what a 16-bit trainer and
+    engine differ by. Its products are exact in float32, so nothing but the output need be wider.
+    The engine's head has to be in float32 as well. Weights are 1 unless a correction is given for
+    what the other layers leave.
+
+    Args:
+        hidden: "b t d", with gradient; t predicts ``target`` at t.
+        weight: "v d", with gradient; tied to the embedding or not.
+        target: int "b t".
+        rollout_log_probs: "b t", log μ, nats, as the engine reported.
+        advantages: "b t", or "b" for one per row.
+        mask: bool "b t", or a layout.
+        old_log_probs: "b t", log π_old, from a float32 head too. None: π itself.
+        correction: gives w from π_old/μ.
+        objective: callable (log_probs, old_log_probs, advantages, layout) -> loss "b t".
+        aggregation: see :func:`aggregate`.
+        normalizer: the whole batch's count, where this is a micro-batch.
+        bias: "v", with gradient.
+        temperature: τ > 0, the sampler's.
+        softcap: c > 0, as in Gemma's final logits; None for none.
+        vocabulary_group: the ranks that hold the other rows of the head (tensor parallelism).
+        vocabulary_size: v, where the rows of the head are padded to more.
+        sequence_parallel: ``hidden`` is "b t/R d", this rank's part of the tokens.
+
+    Returns:
+        loss "" and metrics; `mismatch/…` tells what is left.
+
+    Raises:
+        InputError: see :func:`fused_policy_loss`.
+
+    References:
+        MiniMax-M1 (arXiv 2506.13585, §3.2), whose objective is CISPO.
+
+    >>> hidden = torch.zeros(1, 2, 8, dtype=torch.bfloat16, requires_grad=True)
+    >>> loss, metrics = fp32_head_loss(
+    ...     hidden, torch.zeros(4, 8, dtype=torch.bfloat16), torch.tensor([[0, 1]]),
+    ...     rollout_log_probs=torch.full((1, 2), -1.4), advantages=torch.ones(1),
+    ...     mask=torch.tensor([[True, True]]),
+    ... )
+    >>> loss
+    tensor(1.3863, grad_fn=<_ReadyBackward>)
+    """
+    loss_fn = PolicyLoss(correction=correction, objective=objective, aggregation=aggregation)
+    return fused_policy_loss(
+        loss_fn, hidden=hidden, weight=weight, target=target, rollout_log_probs=rollout_log_probs,
+        advantages=advantages, mask=mask, old_log_probs=old_log_probs, normalizer=normalizer,
+        bias=bias, temperature=temperature, softcap=softcap, head_dtype=torch.float32,
+        vocabulary_group=vocabulary_group, vocabulary_size=vocabulary_size,
+        sequence_parallel=sequence_parallel,
+    )
+
+
+class _Ready(torch.autograd.Function):
+    """A loss whose gradients have been made."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, loss: Tensor, gradients: list[Tensor | None], *inputs: Tensor | None
+    ) -> Tensor:
+        ctx.gradients = gradients
+        ctx.like = [None if x is None else (x.shape, x.dtype) for x in inputs]
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        check_first_order("fused_policy_loss")
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "fused_policy_loss: its gradients were handed over by the first backward and are"
+                " not kept twice; compute the loss again for another backward"
+            )
+        gradients, ctx.gradients = ctx.gradients, None
+        ready: list[Tensor | None] = []
+        for made, like in zip(gradients, ctx.like, strict=True):
+            if made is None:
+                ready.append(None)
+                continue
+            shape, dtype = like
+            # The loss scale is multiplied in before a float16 gradient is rounded.
+            ready.append(made.mul_(grad).view(shape).to(dtype))
+        return (None, None, *ready)

@@ -1,0 +1,388 @@
+"""The LM head and the tokens it is asked about, checked, whole or shared among ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from iscorrect.errors import InputError, describe, input_error
+from iscorrect.head.support import Support, as_rows, select
+from iscorrect.layout import Layout, as_layout
+from iscorrect.ranks import Group, objects_over, sum_over
+
+T = TypeVar("T")
+
+_Facts = tuple[int, dict[str, object]]
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """The LM head, or this rank's rows of it, and what happens to the logits.
+
+    Attributes:
+        weight: "v d".
+        bias: "v", or None.
+        group: the ranks that hold the other rows; None: nobody does.
+        start: which row of the whole head is the first one here.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    temperature: float = 1.0
+    softcap: float | None = None
+    head_dtype: torch.dtype = torch.float32
+    group: Group = None
+    start: int = 0
+
+    def wide(self, hidden: Tensor) -> torch.dtype:
+        """What logits, sums and gradients are held in: float32 or wider."""
+        dtype = torch.promote_types(hidden.dtype, self.weight.dtype)
+        return torch.promote_types(torch.promote_types(dtype, self.head_dtype), torch.float32)
+
+    def slope(self, logits: Tensor) -> Tensor:
+        """Of the soft cap, 1 − tanh², by what it made of the logits."""
+        assert self.softcap is not None
+        tanh = logits * (self.temperature / self.softcap)
+        # −inf stands for what has underflowed
+        return 1 - tanh.clamp_(min=-1).square_()
+
+    def placed(self, start: int, vocabulary: int) -> Head:
+        """These rows as those of the whole head from ``start`` on, padding left out."""
+        kept = max(0, min(len(self.weight), vocabulary - start))
+        if kept == len(self.weight):
+            return replace(self, start=start)
+        bias = None if self.bias is None else self.bias[:kept]
+        return replace(self, weight=self.weight[:kept], bias=bias, start=start)
+
+    def check(self, caller: str) -> None:
+        """Raise unless weights, bias and numbers can be used."""
+        if self.weight.ndim != 2 or not self.weight.is_floating_point():
+            raise input_error(
+                caller, "weight", expected="a floating-point matrix `v d`",
+                got=describe(self.weight), fix="pass lm_head.weight",
+            )
+        vocabulary = len(self.weight)
+        if self.bias is not None and self.bias.shape != (vocabulary,):
+            raise input_error(
+                caller, "bias", expected=f"of shape ({vocabulary},)", got=describe(self.bias),
+                fix="pass lm_head.bias, or None where there is none",
+            )
+        for name, value in {"temperature": self.temperature, "softcap": self.softcap}.items():
+            if value is not None and not (isinstance(value, (int, float)) and value > 0):
+                raise input_error(
+                    caller, name, expected="a number > 0", got=repr(value),
+                    fix=f"pass {name} as the sampler and the model's config have it",
+                )
+        if not self.head_dtype.is_floating_point:
+            raise input_error(
+                caller, "head_dtype", expected="a floating-point dtype", got=str(self.head_dtype),
+                fix="pass torch.float32",
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """The tokens that count, one after the other.
+
+    Attributes:
+        hidden: "m d", of every token, counted or not, or of the part of them that is here.
+        shape: of the target, "...".
+        index: int "n", which of the target's positions count.
+        target: int "n".
+        support: what each may be, or None.
+        part: which hidden states are here; None: all.
+        start: the first row of the hidden states, where all that follow one another are meant.
+    """
+
+    hidden: Tensor
+    shape: torch.Size
+    index: Tensor
+    target: Tensor
+    support: Support | None = None
+    part: Part | None = None
+    start: int | None = None
+
+    @classmethod
+    def of(
+        cls, caller: str, *, hidden: Tensor, target: Tensor, mask: Tensor | None,
+        support: Tensor | Support | None, part: Part | None,
+    ) -> Tokens:
+        """Pick what counts; asks a GPU once how many tokens that is."""
+        flat = target.flatten().long()
+        if mask is None:
+            index = torch.arange(flat.numel(), device=flat.device)
+        else:
+            index = mask.flatten().nonzero().squeeze(-1)
+        if support is not None:
+            support = select(as_rows(caller, support, target), index)
+        states = hidden.reshape(-1, hidden.shape[-1])
+        start = 0 if part is None and len(index) == len(flat) else None
+        return cls(states, target.shape, index, flat[index], support, part, start)
+
+    def check(self, caller: str, vocabulary: int) -> None:
+        """Raise on a token id that the vocabulary does not have."""
+        # On a GPU an index out of range ends in a device assertion; on a CPU a look is free.
+        if self.target.device.type != "cpu":
+            return
+        kept = None if self.support is None else self.support.ids
+        for name, ids in {"target": self.target, "support": kept}.items():
+            if ids is None:
+                continue
+            outside = (ids < 0) | (ids >= vocabulary)
+            if bool(outside.any()):
+                raise input_error(
+                    caller, name, expected=f"token ids in [0, {vocabulary}) where it counts",
+                    got=str(ids[outside][0].item()),
+                    fix="mask ignored positions, and give the head's full vocabulary",
+                )
+
+    def here(self) -> tuple[slice | Tensor, slice | Tensor]:
+        """The tokens whose hidden states are on this rank, and in which rows."""
+        if self.part is not None:
+            return self.part.find(self.index)
+        if self.start is not None:
+            return slice(None), slice(self.start, self.start + len(self))
+        return slice(None), self.index
+
+    def states(self) -> Tensor:
+        """"n d", the hidden states, from the ranks that hold them."""
+        here, rows = self.here()
+        if self.part is None:
+            return self.hidden[rows]
+        states = self.hidden.new_zeros(len(self), self.hidden.shape[1])
+        states[here] = self.hidden[rows]
+        return sum_over(states, self.part.group)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, part: slice | Tensor) -> Tokens:
+        support = self.support
+        if support is not None:
+            every = torch.arange(len(self), device=self.index.device)
+            support = select(support, every[part])
+        start = None
+        if isinstance(part, slice) and self.start is not None:
+            start = self.start + part.indices(len(self))[0]
+        return replace(
+            self, index=self.index[part], target=self.target[part], support=support, start=start
+        )
+
+
+class Part(NamedTuple):
+    """Sequence parallelism: some of the columns of "... t", whose hidden states are here.
+
+    Attributes:
+        group: the ranks that hold the others.
+        start: the first of these columns.
+        width: how many.
+        columns: t, of all ranks.
+    """
+
+    group: Group
+    start: int
+    width: int
+    columns: int
+
+    def find(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Which of some positions are here, and in which rows of the hidden states."""
+        column = index % self.columns - self.start
+        here = (column >= 0) & (column < self.width)
+        return here, (index // self.columns * self.width + column)[here]
+
+
+def prepare(
+    caller: str, *, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None,
+    temperature: float, softcap: float | None, chunk_size: int | None, head_dtype: torch.dtype,
+    support: Tensor | Support | None, layout: Tensor | Layout | None, vocabulary_group: Group,
+    vocabulary_size: int | None, sequence_parallel: bool, also: Callable[[], None] = lambda: None,
+    **alike: object,
+) -> tuple[Head, Tokens]:
+    """The head and the tokens that count, once all inputs are checked.
+
+    The arguments are those of the caller. Where ranks share the head, ``also`` is checked on each
+    before anything is sent, and ``alike`` has to be the same on all.
+    """
+    weight, bias, group = _as_shard(caller, weight, bias, vocabulary_group)
+    head = Head(weight, bias, temperature, softcap, head_dtype, group)
+    rank, ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+
+    def check() -> Tokens:
+        head.check(caller)
+        if chunk_size is not None and not _is_count(chunk_size):
+            raise input_error(
+                caller, "chunk_size", expected="an int > 0, or None", got=repr(chunk_size),
+                fix="leave it out, or pass chunk_size=256",
+            )
+        if vocabulary_size is not None and not _is_count(vocabulary_size):
+            raise input_error(
+                caller, "vocabulary_size", expected="an int > 0, or None",
+                got=repr(vocabulary_size), fix="pass the size of the tokenizer's vocabulary",
+            )
+        mask = None if layout is None else as_layout(caller, layout).mask
+        cut = ranks if sequence_parallel else 1
+        _check_tokens(caller, head, hidden, target, mask, cut)
+        part = None
+        if cut > 1:
+            width = hidden.shape[-2]
+            part = Part(group, rank * width, width, ranks * width)
+        tokens = Tokens.of(
+            caller, hidden=hidden, target=target, mask=mask, support=support, part=part
+        )
+        also()
+        return tokens
+
+    def facts(tokens: Tokens) -> _Facts:
+        wanted = [x is not None and x.requires_grad for x in (hidden, weight, bias)]
+        return len(weight), alike | {
+            "target": f"{tuple(target.shape)}, {_fingerprint(tokens)}",
+            "hidden": describe(hidden), "weight": f"{weight.dtype}, {weight.shape[1]} wide",
+            "bias": bias is not None, "requires_grad": torch.is_grad_enabled() and wanted,
+            "temperature": temperature, "softcap": softcap, "head_dtype": head_dtype,
+            "chunk_size": chunk_size,
+            "support": None if tokens.support is None else f"{len(tokens.support.ids)} ids",
+            "vocabulary_size": vocabulary_size, "sequence_parallel": sequence_parallel,
+        }
+
+    if group is None:
+        tokens, rows = check(), [len(weight)]
+    else:
+        tokens, rows = _unanimous(caller, group, check, facts)
+    vocabulary = sum(rows) if vocabulary_size is None else vocabulary_size
+    if vocabulary > sum(rows):
+        raise input_error(
+            caller, "vocabulary_size", expected=f"at most {sum(rows)}, the rows of the head",
+            got=str(vocabulary), fix="pass the size of the tokenizer's vocabulary",
+        )
+    tokens.check(caller, vocabulary)
+    start = sum(rows[:rank])
+    return head.placed(start, vocabulary), tokens
+
+
+def _is_count(x: object) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and x > 0
+
+
+def _check_tokens(
+    caller: str, head: Head, hidden: Tensor, target: Tensor, mask: Tensor | None, cut: int
+) -> None:
+    width = head.weight.shape[1]
+    if hasattr(hidden, "placements"):
+        raise input_error(
+            caller, "hidden", expected="a plain tensor", got=f"a DTensor {hidden.placements}",
+            fix="pass hidden.to_local(), with sequence_parallel=True where tokens are sharded",
+        )
+    if not hidden.is_floating_point() or hidden.ndim < 2 or hidden.shape[-1] != width:
+        raise input_error(
+            caller, "hidden", expected=f"a floating-point tensor `... {width}`, wide as `weight`",
+            got=describe(hidden), fix="pass the last hidden states, after the final norm",
+        )
+    if target.is_floating_point() or target.dtype == torch.bool:
+        raise input_error(
+            caller, "target", expected="an integer tensor `...`", got=describe(target),
+            fix="pass token ids",
+        )
+    *rows, columns = hidden.shape[:-1]
+    shape = (*rows, cut * columns)
+    if target.shape != shape:
+        hint = "pass one token id per position of the hidden states"
+        if target.shape == (*rows, cut * columns + 1):
+            hint = "hidden states at t predict token t + 1: pass target[..., 1:]"
+        elif cut > 1:
+            hint = f"pass the targets of all {cut} ranks, padded so that each holds as many"
+        elif target.shape[:-1] == hidden.shape[:-2] and head.group is not None:
+            hint = "pass sequence_parallel=True where ranks hold the hidden states of some tokens"
+        raise input_error(
+            caller, "target", expected=f"of shape {shape}", got=describe(target), fix=hint,
+        )
+    if mask is not None and mask.shape != target.shape:
+        raise input_error(
+            caller, "layout", expected=f"of shape {tuple(target.shape)} like `target`",
+            got=describe(mask), fix="pass the mask of the same tokens",
+        )
+    for name, x in {"weight": head.weight, "target": target, "bias": head.bias}.items():
+        if x is not None and x.device != hidden.device:
+            raise input_error(
+                caller, name, expected=f"on {hidden.device} like `hidden`", got=str(x.device),
+                fix=f"pass {name}.to(hidden.device)",
+            )
+
+
+def _as_shard(
+    caller: str, weight: Any, bias: Any, group: Group
+) -> tuple[Tensor, Tensor | None, Group]:
+    """A rank's rows as plain tensors, and the group that holds the others, if any does."""
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise input_error(
+            caller, "vocabulary_group", expected="a process group that this rank is in, or None",
+            got=repr(group), fix="pass mesh['tp'].get_group()",
+        )
+    if hasattr(weight, "placements"):
+        mesh, placements = weight.device_mesh, weight.placements
+        if mesh.ndim != 1 or not placements[0].is_shard(0):
+            raise input_error(
+                caller, "weight", expected="whole, or a DTensor with Shard(0) on a 1-D mesh",
+                got=f"a DTensor with {placements} on {mesh}",
+                fix="shard lm_head.weight over the tensor-parallel mesh alone; under FSDP make this"
+                " call inside forward, where data-parallel shards are gathered",
+            )
+        if group is not None:
+            raise input_error(
+                caller, "vocabulary_group", expected="None where `weight` is a DTensor",
+                got="a process group", fix="leave it out: the group is that of the DTensor's mesh",
+            )
+        group, weight = mesh.get_group(), weight.to_local()
+        if hasattr(bias, "placements"):
+            if (bias.device_mesh, bias.placements) != (mesh, placements):
+                raise input_error(
+                    caller, "bias", expected="sharded like `weight`",
+                    got=f"a DTensor with {bias.placements} on {bias.device_mesh}",
+                    fix="shard lm_head.bias with Shard(0) on the same mesh",
+                )
+            bias = bias.to_local()
+    if group is not None and dist.get_world_size(group) == 1:
+        group = None
+    return weight, bias, group
+
+
+def _unanimous(
+    caller: str, group: Group, check: Callable[[], T], facts: Callable[[T], _Facts]
+) -> tuple[T, list[int]]:
+    """What a check returns, and the rows on each rank, once all ranks have passed theirs.
+
+    All raise where one does or where other facts differ, before anything else is sent.
+    """
+    try:
+        checked = check()
+        mine = facts(checked)
+    except InputError as error:
+        objects_over((0, {"error": str(error)}), group)
+        raise
+    every = objects_over(mine, group)
+    for rank, (_, theirs) in enumerate(every):
+        if "error" in theirs:
+            raise input_error(
+                caller, "vocabulary_group", expected="ranks that all accept their own input",
+                got=f"from rank {rank} of the group: {theirs['error']}", fix="see that rank",
+            )
+    first = every[0][1]
+    for rank, (_, theirs) in enumerate(every):
+        for name, value in first.items():
+            if theirs[name] != value:
+                raise input_error(
+                    caller, name, expected="the same on all ranks of vocabulary_group",
+                    got=f"{value} on the first and {theirs[name]} on rank {rank}",
+                    fix="give them the same tokens and settings; only the rows of the head differ",
+                )
+    return checked, [rows for rows, _ in every]
+
+
+def _fingerprint(tokens: Tokens) -> str:
+    """Enough to tell that ranks do not hold the same tokens."""
+    mixed = ((tokens.target + 1) * (tokens.index + 1)).sum()
+    return f"{len(tokens)} of them counted, checksum {int(mixed)}"

@@ -1,0 +1,172 @@
+"""Per-token log-probs from hidden states and the LM head; the logits of a batch never exist."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from iscorrect.head.inputs import Head, Tokens, prepare
+from iscorrect.head.reader import Gradients, Reader, default_step
+from iscorrect.head.support import Support
+from iscorrect.layout import Layout
+from iscorrect.ranks import Group, first_over
+
+
+class HeadOutput(NamedTuple):
+    """What the head says about each token; nothing but ``log_probs`` carries gradient.
+
+    Attributes:
+        log_probs: "...", nats.
+        entropy: "...", nats, of the distribution over the vocabulary.
+        surprisal_variance: "...", nats², the variance of −log p under p.
+    """
+
+    log_probs: Tensor
+    entropy: Tensor
+    surprisal_variance: Tensor
+
+
+@overload
+def linear_log_probs(
+    hidden: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None = ...,
+    temperature: float = ..., softcap: float | None = ..., chunk_size: int | None = ...,
+    head_dtype: torch.dtype = ..., support: Tensor | Support | None = ...,
+    entropy: Literal[False] = ..., layout: Tensor | Layout | None = ...,
+    vocabulary_group: Group = ..., vocabulary_size: int | None = ...,
+    sequence_parallel: bool = ...,
+) -> Tensor: ...
+@overload
+def linear_log_probs(
+    hidden: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None = ...,
+    temperature: float = ..., softcap: float | None = ..., chunk_size: int | None = ...,
+    head_dtype: torch.dtype = ..., support: Tensor | Support | None = ...,
+    entropy: Literal[True], layout: Tensor | Layout | None = ...,
+    vocabulary_group: Group = ..., vocabulary_size: int | None = ...,
+    sequence_parallel: bool = ...,
+) -> HeadOutput: ...
+def linear_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    chunk_size: int | None = None,
+    head_dtype: torch.dtype = torch.float32,
+    support: Tensor | Support | None = None,
+    entropy: bool = False,
+    layout: Tensor | Layout | None = None,
+    vocabulary_group: Group = None,
+    vocabulary_size: int | None = None,
+    sequence_parallel: bool = False,
+) -> Tensor | HeadOutput:
+    """Log-prob of each target token under a linear head, without the "... v" logits.
+
+        log π(y) = z_y − log Σ_{v ∈ S} exp(z_v),  z = c tanh((h Wᵀ + b)/c)/τ
+
+    The backward pass computes the logits once more, and only for tokens whose log-prob has a
+    gradient that is not zero.
+
+    With the head's rows on several ranks (tensor parallelism), each makes the same call on the same
+    tokens and gets the same log-probs, the same gradient of ``hidden``, and that of its own rows.
+    A chunk costs an all-reduce of one number per token, the largest logit, and one of two, the
+    target's logit and the sum of the others; its backward one of the gradient of ``hidden``.
+
+    Args:
+        hidden: "... d", with gradient.
+        weight: "v d", with gradient. A DTensor sharded on dimension 0 brings its group with it.
+        target: int "...", in [0, v) where the layout counts.
+        bias: "v", with gradient.
+        temperature: τ > 0, the sampler's.
+        softcap: c > 0, as in Gemma's final logits; None for none.
+        chunk_size: tokens that go through the head at a time, over a block of its rows after the
+            other; None: d, and 1024 or more.
+        head_dtype: what the head's output is rounded to. float32 is the FP32 head, whatever the
+            dtype of hidden states and weights; torch.bfloat16 repeats an engine with a 16-bit head.
+        support: S, the kept ids, as in :func:`log_probs_from_logits`.
+        entropy: return :class:`HeadOutput` instead of log-probs alone.
+        layout: bool "..." or a layout. Other tokens are not computed and get 0. None: all count.
+        vocabulary_group: the ranks that hold the other rows of the head (tensor parallelism);
+            ``weight`` and ``bias`` are this rank's, the ranks' rows follow one another.
+        vocabulary_size: v, where the rows of the head are padded to more.
+        sequence_parallel: ``hidden`` is "... t/R d", the r-th of R parts of "... t d", on rank r of
+            ``vocabulary_group``; everything else stays whole. Rows are exchanged chunk by chunk.
+
+    Returns:
+        "...", nats, ≤ 0, float32 or wider. −inf where the target is not in its support.
+
+    Raises:
+        InputError: shapes or devices do not fit, or a number is not positive; on all ranks of the
+            group if on one, or if they differ in what has to be the same.
+        RuntimeError: on differentiating twice.
+
+    >>> hidden, weight = torch.zeros(2, 3, 8), torch.zeros(4, 8)
+    >>> linear_log_probs(hidden, weight, torch.zeros(2, 3, dtype=torch.int64))[0]
+    tensor([-1.3863, -1.3863, -1.3863])
+    """
+    head, tokens = prepare(
+        "linear_log_probs", hidden=hidden, weight=weight, target=target, bias=bias,
+        temperature=temperature, softcap=softcap, chunk_size=chunk_size, head_dtype=head_dtype,
+        support=support, layout=layout, vocabulary_group=vocabulary_group,
+        vocabulary_size=vocabulary_size, sequence_parallel=sequence_parallel, entropy=entropy,
+    )
+    log_probs, *moments = log_probs_of(
+        head, tokens, chunk_size or default_step(head), spread=entropy
+    )
+    return HeadOutput(log_probs, *moments) if entropy else log_probs
+
+
+def log_probs_of(
+    head: Head, tokens: Tokens, step: int, *, spread: bool = False
+) -> tuple[Tensor, ...]:
+    """Log-probs of the targets, in their shape, with gradient; entropy and variance if asked for.
+
+    What does not count gets 0.
+    """
+    out: tuple[Tensor, ...] = _LinearLogProbs.apply(
+        tokens.hidden, head.weight, head.bias, head, tokens, step, spread
+    )  # type: ignore[no-untyped-call]
+    return out
+
+
+class _LinearLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, tokens: Tokens,
+        step: int, spread: bool,
+    ) -> tuple[Tensor, ...]:
+        with torch.autocast(hidden.device.type, enabled=False):
+            reading = Reader(head, tokens).score(tokens, step, spread=spread)
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.head, ctx.tokens, ctx.reading, ctx.step = head, tokens, reading, step
+        out = []
+        for values in (reading.log_probs, *reading.moments):
+            x = values.new_zeros(tokens.shape)
+            x.view(-1).index_copy_(0, tokens.index, values)
+            out.append(x)
+        ctx.mark_non_differentiable(*out[1:])
+        return tuple(out)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        check_first_order("linear_log_probs")
+        hidden, weight, bias = ctx.saved_tensors
+        head, tokens, wanted = ctx.head, ctx.tokens, ctx.needs_input_grad
+        with torch.autocast(hidden.device.type, enabled=False):
+            into = Gradients.of(head, tokens, hidden=wanted[0], weight=wanted[1], bias=wanted[2])
+            grad = first_over(grad.flatten()[tokens.index], head.group)
+            Reader(head, tokens).differentiate_all(tokens, ctx.reading, grad, into, ctx.step)
+        ready = [
+            None if made is None else made.to(like.dtype)
+            for made, like in zip(into.total(), (hidden, weight, bias), strict=True)
+        ]
+        return (*ready, None, None, None, None)
+
+
+def check_first_order(caller: str) -> None:
+    """Raise inside a backward that is to be differentiated itself."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{caller}: differentiating twice (create_graph=True) is not supported")

@@ -1,0 +1,213 @@
+"""Per-token log-probs from logits, over the whole vocabulary or over what the sampler kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from iscorrect.errors import describe, input_error
+from iscorrect.head.support import Support
+
+CPU_BLOCK, GPU_BLOCK = 1 << 19, 1 << 26
+"""Logits that are upcast at a time: on a CPU they stay in cache."""
+
+
+def log_probs_from_logits(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    temperature: float = 1.0,
+    support: Tensor | Support | None = None,
+    inplace_backward: bool = False,
+) -> Tensor:
+    """Log-prob of each target token.
+
+        log π(y) = z_y/τ − log Σ_{v ∈ S} exp(z_v/τ)
+
+    With top-p, top-k or min-p sampling and processed log-probs, the engine reports probabilities
+    renormalised over the set S that it kept. A trainer that normalises over the whole vocabulary
+    then sees every ratio too small by the kept mass; passing S removes that bias.
+
+    Args:
+        logits: "... v".
+        target: int "...", in [0, v).
+        temperature: τ > 0, the sampler's.
+        support: S, the kept ids, each once: int "... k" with −1 for unused places, or a
+            :class:`Support`. None: the whole vocabulary.
+        inplace_backward: let the backward pass write the gradient over the logits, for callers that
+            do not read them again; otherwise it is the one copy of them that is made.
+
+    Returns:
+        "...", nats, ≤ 0, float32 or wider. −inf where the target is not in its support.
+
+    Raises:
+        InputError: shapes differ, the target is not an integer, or the temperature is not positive.
+        RuntimeError: on differentiating twice.
+
+    >>> log_probs_from_logits(torch.zeros(2, 4), torch.tensor([0, 3]))
+    tensor([-1.3863, -1.3863])
+    >>> log_probs_from_logits(torch.zeros(1, 4), torch.tensor([3]), support=torch.tensor([[3, 1]]))
+    tensor([-0.6931])
+    """
+    _check(logits, target, temperature)
+    target = target.long()
+    if support is None and not torch.compiler.is_compiling():
+        result: Tensor = _LogProbs.apply(logits, target, temperature, inplace_backward)  # type: ignore[no-untyped-call]
+        return result
+    if support is not None and inplace_backward:
+        raise input_error(
+            "log_probs_from_logits", "inplace_backward", expected="False where a support is given",
+            got="True", fix="leave it out",
+        )
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    if isinstance(support, Support):
+        return _over_rows(logits, target, support, wide, temperature)
+    if support is not None:
+        return _over_padded(logits, target, support, wide, temperature)
+    chosen = logits.gather(-1, rearrange(target, "... -> ... 1")).to(wide) / temperature
+    normalizer = torch.logsumexp(logits.to(wide) / temperature, dim=-1)
+    return rearrange(chosen, "... 1 -> ...") - normalizer
+
+
+class _LogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, target: Tensor, temperature: float, inplace: bool
+    ) -> Tensor:
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        log_probs = torch.empty(target.numel(), dtype=wide, device=logits.device)
+        normalizer = torch.empty_like(log_probs)
+        for rows, part in _blocks(logits):
+            z = part.to(wide, copy=True)
+            if temperature != 1:
+                z.div_(temperature)
+            index = rearrange(target.flatten()[rows], "n -> n 1")
+            largest = z.amax(-1, keepdim=True)
+            own = z.gather(-1, index) - largest
+            # The sum less 1, taken without the target, has digits left where p is all but 1.
+            z.sub_(largest).exp_().scatter_(-1, index, 0)
+            log_total = torch.log1p(z.sum(-1, keepdim=True) + torch.expm1(own))
+            log_probs[rows] = rearrange(own - log_total, "n 1 -> n")
+            normalizer[rows] = rearrange(largest + log_total, "n 1 -> n")
+        ctx.save_for_backward(logits, target, log_probs, normalizer)
+        ctx.temperature, ctx.inplace = temperature, inplace
+        return log_probs.view(target.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "log_probs_from_logits: differentiating twice (create_graph=True) is not supported"
+            )
+        logits, target, log_probs, normalizer = ctx.saved_tensors
+        logits = logits.detach()
+        fresh = None if ctx.inplace else torch.empty(
+            target.numel(), logits.shape[-1], dtype=logits.dtype, device=logits.device
+        )
+        for rows, part in _blocks(logits):
+            scale = rearrange(grad.flatten()[rows] / ctx.temperature, "n -> n 1")
+            z = part.to(log_probs.dtype, copy=True)
+            if ctx.temperature != 1:
+                z.div_(ctx.temperature)
+            z.sub_(rearrange(normalizer[rows], "n -> n 1")).exp_().mul_(-scale)
+            own = -torch.expm1(rearrange(log_probs[rows], "n -> n 1")) * scale
+            z.scatter_(-1, rearrange(target.flatten()[rows], "n -> n 1"), own)
+            (part if fresh is None else fresh[rows]).copy_(z)
+        return logits if fresh is None else fresh.view(logits.shape), None, None, None
+
+
+def _blocks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Views "n v" of a few rows, in order, and which rows they are."""
+    vocabulary = logits.shape[-1]
+    step = max(1, (CPU_BLOCK if logits.device.type == "cpu" else GPU_BLOCK) // max(1, vocabulary))
+    start = 0
+    for rows in _matrices(logits):
+        for part in torch.split(rows, step):
+            yield slice(start, start + len(part)), part
+            start += len(part)
+
+
+def _matrices(logits: Tensor) -> Iterator[Tensor]:
+    """The logits as views "n v": one, or several where they are a slice of larger ones."""
+    try:
+        yield logits.view(-1, logits.shape[-1])
+    except RuntimeError:
+        for part in logits:
+            yield from _matrices(part)
+
+
+def _over_padded(
+    logits: Tensor, target: Tensor, support: Tensor, wide: torch.dtype, temperature: float
+) -> Tensor:
+    if support.is_floating_point() or support.shape[:-1] != target.shape:
+        raise input_error(
+            "log_probs_from_logits", "support",
+            expected=f"int {(*target.shape, 'k')}, −1 in unused places", got=describe(support),
+            fix="pad the kept ids of each position with −1, or pass Support(ids, offsets)",
+        )
+    own = rearrange(target, "... -> ... 1")
+    # one gather for target and support: its gradient is one copy of the logits
+    both = logits.gather(-1, torch.cat([own, support.clamp(min=0)], -1)).to(wide) / temperature
+    chosen, kept = both[..., 0], torch.where(support >= 0, both[..., 1:], -torch.inf)
+    member = (support == own).any(-1)
+    # a position without any kept id has no finite normaliser, nor a gradient
+    kept = torch.where(rearrange(member, "... -> ... 1"), kept, 0)
+    return torch.where(member, chosen - torch.logsumexp(kept, dim=-1), -torch.inf)
+
+
+def _over_rows(
+    logits: Tensor, target: Tensor, support: Support, wide: torch.dtype, temperature: float
+) -> Tensor:
+    ids, offsets = support
+    if offsets.shape != (target.numel() + 1,) or ids.ndim != 1:
+        raise input_error(
+            "log_probs_from_logits", "support",
+            expected=f"ids `m` and offsets `{target.numel() + 1}`",
+            got=f"ids {describe(ids)}, offsets {describe(offsets)}",
+            fix="give one more offset than there are target positions",
+        )
+    n, own = target.numel(), target.flatten()
+    every = torch.arange(n, device=ids.device)
+    position = every.repeat_interleave(offsets.diff(), output_size=ids.numel())
+    flat = logits.reshape(-1, logits.shape[-1])
+    both = flat[torch.cat([every, position]), torch.cat([own, ids])].to(wide) / temperature
+    chosen, kept = both[:n], both[n:]
+    with torch.no_grad():
+        lowest = kept.new_full((n,), -torch.inf)
+        largest = lowest.scatter_reduce(0, position, kept, "amax")
+        largest = torch.where(largest.isfinite(), largest, 0)
+    total = kept.new_zeros(n).scatter_add(0, position, (kept - largest[position]).exp())
+    hit = (ids == own[position]).to(wide)
+    member = kept.new_zeros(n).scatter_add(0, position, hit) > 0
+    normalizer = torch.where(member, total, 1).log() + largest
+    return torch.where(member, chosen - normalizer, -torch.inf).view(target.shape)
+
+
+def _check(logits: Tensor, target: Tensor, temperature: float) -> None:
+    if not logits.is_floating_point() or logits.ndim == 0:
+        raise input_error(
+            "log_probs_from_logits", "logits", expected="a floating-point tensor `... v`",
+            got=describe(logits), fix="pass the model's logits",
+        )
+    if target.is_floating_point() or target.dtype == torch.bool:
+        raise input_error(
+            "log_probs_from_logits", "target", expected="an integer tensor `...`",
+            got=describe(target), fix="pass token ids",
+        )
+    if target.shape != logits.shape[:-1]:
+        hint = "pass one token id per position of the logits"
+        if target.ndim == logits.ndim - 1 and target.shape[-1] == logits.shape[-2] + 1:
+            hint = "logits at t predict token t + 1: pass target[..., 1:]"
+        raise input_error(
+            "log_probs_from_logits", "target", expected=f"of shape {tuple(logits.shape[:-1])}",
+            got=describe(target), fix=hint,
+        )
+    if not temperature > 0:
+        raise input_error(
+            "log_probs_from_logits", "temperature", expected="a number > 0", got=repr(temperature),
+            fix="pass the sampler's temperature; greedy decoding has no log-probs to correct",
+        )

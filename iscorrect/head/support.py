@@ -1,0 +1,52 @@
+"""The token ids that a sampler kept at each position."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from iscorrect.errors import describe, input_error
+
+
+class Support(NamedTuple):
+    """The token ids that the sampler kept at each position, as rows of different lengths (CSR).
+
+    Attributes:
+        ids: int "m", kept ids of position 0, then of position 1, and so on.
+        offsets: int "n+1", rising from 0 to m; position i kept ids[offsets[i]:offsets[i+1]].
+            Positions are those of the target, flattened.
+    """
+
+    ids: Tensor
+    offsets: Tensor
+
+
+def as_rows(caller: str, support: Tensor | Support, target: Tensor) -> Support:
+    """Either form of a support as rows of different lengths."""
+    if isinstance(support, Support):
+        if support.offsets.shape != (target.numel() + 1,) or support.ids.ndim != 1:
+            raise input_error(
+                caller, "support", expected=f"ids `m` and offsets `{target.numel() + 1}`",
+                got=f"ids {describe(support.ids)}, offsets {describe(support.offsets)}",
+                fix="give one more offset than there are target positions",
+            )
+        return support
+    if support.is_floating_point() or support.shape[:-1] != target.shape:
+        raise input_error(
+            caller, "support", expected=f"int {(*target.shape, 'k')}, −1 in unused places",
+            got=describe(support), fix="pad the kept ids of each position with −1",
+        )
+    kept = support.reshape(target.numel(), support.shape[-1])
+    used = kept >= 0
+    return Support(kept[used], torch.nn.functional.pad(used.sum(1).cumsum(0), (1, 0)))
+
+
+def select(support: Support, index: Tensor) -> Support:
+    """The rows of some positions."""
+    lengths = support.offsets.diff()[index]
+    offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    shift = (support.offsets[:-1][index] - offsets[:-1]).repeat_interleave(lengths)
+    places = torch.arange(len(shift), device=shift.device) + shift
+    return Support(support.ids[places], offsets)

@@ -1,0 +1,1 @@
+"""The loss path: from log-probs to a scalar."""

@@ -1,0 +1,95 @@
+"""Advantages of responses against the others of their prompt."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from iscorrect.errors import check_mask, describe, input_error
+from iscorrect.layout import Layout, masked
+from iscorrect.ranks import Group, gather_over
+
+Baseline = Literal["grpo", "dr-grpo", "rloo"]
+
+
+def group_advantages(
+    rewards: Tensor,
+    group_ids: Tensor,
+    keep: Tensor | None = None,
+    *,
+    estimator: Baseline = "grpo",
+    eps: float = 1e-6,
+    batch_group: Group = None,
+) -> Tensor:
+    """Advantages of responses against the others of their prompt.
+
+        dr-grpo  A_i = r_i − mean_j r_j
+        grpo     the same, divided by (std_j r_j + eps), std with n − 1
+        rloo     A_i = r_i − mean_{j ≠ i} r_j
+
+    Args:
+        rewards: "b".
+        group_ids: int "b", equal for responses to one prompt, in any order.
+        keep: bool "b", the responses that baselines are taken over; the others get advantage 0, so
+            that a rejected response neither trains nor moves its group's baseline. None: all.
+        estimator: as above.
+        eps: for "grpo".
+        batch_group: the ranks over which responses to a prompt are spread; None: this one.
+
+    Returns:
+        "b", float32 or wider; 0 where a group has fewer than two kept responses (for "dr-grpo":
+        where it has one, which is its own mean).
+
+    Raises:
+        InputError: shapes differ, ids are not integers, or the estimator is unknown.
+
+    References:
+        GRPO (arXiv 2402.03300); Dr.GRPO (arXiv 2503.20783); RLOO (arXiv 2402.14740).
+
+    >>> group_advantages(torch.tensor([1.0, 0.0, 1.0]), torch.tensor([7, 7, 7]), estimator="rloo")
+    tensor([ 0.5000, -1.0000,  0.5000])
+    """
+    if rewards.ndim != 1 or not rewards.is_floating_point():
+        raise input_error(
+            "group_advantages", "rewards", expected="a floating-point tensor `b`",
+            got=describe(rewards), fix="pass one reward per response",
+        )
+    if group_ids.shape != rewards.shape or group_ids.is_floating_point():
+        raise input_error(
+            "group_advantages", "group_ids", expected=f"an integer tensor {tuple(rewards.shape)}",
+            got=describe(group_ids), fix="pass one prompt id per response",
+        )
+    if keep is not None:
+        check_mask("group_advantages", keep)
+    if keep is not None and keep.shape != rewards.shape:
+        raise input_error(
+            "group_advantages", "keep", expected=f"of shape {tuple(rewards.shape)}",
+            got=describe(keep), fix="reduce a `b t` keep mask with .any(-1) or .all(-1)",
+        )
+    if estimator not in get_args(Baseline):
+        raise input_error(
+            "group_advantages", "estimator", expected="'grpo', 'dr-grpo' or 'rloo'",
+            got=repr(estimator), fix="pass estimator='grpo'",
+        )
+    here = len(rewards)
+    keep = torch.ones_like(rewards, dtype=torch.bool) if keep is None else keep
+    rewards, first = gather_over(
+        rewards.to(torch.promote_types(rewards.dtype, torch.float32)), batch_group
+    )
+    group_ids, keep = gather_over(group_ids, batch_group)[0], gather_over(keep, batch_group)[0]
+    order = torch.argsort(group_ids, stable=True)
+    layout = Layout(keep[order], sequence_ids=group_ids[order])
+    sorted_rewards = rewards[order]
+    n = layout.sequence_count(rewards.dtype)
+    centered = sorted_rewards - layout.sequence_mean(sorted_rewards)
+    if estimator == "dr-grpo":
+        advantages = centered
+    elif estimator == "rloo":
+        advantages = torch.where(n > 1, centered * n / (n - 1).clamp(min=1), 0)
+    else:
+        variance = layout.sequence_total(centered.square()) / (n - 1).clamp(min=1)
+        advantages = torch.where(n > 1, centered / (variance.sqrt() + eps), 0)
+    advantages = masked(advantages, layout.mask)
+    return torch.empty_like(advantages).scatter(0, order, advantages)[first : first + here]

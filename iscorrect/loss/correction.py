@@ -1,0 +1,170 @@
+"""Corrections: level × bound × rejection, and the published methods as presets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from iscorrect.errors import check_per_token, input_error
+from iscorrect.layout import Layout, as_layout, masked
+from iscorrect.loss.bounds import (
+    Bound,
+)
+from iscorrect.loss.evidence import Evidence, Scope, level_scope, scope_of, widest
+from iscorrect.loss.metrics import Metrics, correction_metrics
+from iscorrect.loss.ratios import Level, at_level, check_level, difference, is_finite, ratio
+from iscorrect.loss.rules import (
+    Rule,
+)
+
+Nonfinite = Literal["drop", "neutral", "raise"]
+
+
+class Weights(NamedTuple):
+    """What a correction returns.
+
+    Attributes:
+        weights: "b t", float32 or wider, 0 outside ``keep``, without gradient.
+        keep: bool "b t", the mask less what has weight 0.
+        metrics: `mismatch/…` and `is/…`.
+    """
+
+    weights: Tensor
+    keep: Tensor
+    metrics: Metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class Correction:
+    """Importance weights for tokens that another policy sampled.
+
+        w = bound(ρ_level) · Π_rules keep,  ρ = π_old/μ
+
+    Args:
+        level: whose ratio becomes the weight.
+        bound: callable (ratio, evidence) -> weights; None for plain importance sampling.
+        reject: callables (evidence) -> keep; a token must pass all of them.
+        normalize: divide by the mean raw ratio over the batch's units, before the bound, so that a
+            cap stays a cap.
+        nonfinite: tokens of the mask with a NaN or infinite log-prob: "drop" gives them (at other
+            levels their sequence, segment, or the rest of it) weight 0, "neutral" a ratio of 1,
+            "raise" an error that names them, at the price of a synchronisation.
+
+    Raises:
+        InputError: an unknown level, or parts that are not callable.
+
+    >>> from iscorrect.loss.bounds import Truncate
+    >>> correct = Correction(level="token", bound=Truncate(cap=2.0))
+    >>> mask = torch.tensor([[True, True, False]])
+    >>> old, rollout = torch.tensor([[-1.0, -1.0, 0.0]]), torch.tensor([[-1.0, -3.0, 0.0]])
+    >>> correct(old_log_probs=old, rollout_log_probs=rollout, mask=mask).weights
+    tensor([[1., 2., 0.]])
+    """
+
+    level: Level = "token"
+    bound: Bound | None = None
+    reject: tuple[Rule, ...] = ()
+    normalize: bool = False
+    nonfinite: Nonfinite = "drop"
+
+    def __post_init__(self) -> None:
+        check_level("Correction", self.level)
+        if self.nonfinite not in get_args(Nonfinite):
+            raise input_error(
+                "Correction", "nonfinite", expected="'drop', 'neutral' or 'raise'",
+                got=repr(self.nonfinite), fix="pass nonfinite='drop'",
+            )
+        if self.bound is not None and not callable(self.bound):
+            raise input_error(
+                "Correction", "bound", expected="None or a callable (ratio, evidence) -> weights",
+                got=repr(self.bound), fix="pass Truncate(cap=2.0)",
+            )
+        if not isinstance(self.reject, tuple) or not all(map(callable, self.reject)):
+            raise input_error(
+                "Correction", "reject", expected="a tuple of callables (evidence) -> keep",
+                got=repr(self.reject), fix="pass reject=(Veto(),), with its comma",
+            )
+
+    @property
+    def scope(self) -> Scope:
+        """How far the weights look: each token alone, whole sequences, or across the batch."""
+        parts = [*self.reject] if self.bound is None else [self.bound, *self.reject]
+        scope = widest(level_scope(self.level), *map(scope_of, parts))
+        return "batch" if self.normalize else scope
+
+    def __call__(
+        self,
+        *,
+        old_log_probs: Tensor,
+        rollout_log_probs: Tensor,
+        mask: Tensor | Layout,
+        advantages: Tensor | None = None,
+    ) -> Weights:
+        """Weights, what is kept, and metrics.
+
+        Args:
+            old_log_probs: "b t", log π_old, nats, the trainer's policy at the rollout's weights.
+            rollout_log_probs: "b t", log μ, nats, as the engine reported.
+            mask: bool "b t", or a layout.
+            advantages: "b t", for parts that look at their sign.
+
+        Raises:
+            InputError: shapes, dtypes or devices differ; a tensor carries gradient.
+        """
+        layout = as_layout("Correction", mask)
+        check_per_token(
+            "Correction", layout.mask, old_log_probs=old_log_probs,
+            rollout_log_probs=rollout_log_probs, advantages=advantages,
+        )
+        with torch.no_grad():
+            evidence = self._evidence(old_log_probs, rollout_log_probs, layout, advantages)
+            level_log_ratio = at_level(evidence.log_ratio, layout, self.level)
+            rho = ratio(level_log_ratio)
+            if self.normalize:
+                mean = evidence.batch_mean(rho)
+                rho = rho / torch.where(mean > 0, mean, 1)
+            weights = rho if self.bound is None else self.bound(rho, evidence)
+            bounded = (weights - rho).bool()
+            keep = evidence.usable & weights.bool()
+            for rule in self.reject:
+                keep = keep & rule(evidence)
+            weights = masked(weights, keep)
+            metrics = correction_metrics(
+                evidence, log_ratio=level_log_ratio, bounded=bounded, weights=weights, keep=keep
+            )
+        return Weights(weights, keep, metrics)
+
+    def _evidence(
+        self, old: Tensor, rollout: Tensor, layout: Layout, advantages: Tensor | None
+    ) -> Evidence:
+        d = difference(old, rollout)
+        finite = is_finite(d) & layout.mask
+        if self.nonfinite == "raise":
+            _raise_nonfinite(layout.mask & ~finite)
+        if self.nonfinite == "neutral":
+            usable = layout.mask
+        elif self.level == "token":
+            usable = finite
+        else:
+            bad = (layout.mask & ~finite).to(d.dtype)
+            usable = layout.mask & (at_level(bad, layout, self.level) == 0)
+        return Evidence(
+            layout=layout, level=self.level, finite=finite, usable=usable,
+            log_ratio=masked(d, finite), raw_log_probs=old,
+            raw_rollout_log_probs=rollout, raw_advantages=advantages,
+        )
+
+
+def _raise_nonfinite(where: Tensor) -> None:
+    positions = where.nonzero().tolist()
+    if positions:
+        shown = ", ".join(str(tuple(p)) for p in positions[:8])
+        more = f" and {len(positions) - 8} more" if len(positions) > 8 else ""
+        raise input_error(
+            "Correction", "old_log_probs, rollout_log_probs", expected="finite under the mask",
+            got=f"NaN or ±inf at {shown}{more}",
+            fix="mask these tokens, or pass nonfinite='drop' to give them weight 0",
+        )

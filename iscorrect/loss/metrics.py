@@ -1,0 +1,298 @@
+"""Metrics that merge exactly: sums, counts and extrema, read as flat names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from iscorrect.layout import Layout, masked
+from iscorrect.loss.evidence import Evidence
+from iscorrect.loss.ratios import Level, saturation
+from iscorrect.loss.ratios import units as units_of
+from iscorrect.ranks import accumulator
+
+Totals = Mapping[str, Tensor]
+
+
+class Metrics(Mapping[str, Tensor]):
+    """Metrics of a batch, or of several merged: a mapping from flat names to 0-dim tensors.
+
+    Only sums and extrema are stored; means are taken when read. So ``a + b`` is what one call on
+    both batches would have given. Nothing synchronises with the device before :meth:`to_floats`.
+
+        batch/tokens                      tokens of the mask
+        mismatch/kl_k1, kl_k2, kl_k3      mean estimate of KL(μ‖π_old), nats per token
+        mismatch/log_prob_diff/mean, max  |log π_old − log μ|, nats
+        mismatch/chi2/token               mean (ρ − 1)² over tokens
+        is/ratio/mean, min, max           ρ at the correction's level, before any bound; min is at
+                                          most 1, max at least 1
+        is/chi2                           mean (ρ − 1)² over its units: tokens, sequences, …
+        is/weight/mean, max               weights of the units that were kept
+        is/kept_weight                    Σ weights / number of units; 1 is what ρ has on average
+        is/ess                            (Σ w)² / (n Σ w²), n units of the mask
+        is/bounded                        share of units whose ratio the bound changed
+        is/rejected                       share of tokens with weight 0
+        is/nonfinite                      share of tokens whose log-ratio is NaN or infinite
+        policy/kl_k1, kl_k3               the same of KL(π_old‖π), where old_log_probs are given
+        policy/clipped                    share of tokens that the objective clips
+
+    Attributes:
+        sums: 0-dim tensors that add under a merge.
+        maxima: 0-dim tensors that a merge takes the maximum of.
+
+    >>> a = policy_metrics(torch.tensor([[-0.5]]), Layout(torch.tensor([[True]])), None)
+    >>> (a + a).to_floats()["policy/kl_k1"]
+    0.5
+    """
+
+    __slots__ = ("maxima", "sums")
+
+    def __init__(self, sums: Totals, maxima: Totals) -> None:
+        self.sums = sums
+        self.maxima = maxima
+
+    def __add__(self, other: Metrics) -> Metrics:
+        return merge([self, other])
+
+    def read(self) -> dict[str, Tensor]:
+        """Every metric that the stored sums allow, by name; 0 where nothing counted."""
+        s, m = _widened(self.sums), _widened(self.maxima)
+        metrics: dict[str, Tensor] = {}
+        if "finite" in s:
+            metrics |= {
+                "batch/tokens": s["tokens"],
+                "mismatch/kl_k1": _share(s["k1"], s["finite"]),
+                "mismatch/kl_k2": _share(s["k2"], s["finite"]),
+                "mismatch/kl_k3": _share(s["k3"], s["finite"]),
+                "mismatch/log_prob_diff/mean": _share(s["abs"], s["finite"]),
+                "mismatch/log_prob_diff/max": m["abs"],
+                "mismatch/chi2/token": _share(s["chi2"], s["finite"]),
+                "is/ratio/mean": _share(s["excess"] + s["usable"], s["usable"]),
+                "is/ratio/min": torch.exp(-m["negative_log_ratio"]),
+                "is/ratio/max": torch.exp(m["log_ratio"].clamp(max=700)),
+                "is/chi2": _share(s["unit_chi2"], s["usable"]),
+                "is/weight/mean": _share(s["weight"], s["kept_units"]),
+                "is/weight/max": m["weight"],
+                "is/kept_weight": _share(s["weight"], s["units"]),
+                "is/ess": s["weight"].square()
+                / torch.where(s["weight_squared"] > 0, s["units"] * s["weight_squared"], 1),
+                "is/bounded": _share(s["bounded"], s["units"]),
+                "is/rejected": 1 - _share(s["kept_tokens"], s["tokens"]),
+                "is/nonfinite": _share(s["tokens"] - s["finite"], s["tokens"]),
+            }
+        if "policy_tokens" in s:
+            metrics |= {
+                "policy/kl_k1": _share(s["policy_k1"], s["policy_tokens"]),
+                "policy/kl_k3": _share(s["policy_k3"], s["policy_tokens"]),
+            }
+        if "clipped" in s:
+            metrics["policy/clipped"] = _share(s["clipped"], s["policy_tokens"])
+        return metrics
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.read()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.read())
+
+    def __len__(self) -> int:
+        return len(self.read())
+
+    def __repr__(self) -> str:
+        return f"Metrics({', '.join(self)})"
+
+    def to_floats(self) -> dict[str, float]:
+        """Every metric as a Python float, in one transfer from the device."""
+        metrics = self.read()
+        if not metrics:
+            return {}
+        values: list[float] = torch.stack(list(metrics.values())).tolist()
+        return dict(zip(metrics, values, strict=True))
+
+    def all_reduced(self, group: dist.ProcessGroup | None = None) -> Metrics:
+        """The metrics of all ranks of a group, in one collective for sums and one for extrema.
+
+        Args:
+            group: the ranks; None: all. Every rank must hold the same names.
+
+        Returns:
+            The same on every rank.
+        """
+        sums = torch.stack(list(_widened(self.sums).values()))
+        maxima = torch.stack(list(_widened(self.maxima).values()))
+        dist.all_reduce(sums, group=group)
+        dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=group)
+        return Metrics(
+            dict(zip(self.sums, sums, strict=True)), dict(zip(self.maxima, maxima, strict=True))
+        )
+
+
+def merge(parts: Sequence[Metrics]) -> Metrics:
+    """The metrics of several batches taken together: what one call on all of them would have given.
+
+    >>> merge([]).to_floats()
+    {}
+    """
+    sums = {name: None for part in parts for name in part.sums}
+    maxima = {name: None for part in parts for name in part.maxima}
+    return Metrics(
+        {n: _stack([p.sums[n] for p in parts if n in p.sums]).sum() for n in sums},
+        {n: _stack([p.maxima[n] for p in parts if n in p.maxima]).amax() for n in maxima},
+    )
+
+
+def correction_metrics(
+    evidence: Evidence,
+    *,
+    log_ratio: Tensor,
+    bounded: Tensor,
+    weights: Tensor,
+    keep: Tensor,
+) -> Metrics:
+    """What a correction saw and did.
+
+    Args:
+        evidence: token level, before any bound.
+        log_ratio: "b t", nats, at the correction's level, before normalisation and bound.
+        bounded: bool "b t", where the bound changed the ratio.
+        weights: "b t", after bound and rejection.
+        keep: bool "b t".
+
+    Returns:
+        `mismatch/…`, a property of the data, and `is/…`, of the correction.
+    """
+    d, layout, units = evidence.log_ratio, evidence.layout, evidence.units
+    limit = saturation(d.dtype)
+    # d is 0 where it does not count, and so is every divergence of it.
+    excess = torch.expm1(d.clamp(max=limit))
+    lowest, highest = _min(d), _max(d)
+    tokens, finite, kept = _count(layout.mask), _count(evidence.finite), _count(keep)
+    sums = {
+        "tokens": tokens,
+        "finite": finite,
+        "kept_tokens": kept,
+        "k1": -_sum(d),
+        "k2": _sum_of_squares(d) / 2,
+        "k3": _sum(excess - d),
+        "abs": _sum(d.abs()),
+        "chi2": _sum_of_squares(excess),
+        "bounded": _count(units & bounded),
+    }
+    if evidence.level == "token":
+        least, most, unit_excess, unit_weights = lowest, highest, excess, weights
+        counts = {"units": tokens, "usable": finite, "kept_units": kept}
+    else:
+        all_units = units_of(layout, evidence.level)
+        log_ratio = masked(log_ratio, units)
+        least, most = _min(log_ratio), _max(log_ratio)
+        unit_excess = torch.expm1(log_ratio.clamp(max=limit))
+        unit_weights = masked(_heaviest(weights, layout, evidence.level), all_units)
+        counts = {
+            "units": _count(all_units),
+            "usable": _count(units),
+            "kept_units": _count(unit_weights.bool()),
+        }
+    sums |= counts | {
+        "excess": _sum(unit_excess),
+        "unit_chi2": _sum_of_squares(unit_excess),
+        "weight": _sum(unit_weights),
+        "weight_squared": _sum_of_squares(unit_weights),
+    }
+    return Metrics(
+        sums,
+        {
+            "abs": torch.maximum(highest, -lowest),
+            "log_ratio": most.clamp(min=0),
+            "negative_log_ratio": -least.clamp(max=0),
+            "weight": _max(weights),
+        },
+    )
+
+
+def _heaviest(weights: Tensor, layout: Layout, level: Level) -> Tensor:
+    """The largest weight of each unit, which a rule may have left to some of its tokens only."""
+    if level == "prefix":
+        return weights
+    return layout.segment_max(weights) if level == "segment" else layout.sequence_max(weights)
+
+
+def policy_metrics(log_ratio: Tensor, layout: Layout, clipped: Tensor | None) -> Metrics:
+    """How far the update has moved the policy.
+
+    Args:
+        log_ratio: "b t", nats, log π − log π_old; 0 outside the mask.
+        layout: which tokens count.
+        clipped: bool "b t", what the objective clips; None where it clips nothing.
+
+    Returns:
+        `policy/…`.
+    """
+    limit = saturation(log_ratio.dtype)
+    sums = {
+        "policy_tokens": _count(layout.mask),
+        "policy_k1": -_sum(log_ratio),
+        "policy_k3": _sum(torch.expm1(log_ratio.clamp(max=limit)) - log_ratio),
+    }
+    if clipped is not None:
+        sums["clipped"] = _count(clipped & layout.mask)
+    return Metrics(sums, {})
+
+
+def effective_sample_size(weights: Tensor, mask: Tensor) -> Tensor:
+    """Fraction of the sample that the weights leave effective.
+
+        ESS = (Σ w)² / (n Σ w²)
+
+    Args:
+        weights: "b t", ≥ 0.
+        mask: bool "b t"; n counts its True entries.
+
+    Returns:
+        "" in [0, 1]; 1 when all weights are equal, 0 when all are 0 or nothing counts.
+
+    References:
+        Kish, Survey Sampling (1965).
+
+    >>> effective_sample_size(torch.tensor([[1.0, 1.0, 2.0]]), torch.ones(1, 3, dtype=torch.bool))
+    tensor(0.8889)
+    """
+    weights = masked(weights, mask)
+    largest = _max(weights).to(weights.dtype)
+    weights = weights / torch.where(largest > 0, largest, 1)
+    squares = torch.count_nonzero(mask) * weights.square().sum()
+    return weights.sum().square() / torch.where(squares > 0, squares, 1)
+
+
+def _count(which: Tensor) -> Tensor:
+    return which.to(torch.int32).sum(dtype=torch.int32)  # half the time of count_nonzero
+
+
+def _sum(x: Tensor) -> Tensor:
+    return x.sum()
+
+
+def _sum_of_squares(x: Tensor) -> Tensor:
+    return torch.dot(x.flatten(), x.flatten())
+
+
+def _stack(values: list[Tensor]) -> Tensor:
+    return torch.stack(values).to(accumulator(values[0].device))
+
+
+def _widened(totals: Totals) -> dict[str, Tensor]:
+    return {name: value.to(accumulator(value.device)) for name, value in totals.items()}
+
+
+def _max(x: Tensor) -> Tensor:
+    return x.amax() if x.numel() else x.sum()
+
+
+def _min(x: Tensor) -> Tensor:
+    return x.amin() if x.numel() else x.sum()
+
+
+def _share(part: Tensor, whole: Tensor) -> Tensor:
+    return part / whole.clamp(min=1)

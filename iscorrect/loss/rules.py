@@ -1,0 +1,232 @@
+"""Rejection rules: which tokens, or whose sequences, leave the loss.
+
+A rule is any callable ``(evidence) -> keep``, bool "b t". Each looks at the raw evidence, not at
+what another rule has left, so that their order does not matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+from torch import Tensor
+
+from iscorrect.errors import input_error
+from iscorrect.loss.divergences import Estimator, binary_kl, estimator
+from iscorrect.loss.evidence import Evidence, Scope, level_scope
+from iscorrect.loss.ratios import Level, at_level, check_bounds, check_level
+from iscorrect.loss.ratios import ratio as ratio_of
+
+Rule = Callable[[Evidence], Tensor]
+Over = Literal["token", "mean", "sum", "max"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RatioOutside:
+    """Drop every unit whose ratio leaves a band.
+
+        keep = 1{a ≤ ρ_level ≤ b}
+
+    Args:
+        level: whose ratio is looked at, independent of the level of the weights.
+        low: a ≥ 0.
+        high: b ≥ a; None for no upper bound.
+
+    Raises:
+        InputError: a negative bound, low > high, or an unknown level.
+
+    References:
+        Geometric: Liu et al., "When speed kills stability" (2025), as Geo-RS; verl's
+        ``seq_mean_k1`` with the bounds meant for ρ.
+
+    >>> RatioOutside(level="geometric", low=0.999, high=1.001)
+    RatioOutside(level='geometric', low=0.999, high=1.001)
+    """
+
+    level: Level = "geometric"
+    low: float = 0.0
+    high: float | None = None
+
+    def __post_init__(self) -> None:
+        check_level("RatioOutside", self.level)
+        check_bounds("RatioOutside", low=self.low, high=self.high)
+
+    @property
+    def scope(self) -> Scope:
+        """"sequence" at every level but the token's."""
+        return level_scope(self.level)
+
+    def __call__(self, evidence: Evidence) -> Tensor:
+        ratio = ratio_of(at_level(evidence.log_ratio, evidence.layout, self.level))
+        keep = ratio >= self.low
+        return keep if self.high is None else keep & (ratio <= self.high)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DivergenceAbove:
+    """Drop tokens or sequences whose estimated KL(μ‖π) exceeds a limit.
+
+        keep = 1{R_t k(log ρ_t) ≤ limit},  R: the token's own, or its sequence's mean, sum or max
+
+    Args:
+        limit: nats, per token for "token", "mean" and "max", per sequence for "sum".
+        estimator: "k1", "k2", "k3", or a callable on log-ratios.
+        over: R. With k1 opposite signs cancel in a mean.
+
+    Raises:
+        InputError: an unknown estimator or reduction.
+
+    References:
+        Trust-region masking (arXiv 2512.23075): k2 over "max", k3 over "mean".
+    """
+
+    limit: float
+    estimator: str | Estimator = "k3"
+    over: Over = "mean"
+
+    def __post_init__(self) -> None:
+        estimator("DivergenceAbove", self.estimator)
+        if self.over not in get_args(Over):
+            raise input_error(
+                "DivergenceAbove", "over", expected="'token', 'mean', 'sum' or 'max'",
+                got=repr(self.over), fix="pass over='mean'",
+            )
+
+    @property
+    def scope(self) -> Scope:
+        """"sequence" unless over="token"."""
+        return "token" if self.over == "token" else "sequence"
+
+    def __call__(self, evidence: Evidence) -> Tensor:
+        value = estimator("DivergenceAbove", self.estimator)(evidence.log_ratio)
+        if self.over == "mean":
+            value = evidence.layout.sequence_mean(value)
+        elif self.over == "sum":
+            value = evidence.layout.sequence_total(value)
+        elif self.over == "max":
+            value = evidence.layout.sequence_max(value)
+        return value <= self.limit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Veto:
+    """Drop the whole sequence if a single token's ratio is out of all proportion.
+
+        keep = 1{a ≤ min_t ρ_t and max_t ρ_t ≤ b}
+
+    Args:
+        low: a ≥ 0.
+        high: b ≥ a; None for no upper bound.
+
+    Raises:
+        InputError: a negative bound, or low > high.
+
+    References:
+        slime's example `mis.py` (low 1e-4), SkyRL's outlier mask (both sides). It guards against
+        wrong tokens, not against rounding.
+    """
+
+    low: float = 1e-4
+    high: float | None = None
+    scope: ClassVar[Scope] = "sequence"
+
+    def __post_init__(self) -> None:
+        check_bounds("Veto", low=self.low, high=self.high)
+
+    def __call__(self, evidence: Evidence) -> Tensor:
+        ratio = ratio_of(evidence.log_ratio)
+        outside = ratio < self.low
+        if self.high is not None:
+            outside = outside | (ratio > self.high)
+        return evidence.layout.sequence_max(outside.to(ratio.dtype)) <= 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class BinaryKL:
+    """Drop tokens whose two-outcome KL is large in either direction.
+
+        keep = 1{KL_bin(p‖q) ≤ φ and KL_bin(q‖p) ≤ φ},  p = π_old(token), q = μ(token)
+
+    Args:
+        limit: φ ≥ 0, nats.
+
+    Raises:
+        InputError: a negative limit.
+
+    References:
+        KPop (Ant Group and NUS, 2026), φ = 0.1.
+    """
+
+    limit: float = 0.1
+    scope: ClassVar[Scope] = "token"
+
+    def __post_init__(self) -> None:
+        check_bounds("BinaryKL", limit=self.limit)
+
+    def __call__(self, evidence: Evidence) -> Tensor:
+        p, q = evidence.log_probs, evidence.rollout_log_probs
+        return (binary_kl(p, q) <= self.limit) & (binary_kl(q, p) <= self.limit)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbabilityShift:
+    """Drop tokens that the update has already pushed far the way it would push them again.
+
+        drop = (A > 0 and p > q or A < 0 and p < q) and D(q, p) > δ,
+        D = |p − q| ("tv") or KL_bin(q‖p) ("kl"),  p = π_old(token), q = μ(token)
+
+    Args:
+        limit: δ ≥ 0.
+        divergence: "tv" or "kl".
+
+    Raises:
+        InputError: a negative limit, an unknown divergence; at the call: no advantages were given.
+
+    References:
+        DPPO (arXiv 2602.04879): 0.15 to 0.2 for "tv", 0.05 for "kl". Its p is the policy being
+        trained: omit ``old_log_probs``.
+    """
+
+    limit: float = 0.15
+    divergence: Literal["tv", "kl"] = "tv"
+    scope: ClassVar[Scope] = "token"
+
+    def __post_init__(self) -> None:
+        check_bounds("ProbabilityShift", limit=self.limit)
+        if self.divergence not in ("tv", "kl"):
+            raise input_error(
+                "ProbabilityShift", "divergence", expected="'tv' or 'kl'",
+                got=repr(self.divergence), fix="pass divergence='tv'",
+            )
+
+    def __call__(self, evidence: Evidence) -> Tensor:
+        advantages = evidence.advantages("ProbabilityShift")
+        p, q = evidence.log_probs, evidence.rollout_log_probs
+        pushed = ((advantages > 0) & (p > q)) | ((advantages < 0) & (p < q))
+        shift = (p.exp() - q.exp()).abs() if self.divergence == "tv" else binary_kl(q, p)
+        return ~(pushed & (shift > self.limit))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OffPolicyNegative:
+    """Drop negative examples of sequences that the policy has moved away from.
+
+        drop = A < 0 and mean_t (log μ − log π_old) > δ
+
+    Args:
+        limit: δ, nats per token.
+
+    Raises:
+        InputError: at the call: no advantages were given.
+
+    References:
+        DeepSeek-V3.2 (arXiv 2512.02556, §3.1), which prints no δ; TRL's documentation suggests 0.5.
+    """
+
+    limit: float = 0.5
+    scope: ClassVar[Scope] = "sequence"
+
+    def __call__(self, evidence: Evidence) -> Tensor:
+        negative = evidence.advantages("OffPolicyNegative") < 0
+        return ~(negative & (-evidence.layout.sequence_mean(evidence.log_ratio) > self.limit))

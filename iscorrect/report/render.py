@@ -1,0 +1,233 @@
+"""A page about a dump: how large the mismatch is, where, why, and what to do.
+
+Sums are taken over every token in one pass, so memory does not grow with the dump. Causes, figures
+and quantiles rest on a uniform sample of whole sequences, of at most ``SAMPLE`` tokens.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import html
+import importlib.util
+import io
+import json
+import os
+import shutil
+import textwrap
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from iscorrect.dumps import (
+    LogProbDump,
+)
+from iscorrect.report.figures import FIGURES
+from iscorrect.report.gather import Report
+from iscorrect.text import show
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table: title, header, rows of text."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+
+def headline(report: Report) -> list[tuple[str, str]]:
+    """How big, bulk or tail: the first lines of every form of the report."""
+    m = report.metrics
+    k = m["tail/pareto_k"]
+    verdict = "reliable below 0.7" if k < 0.7 else "above 0.7: averages of weights are unreliable"
+    return [
+        ("dump", f"{report.source} · {report.sequences:,} sequences ·"
+                 f" {m['batch/tokens']:,.0f} tokens"),
+        ("mismatch", f"k1 {m['mismatch/kl_k1']:.2e} · k3 {m['mismatch/kl_k3']:.2e} nats per token ·"
+                     f" χ² {m['mismatch/chi2/token']:.2e}"),
+        ("|Δ log p|", f"mean {m['mismatch/log_prob_diff/mean']:.3g} · max"
+                      f" {m['mismatch/log_prob_diff/max']:.3g} nats · Pearson of p"
+                      f" {m['mismatch/pearson']:.5f}"),
+        ("sequences", f"log-ratio {m['mismatch/sequence_slope']:+.3g} nats per 1,000 tokens"),
+        ("tail", f"{m['tail/outside']:.2%} of tokens have a ratio outside [0.5, 2] · Pareto k̂"
+                 f" {k:.2f} ({verdict})"),
+    ]
+
+
+def tables(report: Report) -> list[Table]:
+    """What was found, what to do, what corrections do, and where the mismatch is."""
+    return [
+        Table("Findings", ("cause", "evidence", "control"), [
+            (f.cause, f.evidence, f.confirm) for f in report.findings
+        ]),
+        Table("What to do", ("advice", "because"), [(a.action, a.because) for a in report.advice]),
+        Table(
+            "What each correction would do",
+            ("correction", "ESS", "kept weight", "bounded", "rejected", "max weight", "bias mass"),
+            [
+                (
+                    name, f"{c['is/ess']:.3f}", f"{c['is/kept_weight']:.3f}",
+                    f"{c['is/bounded']:.2%}", f"{c['is/rejected']:.2%}",
+                    f"{c['is/weight/max']:.3g}", f"{c['is/bias_mass']:.3g}",
+                )
+                for name, c in report.corrections.items()
+            ],
+        ),
+        Table("Where", ("place", "tokens", "k3", "ratio outside [0.5, 2]"), [
+            (p["place"], f"{p['tokens']:.1%}", f"{p['kl_k3']:.2e}", f"{p['outside']:.2%}")
+            for p in report.places
+        ]),
+    ]
+
+
+PROSE = ("Findings", "What to do")
+
+NOTE = (
+    "ESS is the effective share of the sample, kept weight what remains of a mean ratio of 1, bias"
+    " mass the mean distance between the exact ratio at the correction's level and the weight that"
+    " it gives."
+)
+
+
+def print_report(report: Report) -> None:
+    """The terminal's summary."""
+    width = min(shutil.get_terminal_size().columns, 100)
+    for name, text in headline(report):
+        print(f"{name:<10} {text}")
+    for table in tables(report):
+        if table.title not in PROSE:
+            show(table.title, table.header, table.rows)
+            continue
+        print(f"\n{table.title}")
+        for name, *texts in table.rows:
+            print(textwrap.fill(name, width, initial_indent="* ", subsequent_indent="  "))
+            for text in texts:
+                indent = " " * 4
+                print(textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent))
+
+
+def to_markdown(report: Report, figures: Iterable[str] = ()) -> str:
+    """The report as Markdown, with the figures' files beside it."""
+    lines = ["# Mismatch report", ""]
+    lines += [f"- **{name}**: {text}" for name, text in headline(report)]
+    for table in tables(report):
+        lines += ["", f"## {table.title}", "", f"| {' | '.join(table.header)} |",
+                  "|" + "---|" * len(table.header)]
+        lines += [f"| {' | '.join(x.replace('|', chr(92) + '|') for x in row)} |"
+                  for row in table.rows]
+        if table.title.startswith("What each"):
+            lines += ["", NOTE]
+    if figures:
+        lines += ["", "## Figures", ""]
+        lines += [f"![{name.replace('_', ' ')}](figures/{name}.png)\n" for name in figures]
+    return "\n".join(lines) + "\n"
+
+
+STYLE = """
+:root { color-scheme: light; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin: 0 auto;
+  max-width: 68rem; padding: 1rem; }
+h1 { font-size: 1.5rem; margin: 0 0 .5rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; margin: 0; }
+dt { font-weight: 600; } dd { margin: 0; overflow-wrap: anywhere; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: .9rem; }
+th, td { text-align: left; vertical-align: top; padding: .35rem .6rem;
+  border-bottom: 1px solid #ddd; }
+table.numbers th:not(:first-child), table.numbers td:not(:first-child) { text-align: right;
+  font-variant-numeric: tabular-nums; white-space: nowrap; }
+table.prose td:first-child { font-weight: 600; min-width: 8rem; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr));
+  gap: 1rem; } figure { margin: 0; } img { width: 100%; height: auto; display: block; }
+p.note { color: #555; font-size: .9rem; }
+@media (max-width: 40rem) {
+  dl { grid-template-columns: 1fr; } dt { margin-top: .4rem; }
+  table.prose thead { display: none; }
+  table.prose tr, table.prose td { display: block; border: 0; padding: .15rem 0; }
+  table.prose tr { border-bottom: 1px solid #ddd; padding: .5rem 0; }
+}
+"""
+
+
+def to_html(report: Report, figures: dict[str, bytes]) -> str:
+    """The report as one file that needs no other; figures by name, as PNG."""
+    def cells(tag: str, row: Iterable[str]) -> str:
+        return "".join(f"<{tag}>{html.escape(x)}</{tag}>" for x in row)
+
+    parts = ["<dl>" + "".join(
+        f"<dt>{html.escape(n)}</dt><dd>{html.escape(x)}</dd>" for n, x in headline(report)
+    ) + "</dl>"]
+    for table in tables(report):
+        kind = "prose" if table.title in PROSE else "numbers"
+        body = "".join(f"<tr>{cells('td', row)}</tr>" for row in table.rows)
+        note = f"<p class='note'>{NOTE}</p>" if table.title.startswith("What each") else ""
+        parts.append(
+            f"<h2>{html.escape(table.title)}</h2><div class='scroll'><table class='{kind}'>"
+            f"<thead><tr>{cells('th', table.header)}</tr></thead><tbody>{body}</tbody></table>"
+            f"</div>{note}"
+        )
+    if figures:
+        drawn = "".join(
+            f"<figure><img alt='{name.replace('_', ' ')}' "
+            f"src='data:image/png;base64,{base64.b64encode(png).decode()}'></figure>"
+            for name, png in figures.items()
+        )
+        parts.append(f"<h2>Figures</h2><div class='figures'>{drawn}</div>")
+    sample = f"Causes and figures rest on {len(report.sample):,} sequences," \
+             f" {report.sample.num_tokens:,} tokens; all sums on the whole dump."
+    return (
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+        "<link rel='icon' href='data:,'>"
+        f"<title>Mismatch report: {html.escape(report.source)}</title><style>{STYLE}</style>"
+        f"</head><body><h1>Mismatch report</h1>{''.join(parts)}<p class='note'>{sample}</p>"
+        "</body></html>\n"
+    )
+
+
+def write_report(report: Report, directory: Path) -> None:
+    """Write report.html, report.md, metrics.json, and figures/ as PNG, SVG and CSV.
+
+    Figures are left out where matplotlib is not installed.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    figures = _write_figures(report.sample, directory / "figures")
+    _replace(directory / "metrics.json", json.dumps(report.to_json(), indent=2) + "\n")
+    _replace(directory / "report.md", to_markdown(report, figures))
+    _replace(directory / "report.html", to_html(report, figures))
+
+
+def _write_figures(sample: LogProbDump, directory: Path) -> dict[str, bytes]:
+    if not importlib.util.find_spec("matplotlib"):
+        return {}
+    directory.mkdir(exist_ok=True)
+    pictures = {}
+    for name, (tabulate, draw) in FIGURES.items():
+        if name == "steps" and (sample.step is None or len(np.unique(sample.step)) < 2):
+            continue
+        figure: Any = draw(sample).figure
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", dpi=110)
+        pictures[name] = picture.getvalue()
+        figure.set_layout_engine("none")  # the layout stays; it is costly to find twice
+        (directory / f"{name}.png").write_bytes(pictures[name])
+        figure.savefig(directory / f"{name}.svg")
+        table = tabulate(sample)
+        with (directory / f"{name}.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(table)
+            writer.writerows(zip(*(column.tolist() for column in table.values()), strict=True))
+    return pictures
+
+
+def _replace(path: Path, text: str) -> None:
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
