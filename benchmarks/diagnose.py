@@ -42,8 +42,7 @@ from benchmarks.faulty import (
     top_p,
     updated,
 )
-from iscorrect.cli.rollouts import MODELS, shipped_rollouts
-from iscorrect.cli.rollouts import PAIRS as SHIPPED_PAIRS
+from iscorrect.cli.rollouts import MODELS, PAIRS as SHIPPED_PAIRS, shipped_rollouts
 from iscorrect.diagnose import diagnose
 from iscorrect.dumps import LogProbDump, concatenate
 

@@ -252,10 +252,6 @@ def sequences(n: int, size: dict[str, int], setting: Setting) -> Workload:
     runs = {
         "materialised": materialised_sequences(problem),
         "iscorrect, two passes": two_pass(problem, loss_fn),
-        "iscorrect, sequence_scratch": ours(problem, loss_fn, sequence_scratch=True),
-        "iscorrect, sequence_scratch, chunk_size=256": ours(
-            problem, loss_fn, sequence_scratch=True, chunk_size=256
-        ),
     }
     times = interleave(runs, setting)
     for provider, taken in times.items():

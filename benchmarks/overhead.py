@@ -133,7 +133,7 @@ def compiled(batch: Batch) -> Provider:
             batch.log_probs, rollout_log_probs=batch.rollout_log_probs,
             advantages=batch.advantages, mask=batch.mask, old_log_probs=batch.old_log_probs,
         )
-        read = metrics.read()
+        read = metrics.as_tensors()
         names[:] = read
         return loss, torch.stack(list(read.values()))
 

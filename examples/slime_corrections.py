@@ -1,7 +1,6 @@
 """For slime: --use-tis --custom-tis-function-path slime_corrections.token_tis, and the like."""
 
-from iscorrect import icepop, sequence_mis
-from iscorrect import token_tis as token_tis_correction
+from iscorrect import icepop, sequence_mis, token_tis as token_tis_correction
 from iscorrect.adapters.slime import tis_function
 
 token_tis = tis_function(token_tis_correction(cap=2.0))

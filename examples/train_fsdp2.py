@@ -139,7 +139,7 @@ def train(options: argparse.Namespace) -> None:
         loss, metrics = loss_fn(
             log_probs, rollout_log_probs=rollout_log_probs[:, columns], advantages=advantages,
             mask=layout, normalizer=iscorrect.global_normalizer(
-                layout, "seq-mean-token-sum", gradients="averaged"
+                layout, "seq-mean-token-sum", group=dist.group.WORLD, gradients="averaged"
             ),
         )
         optimizer.zero_grad()
@@ -162,7 +162,7 @@ def report(step: int, loss: Tensor, rewards: Tensor, metrics: iscorrect.Metrics)
     means = torch.stack([loss.detach(), rewards.mean()])
     dist.all_reduce(means)
     loss_mean, reward_mean = (means / dist.get_world_size()).tolist()
-    m = metrics.all_reduced().to_floats()
+    m = metrics.all_reduced(dist.group.WORLD).to_floats()
     if dist.get_rank() == 0:
         print(
             f"step {step:3d}  loss {loss_mean:+.6f}  reward {reward_mean:.4f}"

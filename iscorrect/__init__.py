@@ -15,154 +15,143 @@ log-probs to a loss of this package, and the gradient is corrected for it:
 ``iscorrect.testing`` tests losses.
 """
 
-from iscorrect.errors import InputError
-from iscorrect.fp16.audit import FP16Audit, audit_fp16
-from iscorrect.fp16.scaler import fp16_scaler
-from iscorrect.head.fused import fp32_head_loss, fused_policy_loss
-from iscorrect.head.linear import HeadOutput, linear_log_probs
-from iscorrect.head.logits import log_probs_from_logits
-from iscorrect.head.support import Support
-from iscorrect.layout import Layout, pad_sequences, unpad
-from iscorrect.loss.advantages import group_advantages
-from iscorrect.loss.aggregate import aggregate, global_normalizer
+from types import ModuleType as _Module
+
+from iscorrect.errors import (
+    InputError as InputError,
+)
+from iscorrect.fp16.audit import (
+    FP16Audit as FP16Audit,
+    audit_fp16 as audit_fp16,
+)
+from iscorrect.fp16.scaler import (
+    fp16_scaler as fp16_scaler,
+)
+from iscorrect.head.fused import (
+    fp32_head_loss as fp32_head_loss,
+    fused_policy_loss as fused_policy_loss,
+)
+from iscorrect.head.linear import (
+    HeadOutput as HeadOutput,
+    linear_log_probs as linear_log_probs,
+)
+from iscorrect.head.logits import (
+    log_probs_from_logits as log_probs_from_logits,
+)
+from iscorrect.head.support import (
+    Support as Support,
+)
+from iscorrect.layout import (
+    Layout as Layout,
+    pad_sequences as pad_sequences,
+    unpad as unpad,
+)
+from iscorrect.loss.advantages import (
+    group_advantages as group_advantages,
+)
+from iscorrect.loss.aggregate import (
+    AGGREGATIONS as AGGREGATIONS,
+    Aggregation as Aggregation,
+    SequenceMeanTokenMean as SequenceMeanTokenMean,
+    SequenceMeanTokenSum as SequenceMeanTokenSum,
+    SequenceMeanTokenSumNorm as SequenceMeanTokenSumNorm,
+    Sum as Sum,
+    TokenMean as TokenMean,
+    aggregate as aggregate,
+    global_normalizer as global_normalizer,
+)
 from iscorrect.loss.bounds import (
-    Clip,
-    ConfidenceCap,
-    Ignore,
-    Mask,
-    ParetoSmooth,
-    SignedTruncate,
-    Truncate,
+    Clip as Clip,
+    ConfidenceCap as ConfidenceCap,
+    Ignore as Ignore,
+    Mask as Mask,
+    ParetoSmooth as ParetoSmooth,
+    SignedTruncate as SignedTruncate,
+    Truncate as Truncate,
 )
 from iscorrect.loss.caps import (
-    ESSCap,
-    IonidesCap,
-    MSEOptimalCap,
-    ess_cap,
-    ionides_cap,
-    mse_optimal_cap,
+    ESSCap as ESSCap,
+    IonidesCap as IonidesCap,
+    MSEOptimalCap as MSEOptimalCap,
+    ess_cap as ess_cap,
+    ionides_cap as ionides_cap,
+    mse_optimal_cap as mse_optimal_cap,
 )
-from iscorrect.loss.correction import Correction, Weights
-from iscorrect.loss.divergences import binary_kl, k1, k2, k3
-from iscorrect.loss.evidence import Evidence
-from iscorrect.loss.metrics import Metrics, effective_sample_size
-from iscorrect.loss.objectives import CISPO, PPOClip, Reinforce
-from iscorrect.loss.pareto import pareto_tail
+from iscorrect.loss.correction import (
+    Correction as Correction,
+    Weights as Weights,
+)
+from iscorrect.loss.divergences import (
+    binary_kl as binary_kl,
+    k1 as k1,
+    k2 as k2,
+    k3 as k3,
+)
+from iscorrect.loss.evidence import (
+    Evidence as Evidence,
+)
+from iscorrect.loss.metrics import (
+    Metrics as Metrics,
+    effective_sample_size as effective_sample_size,
+)
+from iscorrect.loss.objectives import (
+    CISPO as CISPO,
+    OBJECTIVES as OBJECTIVES,
+    PerToken as PerToken,
+    PPOClip as PPOClip,
+    Reinforce as Reinforce,
+)
+from iscorrect.loss.pareto import (
+    pareto_tail as pareto_tail,
+)
 from iscorrect.loss.policy_loss import (
-    LossOutput,
-    PolicyLoss,
-    masked_is_loss,
-    sequence_is_loss,
-    token_tis_loss,
+    LossOutput as LossOutput,
+    PolicyLoss as PolicyLoss,
+    masked_is_loss as masked_is_loss,
+    sequence_is_loss as sequence_is_loss,
+    token_tis_loss as token_tis_loss,
 )
 from iscorrect.loss.presets import (
-    PRESETS,
-    confidence_is,
-    dppo,
-    geometric_rs,
-    icepop,
-    kpop,
-    off_policy_negative,
-    pareto_is,
-    parse,
-    sequence_is,
-    sequence_mis,
-    sequence_tis,
-    token_is,
-    token_mis,
-    token_tis,
-    topr,
-    trust_region_mask,
-    uncorrected,
+    PRESETS as PRESETS,
+    confidence_is as confidence_is,
+    dppo as dppo,
+    geometric_rs as geometric_rs,
+    icepop as icepop,
+    kpop as kpop,
+    off_policy_negative as off_policy_negative,
+    pareto_is as pareto_is,
+    parse as parse,
+    sequence_is as sequence_is,
+    sequence_mis as sequence_mis,
+    sequence_tis as sequence_tis,
+    token_is as token_is,
+    token_mis as token_mis,
+    token_tis as token_tis,
+    topr as topr,
+    trust_region_mask as trust_region_mask,
+    uncorrected as uncorrected,
 )
-from iscorrect.loss.ratios import at_level, log_ratio, ratio
+from iscorrect.loss.ratios import (
+    at_level as at_level,
+    log_ratio as log_ratio,
+    ratio as ratio,
+)
 from iscorrect.loss.rules import (
-    BinaryKL,
-    DivergenceAbove,
-    OffPolicyNegative,
-    ProbabilityShift,
-    RatioOutside,
-    Veto,
+    BinaryKL as BinaryKL,
+    DivergenceAbove as DivergenceAbove,
+    OffPolicyNegative as OffPolicyNegative,
+    ProbabilityShift as ProbabilityShift,
+    RatioOutside as RatioOutside,
+    Veto as Veto,
 )
-from iscorrect.loss.terms import ReferenceKL, score_centering
+from iscorrect.loss.terms import (
+    ReferenceKL as ReferenceKL,
+    score_centering as score_centering,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "CISPO",
-    "PRESETS",
-    "BinaryKL",
-    "Clip",
-    "ConfidenceCap",
-    "Correction",
-    "DivergenceAbove",
-    "ESSCap",
-    "Evidence",
-    "FP16Audit",
-    "HeadOutput",
-    "Ignore",
-    "InputError",
-    "IonidesCap",
-    "Layout",
-    "LossOutput",
-    "MSEOptimalCap",
-    "Mask",
-    "Metrics",
-    "OffPolicyNegative",
-    "PPOClip",
-    "ParetoSmooth",
-    "PolicyLoss",
-    "ProbabilityShift",
-    "RatioOutside",
-    "ReferenceKL",
-    "Reinforce",
-    "SignedTruncate",
-    "Support",
-    "Truncate",
-    "Veto",
-    "Weights",
-    "aggregate",
-    "at_level",
-    "audit_fp16",
-    "binary_kl",
-    "confidence_is",
-    "dppo",
-    "effective_sample_size",
-    "ess_cap",
-    "fp16_scaler",
-    "fp32_head_loss",
-    "fused_policy_loss",
-    "geometric_rs",
-    "global_normalizer",
-    "group_advantages",
-    "icepop",
-    "ionides_cap",
-    "k1",
-    "k2",
-    "k3",
-    "kpop",
-    "linear_log_probs",
-    "log_probs_from_logits",
-    "log_ratio",
-    "masked_is_loss",
-    "mse_optimal_cap",
-    "off_policy_negative",
-    "pad_sequences",
-    "pareto_is",
-    "pareto_tail",
-    "parse",
-    "ratio",
-    "score_centering",
-    "sequence_is",
-    "sequence_is_loss",
-    "sequence_mis",
-    "sequence_tis",
-    "token_is",
-    "token_mis",
-    "token_tis",
-    "token_tis_loss",
-    "topr",
-    "trust_region_mask",
-    "uncorrected",
-    "unpad",
+    name for name, value in sorted(vars().items())
+    if not name.startswith("_") and not isinstance(value, _Module)
 ]

@@ -45,8 +45,7 @@ def check_choice(caller: str, argument: str, value: object, known: Sequence[obje
     >>> check_choice("group_advantages", "estimator", "rloo", ["grpo", "rloo"])
     """
     if not (isinstance(value, str) and value in known):
-        names = [name for name in known if isinstance(name, str)]
-        near = difflib.get_close_matches(str(value), names, n=1)
+        near = difflib.get_close_matches(str(value), [str(name) for name in known], n=1)
         raise input_error(
             caller, argument, expected="one of " + ", ".join(map(repr, known)), got=repr(value),
             fix=f"did you mean {near[0]!r}?" if near else f"pass {argument}={known[0]!r}",
@@ -63,6 +62,7 @@ def check_number(
     above: float = -math.inf,
     most: float = math.inf,
     optional: bool = False,
+    fix: str | None = None,
 ) -> None:
     """Raise unless ``value`` is a real number in a range.
 
@@ -70,26 +70,35 @@ def check_number(
         caller: what the message begins with.
         argument: its name.
         value: what was given.
-        what: the quantity and its unit, such as "a KL in nats" or "a bound on the ratio itself".
+        what: the quantity and its unit, such as "a divergence in nats".
         least: the smallest that will do.
         above: what it must exceed.
         most: the largest that will do.
         optional: whether None will do.
+        fix: what to pass instead; None: ``what`` says it.
 
-    >>> check_number("BinaryKL", "limit", 0.1, "a KL in nats", least=0)
+    >>> check_number("BinaryKL", "limit", 0.1, "a divergence in nats", least=0)
+    >>> check_number("ESSCap", "target", 2, "a share of the sample", above=0, most=1)
+    Traceback (most recent call last):
+        ...
+    iscorrect.errors.InputError: ESSCap: `target` must be in (0, 1], a share of the sample, got 2. \
+Fix: pass target as a share of the sample.
     """
     if value is None and optional:
         return
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if number and value >= least and value > above and value <= most:  # type: ignore[operator]
+    if number and least <= value <= most and value > above:  # type: ignore[operator]
         return
-    ends = [f"> {above:g}"] if above > -math.inf else []
-    ends += [f">= {least:g}"] if least > -math.inf else []
-    ends += [f"<= {most:g}"] if most < math.inf else []
-    range_ = " " + " and ".join(ends) if ends else ""
+    if most < math.inf:
+        expected = f"in ({above:g}" if above > -math.inf else f"in [{least:g}"
+        expected += f", {most:g}]"
+    elif above > -math.inf:
+        expected = f"a number > {above:g}"
+    else:
+        expected = f"a number >= {least:g}" if least > -math.inf else "a number"
     raise input_error(
-        caller, argument, expected=f"a number{range_}, {what}" + (", or None" if optional else ""),
-        got=repr(value), fix=f"pass {argument} as {what}",
+        caller, argument, expected=f"{expected}, {what}{', or None' if optional else ''}",
+        got=repr(value), fix=fix or f"pass {argument} as {what}",
     )
 
 

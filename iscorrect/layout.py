@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -34,8 +34,8 @@ class Layout:
             turn. None: each sequence is one segment.
         sequence_group: the ranks that hold the other tokens of these sequences (context
             parallelism). Rows then stand for the same sequences on all of them; with
-            ``sequence_ids``, equal ids do, and number the sequences from 0 to num_sequences − 1.
-        num_sequences: how many ids there are, with ``sequence_group`` and ``sequence_ids``.
+            ``sequence_ids``, equal ids do, and number the sequences from 0 to num_ids − 1.
+        num_ids: how many ids there are, with ``sequence_group`` and ``sequence_ids``.
         zigzag: whether each rank holds the r-th and the r-th last of 2R chunks of a sequence, one
             after the other, rather than the r-th of R. Only prefixes depend on it.
         batch_group: the ranks that together hold the batch, for what depends on all of it:
@@ -60,7 +60,7 @@ class Layout:
         sequence_ids: Tensor | None = None,
         segment_ids: Tensor | None = None,
         sequence_group: Group = None,
-        num_sequences: int | None = None,
+        num_ids: int | None = None,
         zigzag: bool = False,
         batch_group: Group = None,
     ) -> None:
@@ -70,8 +70,8 @@ class Layout:
         self.mask = mask
         self.sequence_group, self.zigzag, self.batch_group = sequence_group, zigzag, batch_group
         if sequence_group is not None:
-            self._sequences = _shared(mask, sequence_ids, segment_ids, num_sequences)
-            _check_alike(self._sequences, sequence_group)
+            self._sequences = _shared(mask, sequence_ids, segment_ids, num_ids)
+            _check_alike(self._sequences, sequence_group, mask.device)
         elif sequence_ids is not None:
             self._sequences = _Parts(_number_runs(sequence_ids), mask.numel())
         else:
@@ -139,7 +139,7 @@ class Layout:
     def with_mask(self, mask: Tensor) -> Layout:
         """The same sequences and segments with other tokens counted."""
         check_mask("Layout.with_mask", mask)
-        part = object.__new__(Layout)
+        part = object.__new__(Layout)  # which torch.compile follows, unlike copy.copy
         for name in Layout.__slots__:
             setattr(part, name, getattr(self, name))
         part.mask = mask
@@ -243,7 +243,8 @@ class _Parts(NamedTuple):
     def rows(self, start: int, stop: int) -> _Parts:
         if self.ids is None:
             return self
-        return _Parts(self.ids[start:stop] - self.ids[start : start + 1, :1], self.number)
+        ids = self.ids[start:stop] - self.ids[start : start + 1, :1]
+        return _Parts(ids, ids.numel())  # as many as there are tokens, at most
 
     def numbers(self, x: Tensor) -> Tensor:
         """The part of each token, rows counted from 0; int, of the shape of ``x``."""
@@ -267,19 +268,19 @@ def _shared(
         return _Parts(None, math.prod(mask.shape[:-1]))
     if number is None:
         raise input_error(
-            "Layout", "num_sequences", expected="given with sequence_group and sequence_ids",
+            "Layout", "num_ids", expected="given with sequence_group and sequence_ids",
             got="None", fix="number the sequences alike on all ranks, and pass how many there are",
         )
     return _Parts(sequence_ids, number)
 
 
-def _check_alike(parts: _Parts, group: Group) -> None:
-    device = None if parts.ids is None else parts.ids.device
+def _check_alike(parts: _Parts, group: Group, device: torch.device) -> None:
     number = torch.tensor([parts.number, -parts.number], device=device)
     most, least = max_over(number, group).tolist()
     if most != -least:
         raise input_error(
-            "Layout", "num_sequences", expected="the same on all ranks of sequence_group",
+            "Layout", "mask" if parts.ids is None else "num_ids",
+            expected="of as many sequences on all ranks of sequence_group",
             got=f"{parts.number} here, and from {-least} to {most} on the ranks",
             fix="give every rank its tokens of all the sequences, masked out where it has none",
         )
@@ -295,28 +296,13 @@ def masked(x: Tensor, mask: Tensor) -> Tensor:
     >>> masked(torch.tensor([1.0, torch.nan]), torch.tensor([True, False]))
     tensor([1., 0.])
     """
-    slow = torch.compiler.is_compiling() or x.device.type != "cpu"
-    if slow or not x.is_floating_point():
+    vectorised = x.device.type == "cpu" and x.is_floating_point() and not torch.is_grad_enabled()
+    if not vectorised or torch.compiler.is_compiling():
         return torch.where(mask, x, 0)
-    if x.requires_grad and torch.is_grad_enabled():
-        result: Tensor = _Masked.apply(x, mask)  # type: ignore[no-untyped-call]
-        return result
     # `where` on a CPU goes element by element; clearing the bits is exact and vectorised.
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     ones = mask.view(torch.int8).neg().to(bits)
     return (x.detach().view(bits) & ones).view(x.dtype)
-
-
-class _Masked(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, mask: Tensor) -> Tensor:
-        ctx.save_for_backward(mask)
-        return masked(x.detach(), mask)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (mask,) = ctx.saved_tensors
-        return masked(grad, mask), None
 
 
 def as_layout(caller: str, mask: Tensor | Layout) -> Layout:

@@ -8,9 +8,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from iscorrect.errors import input_error
+
 Group = dist.ProcessGroup | None
 
 T = TypeVar("T")
+
+
+def check_member(caller: str, argument: str, group: Group) -> None:
+    """Raise unless this rank belongs to the group, whose collectives would leave it out."""
+    if group is not None and dist.get_rank(group) < 0:
+        raise input_error(
+            caller, argument, expected="a group that this rank belongs to, or None for this rank"
+            " alone", got=f"a group without rank {dist.get_rank()}",
+            fix="make the call only on the group's own ranks",
+        )
 
 
 def sum_over(x: Tensor, group: Group) -> Tensor:

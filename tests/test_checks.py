@@ -31,7 +31,7 @@ from iscorrect.testing.checks import (
     check_unbiased,
 )
 
-tokens_of_the_batch = partial(global_normalizer, gradients="summed")
+tokens_of_the_batch = partial(global_normalizer, group=None, gradients="summed")
 
 
 def sequences_of_the_batch(mask):

@@ -5,8 +5,7 @@ import oracle
 import pytest
 import torch
 from batches import batches, make_batch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 import iscorrect as ic
 from iscorrect import PRESETS, Correction, Layout
@@ -134,6 +133,17 @@ def test_normalising_divides_by_the_mean_raw_ratio_so_that_a_cap_stays_a_cap(bat
     expected = np.minimum(raw / raw.mean(), cap) if len(raw) else raw
     np.testing.assert_allclose(weights[batch.mask], expected, rtol=1e-10)
     assert (weights <= cap).all()
+
+
+def test_ratios_that_all_vanish_have_no_mean_to_be_divided_by():
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    rollout = torch.zeros(1, 2)
+    weights, keep, metrics = Correction(normalize=True)(
+        old_log_probs=torch.full((1, 2), -900.0), rollout_log_probs=rollout, mask=mask
+    )
+    assert not weights.any()
+    assert not keep.any()
+    assert metrics["is/rejected"] == 1
 
 
 def test_normalised_sequence_weights_average_one_over_sequences_not_tokens():

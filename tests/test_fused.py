@@ -73,7 +73,6 @@ def fused(loss_fn, batch, hidden, weight, bias, **more):
 
 def unfused(loss_fn, batch, hidden, weight, bias, **more):
     more.pop("chunk_size", None)
-    more.pop("sequence_scratch", None)
     arguments = {"mask": batch.mask} | batch.rest | more
     log_probs = linear_log_probs(
         hidden, weight, batch.target, bias=bias, layout=arguments["mask"]
@@ -110,10 +109,10 @@ WIDE = {
 
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("old", [False, True])
-@pytest.mark.parametrize(("chunk_size", "scratch"), [(4, False), (4, True), (None, True)])
-def test_every_preset_is_the_same_in_one_pass(name, old, chunk_size, scratch):
+@pytest.mark.parametrize("chunk_size", [4, None])
+def test_every_preset_is_the_same_in_one_pass(name, old, chunk_size):
     loss_fn = PolicyLoss(correction=PRESETS[name](**WIDE.get(name, {})))
-    assert_same(loss_fn, make(old=old), chunk_size=chunk_size, sequence_scratch=scratch)
+    assert_same(loss_fn, make(old=old), chunk_size=chunk_size)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 3, 100, None])
@@ -126,7 +125,7 @@ def test_every_preset_is_the_same_in_one_pass(name, old, chunk_size, scratch):
 @pytest.mark.parametrize("correction", [token_tis(), sequence_tis()], ids=["token", "sequence"])
 def test_every_objective_is_the_same_in_one_pass(chunk_size, old, objective, correction):
     loss_fn = PolicyLoss(correction=correction, objective=objective)
-    assert_same(loss_fn, make(old=old), chunk_size=chunk_size, sequence_scratch=True)
+    assert_same(loss_fn, make(old=old), chunk_size=chunk_size)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +184,7 @@ def test_packed_rows_and_turns_are_sequences_and_segments():
     for level in ("sequence", "segment", "prefix"):
         loss_fn = PolicyLoss(correction=Correction(level=level, bound=Truncate(1.2)))
         assert_same(loss_fn, batch, chunk_size=4, mask=layout)
-        assert_same(loss_fn, batch, chunk_size=2, mask=layout, sequence_scratch=True)
+        assert_same(loss_fn, batch, chunk_size=2, mask=layout)
 
 
 def test_reference_kl_and_the_gradient_of_extra_are_kept():
@@ -206,7 +205,7 @@ def test_micro_batches_with_a_normalizer_add_up():
     batch, loss_fn = make(), PolicyLoss(correction=token_tis())
     whole = run(fused, loss_fn, batch)
     total = [torch.zeros_like(x) for x in whole[2][1:]]
-    normalizer = global_normalizer(batch.mask, gradients="summed")
+    normalizer = global_normalizer(batch.mask, group=None, gradients="summed")
     for rows in (slice(0, 2), slice(2, 5)):
         rest = {k: x if x is None else x[rows] for k, x in batch.rest.items()}
         part = Batch(batch.hidden[rows], batch.weight, batch.bias, batch.target[rows],
@@ -243,25 +242,21 @@ def test_known_old_log_probs_make_one_pass_of_whole_sequences():
     assert tokens == n + 2 * busy
 
 
-def test_a_factor_per_sequence_needs_one_pass_with_a_scratch_and_two_without():
+def test_sequences_longer_than_a_chunk_take_two_passes():
     batch, loss_fn = make(), PolicyLoss(correction=sequence_is())
     n, busy = counted(batch)
-    one, _ = multiplied(loss_fn, batch, chunk_size=4, sequence_scratch=True)
-    assert one == n + 2 * busy
     two, _ = multiplied(loss_fn, batch, chunk_size=4)
     assert two == n + 3 * busy
-    small, _ = multiplied(loss_fn, batch)
-    assert n + 2 * busy < small <= two
 
 
-def test_sequences_that_fit_into_a_chunk_need_no_scratch():
+def test_sequences_that_fit_into_a_chunk_take_one_pass():
     batch = make()
     n, busy = counted(batch)
     tokens, _ = multiplied(PolicyLoss(correction=sequence_is()), batch, chunk_size=T)
     assert tokens == n + 2 * busy
 
 
-def test_a_sequence_that_fits_where_the_gradient_will_be_needs_no_scratch():
+def test_a_sequence_that_fits_where_the_gradient_will_be_takes_one_pass():
     batch = make()
     batch.mask[1:] = batch.mask[0, -1] = False
     n, _ = counted(batch)

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 from batches import Batch, batches, make_batch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 import iscorrect as ic
 from iscorrect import PRESETS, Layout, PolicyLoss, pad_sequences, unpad

@@ -1,5 +1,6 @@
 """Policy losses: composition, gradients, micro-batches, blocks of rows."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -7,8 +8,7 @@ import oracle
 import pytest
 import torch
 from batches import batches, make_batch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from test_layout import OBJECTIVES, loss_and_gradient
 
 import iscorrect as ic
@@ -108,7 +108,7 @@ def test_micro_batches_with_a_normalizer_add_up_to_the_batch(
         PolicyLoss(**{**vars(loss_fn), "reference_kl": ic.ReferenceKL()}), batch, Layout(batch.mask)
     )
     loss_fn = PolicyLoss(**{**vars(loss_fn), "reference_kl": ic.ReferenceKL()})
-    normalizer = ic.global_normalizer(batch.mask, aggregation, gradients="summed")
+    normalizer = ic.global_normalizer(batch.mask, aggregation, group=None, gradients="summed")
     log_probs = batch.log_probs.clone().requires_grad_()
     total, merged = 0.0, None
     for start in range(0, len(batch.mask), cut):
@@ -161,17 +161,83 @@ def test_blocks_of_rows_serve_packed_rows_and_bf16(monkeypatch):
     assert metrics == pytest.approx(expected[2], rel=1e-6, abs=1e-6)
 
 
-def test_blocks_of_rows_scale_with_the_incoming_gradient_and_refuse_a_second_backward(monkeypatch):
-    monkeypatch.setattr(policy_loss, "BLOCK", 20)
+def test_blocks_of_rows_differentiate_as_often_as_the_whole(monkeypatch):
     batch = ragged(7, 9, torch.float64)
-    log_probs = batch.log_probs.clone().requires_grad_()
-    value, _ = call(PolicyLoss(), batch, log_probs=log_probs)
-    (one,) = torch.autograd.grad(value, log_probs, retain_graph=True)
-    (three,) = torch.autograd.grad(3 * value, log_probs, retain_graph=True)
-    torch.testing.assert_close(three, 3 * one)
-    (gradient,) = torch.autograd.grad(value**2, log_probs, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        gradient.sum().backward()
+    found = []
+    for block in (policy_loss.BLOCK, 20):
+        monkeypatch.setattr(policy_loss, "BLOCK", block)
+        log_probs = batch.log_probs.clone().requires_grad_()
+        value, _ = call(PolicyLoss(), batch, log_probs=log_probs)
+        (one,) = torch.autograd.grad(value**2, log_probs, create_graph=True)
+        (two,) = torch.autograd.grad(one.square().sum(), log_probs)
+        found.append((value, one, two))
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-14)
+    assert found[0][2].abs().sum() > 0
+
+
+class Learned(torch.nn.Module):
+    scope = "token"
+
+    def __init__(self):
+        super().__init__()
+        self.slope = torch.nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
+
+    def forward(self, log_probs, old_log_probs, advantages, layout):
+        return -self.slope * advantages * log_probs
+
+
+def test_blocks_of_rows_give_a_gradient_to_what_an_objective_learns(monkeypatch):
+    batch = ragged(7, 9, torch.float64)
+    found = []
+    for block in (policy_loss.BLOCK, 20):
+        monkeypatch.setattr(policy_loss, "BLOCK", block)
+        objective = Learned()
+        call(PolicyLoss(objective=objective), batch).loss.backward()
+        found.append(objective.slope.grad)
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-14)
+    assert found[0].abs() > 0
+
+
+@pytest.mark.parametrize("level", ["token", "geometric", "sequence", "prefix"])
+@pytest.mark.parametrize("nonfinite", ["drop", "neutral"])
+def test_a_token_that_is_not_finite_has_no_gradient_in_blocks_of_rows_either(
+    monkeypatch, level, nonfinite
+):
+    batch = ragged(7, 9, torch.float64)
+    loss_fn = PolicyLoss(
+        correction=ic.Correction(nonfinite=nonfinite), objective=ic.PPOClip(level=level)
+    )
+    row, column = batch.mask.nonzero()[5]
+    found = []
+    for block in (policy_loss.BLOCK, 20):
+        monkeypatch.setattr(policy_loss, "BLOCK", block)
+        log_probs = batch.log_probs.clone()
+        log_probs[row, column] = torch.nan
+        log_probs.requires_grad_()
+        call(loss_fn, batch, log_probs=log_probs).loss.backward()
+        found.append(log_probs.grad)
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-14)
+    assert found[1][row, column] == 0
+
+
+def test_a_float16_gradient_in_blocks_of_rows_is_scaled_before_it_is_rounded(monkeypatch):
+    batch = ragged(7, 9, torch.float64)
+    monkeypatch.setattr(policy_loss, "BLOCK", 20)
+    exact = batch.log_probs.half().double().requires_grad_()
+    call(PolicyLoss(), batch, log_probs=exact).loss.mul(2.0**-14).backward()
+    half = batch.log_probs.half().requires_grad_()
+    (call(PolicyLoss(), batch, log_probs=half).loss * 2.0**-14 * 2.0**14).backward()
+    torch.testing.assert_close(half.grad.double(), exact.grad * 2.0**14, rtol=1e-3, atol=0)
+
+
+def test_error_positions_are_those_of_the_batch_also_where_rows_go_in_blocks(monkeypatch):
+    batch = ragged(7, 9, torch.float64)
+    monkeypatch.setattr(policy_loss, "BLOCK", 20)
+    row, column = batch.mask.nonzero()[-1].tolist()
+    log_probs = batch.log_probs.clone()
+    log_probs[row, column] = torch.nan
+    with pytest.raises(ic.InputError, match=rf"at \({row}, {column}\)"):
+        call(PolicyLoss(correction=ic.Correction(nonfinite="raise")), batch, log_probs=log_probs)
 
 
 def test_blocks_of_rows_ask_for_no_gradient_where_none_is_wanted(monkeypatch):
@@ -234,8 +300,10 @@ def test_zero_sequences_and_one_token_are_batches_too(shape):
 @pytest.mark.parametrize("nonfinite", ["drop", "neutral"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("which", ["log_probs", "old_log_probs", "rollout_log_probs"])
-@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-def test_a_value_that_is_not_finite_never_reaches_the_loss(nonfinite, objective, which, value):
+@pytest.mark.parametrize(
+    "value", [float("nan"), float("-inf"), torch.finfo(torch.float32).min, -1e30, 1e30]
+)
+def test_a_value_that_is_no_log_prob_never_reaches_the_loss(nonfinite, objective, which, value):
     batch = make_batch(9, rows=2, width=5)
     batch = batch._replace(mask=torch.tensor([[True] * 5, [True, True, False, True, False]]))
     clean = [torch.nan_to_num(x, -1.0, -1.0, -1.0) for x in batch[:-1]]
@@ -251,7 +319,8 @@ def test_a_value_that_is_not_finite_never_reaches_the_loss(nonfinite, objective,
     result.backward()
     assert result.isfinite()
     assert log_probs.grad.isfinite().all()
-    assert log_probs.grad[0, 3] != 0 or "ppo" in objective or objective == "gspo"
+    if nonfinite == "drop" and objective in ("reinforce", "cispo"):
+        assert log_probs.grad[0, 3] != 0
     if which == "log_probs":
         assert log_probs.grad[0, 2] == 0
     assert metrics["is/nonfinite"] == 1 / 8
@@ -347,7 +416,7 @@ def test_autocast_changes_nothing(objective, preset):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_float32_loss_stays_float32_whatever_its_normalizer(dtype):
     batch = make_batch(14).to(dtype)
-    normalizer = ic.global_normalizer(batch.mask, gradients="summed")
+    normalizer = ic.global_normalizer(batch.mask, group=None, gradients="summed")
     value, _ = PolicyLoss()(
         batch.log_probs, rollout_log_probs=batch.rollout_log_probs, advantages=batch.advantages,
         mask=batch.mask, normalizer=normalizer,
@@ -371,3 +440,106 @@ def test_gradients_are_those_of_finite_differences(objective, preset):
     if objective == "cispo":
         loss_fn = PolicyLoss(correction=PRESETS[preset](), objective=ic.CISPO(low=1.0, high=1.0))
     assert torch.autograd.gradcheck(lambda x: call(loss_fn, batch, log_probs=x).loss, (clean,))
+
+
+def three_tokens(**changes):
+    x = torch.full((1, 3), -1.0, dtype=torch.float64)
+    batch = dict(
+        log_probs=x, rollout_log_probs=x, old_log_probs=x, advantages=torch.ones_like(x),
+        mask=torch.ones(1, 3, dtype=torch.bool),
+    )
+    return batch | changes
+
+
+def test_a_neutral_token_without_a_current_log_prob_adds_nothing_to_the_loss():
+    current = torch.tensor([[-1.0, torch.nan, -1.0]], dtype=torch.float64)
+    loss_fn = PolicyLoss(
+        correction=ic.Correction(nonfinite="neutral"), objective=ic.PPOClip()
+    )
+    value, metrics = loss_fn(**three_tokens(log_probs=current))
+    assert value.item() == pytest.approx(-2 / 3, rel=1e-12)
+    assert metrics["is/rejected"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("width", [2, 4, 9])
+def test_padding_stays_out_of_a_penalty_that_is_not_zero_at_zero(width):
+    penalty = ic.ReferenceKL(coefficient=1.0, estimator=torch.exp)
+    x = torch.zeros(1, width)
+    mask = torch.arange(width)[None] < 2
+    loss_fn = PolicyLoss(reference_kl=penalty)
+    value, _ = loss_fn(
+        x, rollout_log_probs=x, advantages=x, mask=mask, ref_log_probs=x,
+    )
+    assert value == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_a_reference_a_thousand_nats_away_leaves_the_loss_and_its_gradient_finite(dtype, estimator):
+    x = torch.full((1, 2), -1000.0, dtype=dtype, requires_grad=True)
+    loss_fn = PolicyLoss(reference_kl=ic.ReferenceKL(estimator=estimator))
+    value, _ = loss_fn(
+        x, rollout_log_probs=x.detach(), advantages=torch.ones_like(x),
+        mask=torch.ones(1, 2, dtype=torch.bool), ref_log_probs=torch.full_like(x, -1.0).detach(),
+    )
+    value.backward()
+    assert value.isfinite()
+    assert x.grad.isfinite().all()
+
+
+def test_a_horizon_beside_a_callable_aggregation_is_refused():
+    with pytest.raises(ic.InputError, match="`horizon` must be None for <function"):
+        PolicyLoss(aggregation=lambda per_token, layout: per_token.sum(), horizon=5)
+
+
+@pytest.mark.parametrize("objective", [ic.Reinforce(), ic.CISPO()])
+def test_forward_mode_gives_the_directional_derivative(objective):
+    batch = make_batch(14, rows=3, width=5)
+    loss_fn = PolicyLoss(correction=token_tis(), objective=objective)
+    along = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def loss(log_probs):
+        return call(loss_fn, batch, log_probs=log_probs).loss
+
+    current = torch.where(batch.mask, batch.log_probs, -1.0)
+    _, forward = torch.func.jvp(loss, (current,), (along,))
+    leaf = current.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(leaf), leaf)
+    torch.testing.assert_close(forward, (gradient * along).sum(), rtol=1e-12, atol=1e-14)
+    assert forward != 0
+
+
+@dataclasses.dataclass(frozen=True)
+class OverRootLength(ic.Aggregation):
+    """Σ_s Σ_t x / √n_s, over the number of sequences."""
+
+    scope = "sequence"
+
+    def counted(self, layout):
+        return layout.sequence_starts()
+
+    def coefficients(self, layout, dtype):
+        return layout.sequence_count(dtype).clamp(min=1).rsqrt()
+
+
+def test_an_aggregation_of_ones_own_divides_like_a_built_in_one():
+    batch = make_batch(15, rows=5, width=6)
+    loss_fn = PolicyLoss(correction=token_tis(), aggregation=OverRootLength())
+    whole, _ = call(loss_fn, batch)
+    lengths = batch.mask.sum(-1)
+    rows = [call(PolicyLoss(correction=token_tis(), aggregation="sum"), batch.rows(slice(i, i + 1)))
+            .loss / n.clamp(min=1).double().sqrt() for i, n in enumerate(lengths)]
+    torch.testing.assert_close(whole, sum(rows) / (lengths > 0).sum(), rtol=1e-12, atol=1e-14)
+    assert loss_fn.scope == "token"
+
+    normalizer = ic.global_normalizer(
+        batch.mask, OverRootLength(), group=None, gradients="summed"
+    )
+    total = sum(
+        loss_fn(
+            part.log_probs, rollout_log_probs=part.rollout_log_probs, advantages=part.advantages,
+            mask=part.mask, old_log_probs=part.old_log_probs, normalizer=normalizer,
+        ).loss
+        for part in (batch.rows(slice(0, 2)), batch.rows(slice(2, 5)))
+    )
+    torch.testing.assert_close(total, whole, rtol=1e-12, atol=1e-14)

@@ -1,12 +1,15 @@
 """Metrics against plain definitions."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import oracle
 import pytest
 import torch
 from batches import batches, make_batch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import iscorrect as ic
 from iscorrect import Correction, Metrics, PolicyLoss
@@ -158,3 +161,43 @@ def test_binary_kl_of_certain_tokens_is_zero_or_infinite():
     assert ic.binary_kl(certain, certain) == 0
     assert ic.binary_kl(half, certain) == torch.inf
     assert ic.binary_kl(certain, half).item() == pytest.approx(np.log(2))
+
+
+OF_A_REPORT = {"is/bias_mass"}
+
+
+def make_metrics():
+    batch = make_batch(0, rows=4, width=8)
+    loss_fn = PolicyLoss(correction=ic.token_tis(), objective=ic.PPOClip())
+    return loss_fn(
+        batch.log_probs, rollout_log_probs=batch.rollout_log_probs, advantages=batch.advantages,
+        mask=batch.mask, old_log_probs=batch.old_log_probs,
+    ).metrics
+
+
+def test_every_metric_that_a_docstring_names_is_one():
+    mentioned = set()
+    for path in Path(ic.__file__).parent.rglob("*.py"):
+        text = path.read_text()
+        mentioned |= set(re.findall(r"`((?:is|mismatch|policy|batch)/[a-z0-9_/]+)`", text))
+    assert mentioned
+    assert mentioned <= set(make_metrics()) | OF_A_REPORT
+
+
+def test_metrics_are_computed_once_however_they_are_read():
+    metrics = make_metrics()
+
+    class Count(TorchDispatchMode):
+        n = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.n += 1
+            return function(*args, **(kwargs or {}))
+
+    with Count() as first:
+        dict(metrics)
+    with Count() as second:
+        again = {**metrics, **dict(metrics.items())}
+    assert 0 < first.n < 80
+    assert second.n == 0
+    assert again["is/ess"] == metrics["is/ess"]

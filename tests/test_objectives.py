@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 from batches import batches, make_batch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 import iscorrect as ic
 from iscorrect import Layout
@@ -16,7 +15,7 @@ def terms(objective, batch):
     clean = [torch.where(mask, x, 0) for x in (batch.log_probs, batch.old_log_probs)]
     advantages = torch.where(mask, batch.advantages, 0)
     layout = Layout(mask)
-    return objective.with_clipped(*clean, advantages, layout)
+    return objective(*clean, advantages, layout)
 
 
 @given(batch=batches())
@@ -38,8 +37,8 @@ def test_clipped_tokens_are_those_without_gradient():
     old = torch.where(batch.mask, batch.old_log_probs, -1.0)
     advantages = torch.where(batch.mask, batch.advantages, 0)
     layout = Layout(batch.mask)
-    objective(log_probs, old, advantages, layout).sum().backward()
-    clipped = objective.with_clipped(log_probs.detach(), old, advantages, layout)[1]
+    loss, clipped = objective(log_probs, old, advantages, layout)
+    loss.sum().backward()
     assert 0 < clipped.sum() < batch.mask.sum()
     assert torch.equal(clipped[batch.mask], log_probs.grad[batch.mask] == 0)
 
@@ -56,7 +55,7 @@ def test_cispo_keeps_the_gradient_of_clipped_tokens():
     log_probs = torch.tensor([[-1.0, -1.0]], requires_grad=True)
     old = torch.tensor([[-3.0, -1.0]])
     layout = Layout(torch.ones(1, 2, dtype=torch.bool))
-    ic.CISPO(high=2.0)(log_probs, old, torch.ones(1, 2), layout).sum().backward()
+    ic.CISPO(high=2.0)(log_probs, old, torch.ones(1, 2), layout).loss.sum().backward()
     assert log_probs.grad.tolist() == [[-2.0, -1.0]]
 
 
@@ -66,7 +65,7 @@ def test_gspo_shares_one_ratio_and_its_gradient_over_the_sequence():
     layout = Layout(torch.tensor([[True, True, False]]))
     loss = ic.PPOClip(low=None, high=None, level="geometric")(
         log_probs, old, torch.ones(1, 3), layout
-    )
+    ).loss
     s = np.exp(-0.1)
     assert loss[0, :2].tolist() == pytest.approx([-s, -s])
     layout.total(loss).backward()

@@ -14,7 +14,7 @@ PACKAGE = Path(iscorrect.__file__).parent
 README = PACKAGE.parent / "README.md"
 SHARED = {"errors", "ranks", "gradients", "text", "layout"}
 ALLOWED = {
-    "errors": set(), "ranks": set(), "gradients": set(), "text": set(),
+    "errors": set(), "ranks": {"errors"}, "gradients": set(), "text": set(),
     "layout": {"errors", "ranks"},
     "loss": SHARED,
     "head": SHARED | {"loss"},

@@ -12,8 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from batches import Batch, make_batch
-from hypothesis import given, seed, settings
-from hypothesis import strategies as st
+from hypothesis import given, seed, settings, strategies as st
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
@@ -97,9 +96,11 @@ def compare(grid, batch, correction, objective, aggregation, *, zigzag, packed, 
         ids = torch.arange(len(rows))[:, None].expand(part.mask.shape).reshape(1, -1)
         part = Batch(*(x.reshape(1, -1) for x in part))
         expected_gradient = expected_gradient.reshape(1, -1)
-        options |= dict(sequence_ids=ids, num_sequences=len(rows))
+        options |= dict(sequence_ids=ids, num_ids=len(rows))
     layout = Layout(part.mask, **options)
-    normalizer = ic.global_normalizer(layout, aggregation, gradients="summed")
+    normalizer = ic.global_normalizer(
+        layout, aggregation, group=dist.group.WORLD, gradients="summed"
+    )
     assert normalizer == whole_normalizer
     share, share_gradient, share_metrics = evaluate(loss_fn, part, layout, normalizer)
     dist.all_reduce(share)
@@ -110,7 +111,7 @@ def compare(grid, batch, correction, objective, aggregation, *, zigzag, packed, 
         share_gradient, expected_gradient, rtol=rtol, atol=rtol * max(scale, 1e-3),
         msg=lambda m: f"{where}: {m}",
     )
-    merged, alone = share_metrics.all_reduced().to_floats(), metrics.to_floats()
+    merged, alone = share_metrics.all_reduced(dist.group.WORLD).to_floats(), metrics.to_floats()
     assert merged == pytest.approx(alone, rel=rtol, abs=rtol), where
 
 
@@ -199,8 +200,8 @@ def groups_across_ranks(grid):
 
 def averaged_gradients(grid):
     mask = make_batch(6, rows=3 + dist.get_rank(), width=5).mask
-    summed = ic.global_normalizer(mask, gradients="summed")
-    averaged = ic.global_normalizer(mask, gradients="averaged")
+    summed = ic.global_normalizer(mask, group=dist.group.WORLD, gradients="summed")
+    averaged = ic.global_normalizer(mask, group=dist.group.WORLD, gradients="averaged")
     assert summed == 2 * averaged
     total = mask.sum()
     dist.all_reduce(total)
@@ -212,7 +213,7 @@ def disagreeing_ranks(grid):
         mask = torch.ones(2 + dist.get_rank(), 3, dtype=torch.bool)
         Layout(mask, sequence_group=dist.group.WORLD)
     mask, ids = torch.ones(1, 3, dtype=torch.bool), torch.zeros(1, 3, dtype=torch.long)
-    with pytest.raises(InputError, match="`num_sequences` must be given"):
+    with pytest.raises(InputError, match="`num_ids` must be given"):
         Layout(mask, sequence_ids=ids, sequence_group=dist.group.WORLD)
     with pytest.raises(InputError, match="segments that ranks cut are not supported"):
         Layout(mask, segment_ids=ids, sequence_group=dist.group.WORLD)
@@ -318,7 +319,7 @@ def nothing_first(ranks, v):
 
 # As Megatron pads and torch shards (ceil-sized, the last shorter or empty), or anyhow.
 SHARDS = ["padded", "DTensor", one_row_first, nothing_first]
-ROUTES = ["log-probs", "fused", "scratch"]
+ROUTES = ["log-probs", "fused"]
 HEADS = [
     {"bias": False}, {"softcap": 3.0, "temperature": 0.7}, {"support": True},
     {"support": True, "softcap": 2.0, "bias": False}, {"temperature": 1.3},
@@ -357,8 +358,7 @@ def compare_head(
     """The head cut over ranks, then the loss, against logits and loss on one process."""
     loss_fn = PolicyLoss(
         correction=correction, objective=objective, aggregation=aggregation,
-        # which no factor of the sequence multiplies, so that a scratch would not be used
-        reference_kl=None if route == "scratch" else ic.ReferenceKL(coefficient=0.1),
+        reference_kl=ic.ReferenceKL(coefficient=0.1),
     )
     normalizer = denominator(Layout(model.batch.mask), aggregation)
     loss, metrics, (of_hidden, *of_head) = model.whole(loss_fn, normalizer, old)
@@ -381,7 +381,7 @@ def compare_head(
         some = rows[start::micro_batches]
         part = model.each(lambda x, some=some: piece(x, some))
         ids = torch.arange(len(some))[:, None].expand(-1, len(columns)).reshape(1, -1)
-        numbers = {"sequence_ids": ids, "num_sequences": len(some)} if packed else {}
+        numbers = {"sequence_ids": ids, "num_ids": len(some)} if packed else {}
         layout = Layout(
             part.batch.mask, sequence_group=grid.sequences, zigzag=zigzag, batch_group=grid.batch,
             **numbers,
@@ -395,7 +395,7 @@ def compare_head(
         else:
             loss_here, metrics_here = ic.fused_policy_loss(
                 loss_fn, hidden=hidden, weight=weight, target=part.target, mask=layout,
-                sequence_scratch=route == "scratch", **head, **data,
+                **head, **data,
             )
         loss_here.backward()
         share += loss_here.detach()

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 from einops import einsum, rearrange
-from hypothesis import assume, given
-from hypothesis import strategies as st
+from hypothesis import assume, given, strategies as st
 
 from iscorrect import (
     Clip,

@@ -11,6 +11,7 @@ from torch import Tensor
 from iscorrect.adapters.bands import ClipWhere, clamp_to
 from iscorrect.errors import check_choice, input_error
 from iscorrect.layout import Layout
+from iscorrect.loss.aggregate import TokenMean
 from iscorrect.loss.correction import Correction
 from iscorrect.loss.divergences import k2, k3
 from iscorrect.loss.evidence import Evidence, Scope
@@ -30,7 +31,7 @@ def loss_function(policy_loss: PolicyLoss) -> Callable[..., Tensor]:
     Raises:
         InputError: another aggregation.
     """
-    if policy_loss.aggregation != "token-mean" or policy_loss.over != "mask":
+    if policy_loss.aggregation != TokenMean() or policy_loss.over != "mask":
         raise input_error(
             "areal.loss_function", "policy_loss", expected="'token-mean' over the mask",
             got=f"{policy_loss.aggregation!r} over {policy_loss.over!r}",

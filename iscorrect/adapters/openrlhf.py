@@ -9,6 +9,7 @@ from torch import Tensor
 
 from iscorrect.adapters.bands import MaskType, truncated
 from iscorrect.errors import input_error
+from iscorrect.loss.aggregate import SequenceMeanTokenSum, TokenMean
 from iscorrect.loss.correction import Correction
 from iscorrect.loss.policy_loss import PolicyLoss
 
@@ -25,7 +26,7 @@ class CorrectedPolicyLoss(torch.nn.Module):
 
     def __init__(self, policy_loss: PolicyLoss) -> None:
         super().__init__()
-        if callable(policy_loss.aggregation) or policy_loss.aggregation == "sum":
+        if not isinstance(policy_loss.aggregation, (TokenMean, SequenceMeanTokenSum)):
             raise input_error(
                 "CorrectedPolicyLoss", "policy_loss", expected="one with a denominator",
                 got=repr(policy_loss.aggregation), fix="pass aggregation='token-mean'",
@@ -49,7 +50,7 @@ class CorrectedPolicyLoss(torch.nn.Module):
                 "CorrectedPolicyLoss", "rollout_log_probs", expected="the engine's log-probs",
                 got="None", fix="start OpenRLHF with --enable_vllm_is_correction",
             )
-        by_token = self.policy_loss.aggregation == "token-mean"
+        by_token = isinstance(self.policy_loss.aggregation, TokenMean)
         count = batch_num_tokens if by_token else global_batch_size
         mask = torch.ones_like(log_probs) if action_mask is None else action_mask
         loss, metrics = self.policy_loss(
@@ -58,7 +59,7 @@ class CorrectedPolicyLoss(torch.nn.Module):
             # gradients are averaged over the data-parallel ranks
             normalizer=None if count is None else count / dp_size,
         )
-        read = metrics.read()
+        read = metrics.as_tensors()
         clipped = read.get("policy/clipped", loss.new_zeros(()))
         return loss, clipped, read["policy/kl_k1"], read["mismatch/kl_k1"]
 

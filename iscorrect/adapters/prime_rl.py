@@ -40,4 +40,4 @@ def loss(inputs: Any, *, correction: str = "token-tis:cap=2") -> Any:
         inputs.trainer_logprobs, rollout_log_probs=inputs.inference_logprobs,
         advantages=advantages, mask=mask,
     )
-    return LossOutputs(loss=value, metrics=metrics.read())
+    return LossOutputs(loss=value, metrics=metrics.as_tensors())

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from iscorrect.errors import input_error
 from iscorrect.layout import masked
+from iscorrect.loss.aggregate import Sum
 from iscorrect.loss.policy_loss import PolicyLoss
 
 OFF_POLICY_CORRECTION = (
@@ -30,7 +31,7 @@ def register(name: str, policy_loss: PolicyLoss) -> None:
     """
     from skyrl.backends.skyrl_train.utils.ppo_utils import register_policy_loss  # type: ignore[import-not-found]
 
-    if policy_loss.aggregation != "sum" or policy_loss.over != "mask":
+    if policy_loss.aggregation != Sum() or policy_loss.over != "mask":
         raise input_error(
             "skyrl.register", "policy_loss", expected="aggregation 'sum' over the mask",
             got=f"{policy_loss.aggregation!r} over {policy_loss.over!r}",

@@ -14,6 +14,7 @@ from iscorrect.adapters.bands import clamp_to
 from iscorrect.dumps import DumpWriter
 from iscorrect.errors import InputError, check_choice, input_error
 from iscorrect.head.fused import fused_policy_loss
+from iscorrect.loss.aggregate import SequenceMeanTokenSum, TokenMean
 from iscorrect.loss.bounds import Mask
 from iscorrect.loss.correction import Correction
 from iscorrect.loss.metrics import Metrics, merge
@@ -130,8 +131,8 @@ class CorrectedGRPO:
         mode = self._mode()
         if self._seen[mode]:
             metrics = merge(self._seen[mode])
-            if dist.is_available() and dist.is_initialized():
-                metrics = metrics.all_reduced()
+            if dist.is_available():
+                metrics = metrics.all_reduced(dist.group.WORLD)
             prefix = "eval_" if mode == "eval" else ""
             logs.update({prefix + name: x for name, x in metrics.to_floats().items()})
             self._seen[mode].clear()
@@ -173,11 +174,11 @@ class CorrectedGRPO:
 
     def _normalizer(self, aggregation: Any, inputs: dict[str, Any]) -> Tensor | float | None:
         """The whole optimizer step's denominator; gradients are averaged over ranks."""
-        if callable(aggregation) or aggregation == "sum":
+        if not isinstance(aggregation, (TokenMean, SequenceMeanTokenSum)):
             return None
         train = self._mode() == "train"
         steps = self.current_gradient_accumulation_steps if train else 1  # type: ignore[attr-defined]
-        if aggregation != "token-mean":
+        if not isinstance(aggregation, TokenMean):
             return float(len(inputs["completion_mask"]) * steps)
         share = int(steps) / int(self.args.steps_per_generation) if train else 1
         tokens: Tensor = inputs["num_items_in_batch"].clamp(min=1)

@@ -24,7 +24,7 @@ from iscorrect.loss.bounds import Bound, Ignore, Mask, Truncate
 from iscorrect.loss.correction import Correction
 from iscorrect.loss.divergences import estimator
 from iscorrect.loss.metrics import policy_metrics
-from iscorrect.loss.objectives import Objective, with_clipped
+from iscorrect.loss.objectives import Objective, made
 from iscorrect.loss.ratios import at_level, log_ratio
 from iscorrect.loss.rules import DivergenceAbove, Over, RatioOutside, Rule
 
@@ -115,7 +115,7 @@ def register_loss(name: str, objective: Objective) -> None:
         log_probs, old, advantages = (
             masked(x.float(), layout.mask) for x in (log_prob, old_log_prob, advantages)
         )
-        per_token, clipped = with_clipped(objective, log_probs, old, advantages, layout)
+        per_token, clipped = made(objective, log_probs, old, advantages, layout)
         if rollout_is_weights is not None:
             per_token = per_token * masked(rollout_is_weights, layout.mask)
         loss = core_algos.agg_loss(

@@ -12,17 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iscorrect.errors import check_per_token, input_error
+from iscorrect.errors import input_error
 from iscorrect.head.inputs import prepare
 from iscorrect.head.linear import check_first_order, log_probs_of
-from iscorrect.head.onepass import Batch, in_one_pass
+from iscorrect.head.onepass import in_one_pass
 from iscorrect.head.reader import default_step
 from iscorrect.head.support import Support
 from iscorrect.layout import Layout, as_layout
-from iscorrect.loss.aggregate import Aggregation, Normalizer
+from iscorrect.loss.aggregate import Aggregation, Name, Normalizer
+from iscorrect.loss.batch import Batch
 from iscorrect.loss.correction import Correction
 from iscorrect.loss.objectives import CISPO, Objective
-from iscorrect.loss.policy_loss import LossOutput, PolicyLoss
+from iscorrect.loss.policy_loss import LossOutput, PolicyLoss, per_token_advantages
 from iscorrect.loss.presets import uncorrected
 from iscorrect.ranks import Group
 
@@ -46,7 +47,6 @@ def fused_policy_loss(
     chunk_size: int | None = None,
     head_dtype: torch.dtype = torch.float32,
     support: Tensor | Support | None = None,
-    sequence_scratch: bool = False,
     vocabulary_group: Group = None,
     vocabulary_size: int | None = None,
     sequence_parallel: bool = False,
@@ -83,8 +83,6 @@ def fused_policy_loss(
             or more; on a CPU no buffer where these are fewer than 192 and ``weight`` is trained.
         head_dtype: what the head's output is rounded to; see :func:`linear_log_probs`.
         support: the kept ids, as in :func:`log_probs_from_logits`.
-        sequence_scratch: hold one more gradient of the weight, so that sequences longer than a
-            chunk take one pass too where their weight is one factor: it is multiplied at the end.
         vocabulary_group: the ranks that hold the other rows of the head (tensor parallelism), as in
             :func:`linear_log_probs`; groups of ``mask`` leave them out. All get the same loss.
         vocabulary_size: v, where the rows of the head are padded to more.
@@ -115,47 +113,36 @@ def fused_policy_loss(
             "fused_policy_loss", "loss_fn", expected="a PolicyLoss", got=repr(loss_fn),
             fix="pass PolicyLoss(correction=token_tis())",
         )
-    if isinstance(advantages, Tensor) and advantages.shape == layout.mask.shape[:-1]:
-        advantages = advantages.unsqueeze(-1).expand(layout.mask.shape)
+    unknown = torch.zeros((), device=layout.mask.device).expand(layout.mask.shape)
     batch = Batch(
-        rollout_log_probs, advantages, layout, old_log_probs, ref_log_probs, normalizer
+        unknown, rollout_log_probs, per_token_advantages(advantages, layout), layout,
+        old_log_probs, ref_log_probs, extra,
     )
-
-    def check() -> None:
-        check_per_token(
-            "fused_policy_loss", layout.mask, gradient=("extra",), extra=extra,
-            advantages=advantages, rollout_log_probs=rollout_log_probs,
-            old_log_probs=old_log_probs, ref_log_probs=ref_log_probs,
-        )
-
-    def evaluate(log_probs: Tensor, extra: Tensor | None) -> LossOutput:
-        return loss_fn(
-            log_probs, rollout_log_probs=rollout_log_probs, advantages=advantages, mask=layout,
-            old_log_probs=old_log_probs, ref_log_probs=ref_log_probs, extra=extra,
-            normalizer=normalizer,
-        )
-
     head, tokens = prepare(
         "fused_policy_loss", hidden=hidden, weight=weight, target=target, bias=bias,
         temperature=temperature, softcap=softcap, chunk_size=chunk_size, head_dtype=head_dtype,
         support=support, layout=layout, vocabulary_group=vocabulary_group,
         vocabulary_size=vocabulary_size, sequence_parallel=sequence_parallel,
-        also=check, sequence_scratch=sequence_scratch, old_log_probs=old_log_probs is not None,
+        also=lambda: loss_fn.check("fused_policy_loss", batch, normalizer, gradient=("extra",)),
+        old_log_probs=old_log_probs is not None,
     )
     inputs = (hidden, head.weight, head.bias, extra)
     wanted = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in inputs]
     if any(wanted[:3]):
         made = in_one_pass(
-            loss_fn, batch, head, tokens, chunk_size=chunk_size,
-            sequence_scratch=sequence_scratch, wanted=wanted,
+            loss_fn, batch, head, tokens, normalizer=normalizer, chunk_size=chunk_size,
+            wanted=wanted,
         )
         if made is not None:
             log_probs, ready = made
-            loss, metrics = evaluate(log_probs, None if extra is None else extra.detach())
+            constant = None if extra is None else extra.detach()
+            loss, metrics = loss_fn.evaluate(
+                batch._replace(log_probs=log_probs, extra=constant), normalizer
+            )
             loss = _Ready.apply(loss, ready, *inputs)  # type: ignore[no-untyped-call]
             return LossOutput(loss, metrics)
     (log_probs,) = log_probs_of(head, tokens, default_step(head))
-    return evaluate(log_probs, extra)
+    return loss_fn.evaluate(batch._replace(log_probs=log_probs), normalizer)
 
 
 def fp32_head_loss(
@@ -169,7 +156,7 @@ def fp32_head_loss(
     old_log_probs: Tensor | None = None,
     correction: Correction = uncorrected(),
     objective: Objective = CISPO(),
-    aggregation: Aggregation = "token-mean",
+    aggregation: Name | Aggregation = "token-mean",
     normalizer: Normalizer | None = None,
     bias: Tensor | None = None,
     temperature: float = 1.0,

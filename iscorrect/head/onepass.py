@@ -1,87 +1,80 @@
 """Log-probs of a batch and the gradients of its loss, the logits computed once.
 
-A chunk's exponentials wait until the loss has said what its derivative is. What looks farther than
-a chunk is left to two passes.
+A chunk's exponentials are kept until the loss has said what its derivative is. Where the loss of a
+token depends on log-probs outside its chunk, two passes are needed.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from iscorrect.head.inputs import Head, Tokens
-from iscorrect.head.reader import Gradients, Reader, Reading, default_step
-from iscorrect.layout import Layout
-from iscorrect.loss.aggregate import Normalizer, aggregate
+from iscorrect.head.reader import Gradients, Reader, default_step
+from iscorrect.layout import Layout, masked
+from iscorrect.loss.aggregate import Aggregation, Normalizer
+from iscorrect.loss.batch import Batch
 from iscorrect.loss.correction import Correction
-from iscorrect.loss.evidence import Scope, scope_of, widest
-from iscorrect.loss.objectives import Reinforce
+from iscorrect.loss.evidence import Scope
 from iscorrect.loss.policy_loss import PolicyLoss
-from iscorrect.loss.presets import uncorrected
 from iscorrect.ranks import Group, first_over
-
-
-class Batch(NamedTuple):
-    """What a loss knows of each token beside its log-prob."""
-
-    rollout_log_probs: Tensor
-    advantages: Tensor
-    layout: Layout
-    old_log_probs: Tensor | None
-    ref_log_probs: Tensor | None
-    normalizer: Normalizer | None
 
 
 @torch.no_grad()
 def in_one_pass(
-    loss_fn: PolicyLoss, batch: Batch, head: Head, tokens: Tokens, *, chunk_size: int | None,
-    sequence_scratch: bool, wanted: list[bool],
+    loss_fn: PolicyLoss, batch: Batch, head: Head, tokens: Tokens, *,
+    normalizer: Normalizer | None, chunk_size: int | None, wanted: list[bool],
 ) -> tuple[Tensor, list[Tensor | None]] | None:
-    """Log-probs "b t" and the gradients of hidden, weight, bias and extra; None if it takes two."""
+    """Log-probs "b t" and the gradients of hidden, weight, bias and extra; None if it takes two.
+
+    Args:
+        loss_fn: the loss.
+        batch: what is known of each token; its log-probs are made here.
+        head: the LM head.
+        tokens: those that count.
+        normalizer: as of the loss.
+        chunk_size: tokens whose exponentials are kept at a time; None: see the default.
+        wanted: which of the four gradients are asked for.
+    """
     known = batch.old_log_probs is not None
     scope = _scope(loss_fn, known=known)
     shared = batch.layout.sequence_group is not None and scope == "sequence"
     if scope == "batch" or shared:  # other ranks hold tokens of these sequences
         return None
     tokens, busy = _idle_last(loss_fn, batch, tokens, scope, head.group)
+    scale = _scale(loss_fn, batch, normalizer, head.wide(tokens.hidden))
+    derivative = _Derivative.of(loss_fn, batch, tokens.index, scope, scale, head.group)
+    if derivative.has_parameters():
+        return None
     into = Gradients.of(head, tokens, hidden=wanted[0], weight=wanted[1], bias=wanted[2])
     reader, size = Reader(head, tokens), chunk_size
     if size is None:
         size = default_chunk_size(busy, tokens.index.device, weight=wanted[1])
     room = _Room(reader, into, size)
     if scope == "sequence":
-        by_factor = sequence_scratch and loss_fn.reference_kl is None
-        parts = _whole_sequences(batch.layout, tokens[:busy], room, by_factor=by_factor)
-        if not by_factor and any(len(tokens[part]) > room.at(i) for i, part in enumerate(parts)):
+        parts = _whole_sequences(batch.layout, tokens[:busy], room)
+        if any(len(tokens[part]) > room.at(i) for i, part in enumerate(parts)):
             return None
     else:
         parts = room.parts(busy)
     held = parts[-1].stop if parts else 0
-    scale = _scale(loss_fn, batch, head.wide(tokens.hidden))
-    derivative = _Derivative.of(loss_fn, batch, tokens.index, scope, scale, head.group)
     log_probs = scale.new_zeros(scale.numel())
-    scratch = None
     with torch.autocast(tokens.hidden.device.type, enabled=False):
-        for i, part in enumerate(parts):
+        for part in parts:
             chunk = tokens[part]
-            if len(chunk) <= room.at(i):
-                reading = reader.read(chunk, keep=room.take(len(chunk)))
-                coefficient = derivative[part](reading.log_probs)
-                reader.differentiate(chunk, reading, coefficient, into)
-            else:
-                scratch = scratch or room.another()
-                reading = _long_sequence(reader, chunk, derivative[part], room, scratch)
+            reading = reader.read(chunk, keep=room.take(len(chunk)))
+            coefficient = derivative(part, reading.log_probs)
+            reader.differentiate(chunk, reading, coefficient, into)
             log_probs[chunk.index] = reading.log_probs
         if held < len(tokens):
             rest = slice(held, len(tokens))
             reading = reader.score(tokens[rest], room.step)
             log_probs[tokens[rest].index] = reading.log_probs
-            coefficient = derivative[rest](reading.log_probs)
+            coefficient = derivative(rest, reading.log_probs)
             reader.differentiate_all(tokens[rest], reading, coefficient, into, room.step)
     if known and loss_fn.correction.scope != "token" and not bool(log_probs.isfinite().all()):
         # A token that is not finite takes its sequence with it, which was not known beforehand.
@@ -109,11 +102,11 @@ def _idle_last(
 
 
 def _scope(loss_fn: PolicyLoss, *, known: bool) -> Scope:
-    """How far a token's loss looks at log-probs of the policy being trained."""
-    if callable(loss_fn.aggregation) or loss_fn.over == "kept":
-        return "batch"
-    # With old log-probs, weights do not depend on the policy being trained.
-    return widest(scope_of(loss_fn.objective), "token" if known else loss_fn.correction.scope)
+    """How far a token's loss looks at log-probs of the policy being trained.
+
+    Weights do not depend on it where π_old is known.
+    """
+    return replace(loss_fn, correction=Correction()).scope if known else loss_fn.scope
 
 
 def default_chunk_size(tokens: int, device: torch.device, *, weight: bool) -> int:
@@ -130,11 +123,19 @@ def default_chunk_size(tokens: int, device: torch.device, *, weight: bool) -> in
 
 
 class _Room:
-    """Where the exponentials "v c" of a chunk wait until its derivative is known.
+    """Where the exponentials "v c" of a chunk are kept until its derivative is known.
 
-    For the first chunk that is where the gradient of the weight is going to be: each block of rows
-    is written when its exponentials have been read for the last time. For the others it is a buffer
-    of ``size`` tokens, or there are no others if that is 0.
+    The gradient of the weight, "v d", is not needed before the first chunk is differentiated, so
+    the first chunk's exponentials lie in its memory. Later chunks use a buffer of ``size`` tokens;
+    if ``size`` is 0 there are no later chunks. With two chunks:
+
+                    gradient of the weight         buffer
+        read 1      exponentials of chunk 1        –
+        diff. 1     rows of the gradient, each     –
+                    block of rows written after
+                    its exponentials were read
+        read 2      gradient of chunk 1            exponentials of chunk 2
+        diff. 2     gradient of chunks 1 and 2     –
     """
 
     def __init__(self, reader: Reader, into: Gradients, size: int):
@@ -142,17 +143,13 @@ class _Room:
         self.step = default_step(reader.head)
         self._buffer: Tensor | None = None
 
-    def another(self) -> _Room:
-        """The room that another gradient of the weight has."""
-        return _Room(self.reader, self.into.another(), self.size)
-
     def at(self, i: int) -> int:
-        """Tokens of which the i-th chunk may be."""
+        """The largest number of tokens that the i-th chunk may have."""
         gradient = self.into.weight
         return self.size if i or gradient is None else max(self.size, gradient.shape[1])
 
     def parts(self, n: int) -> list[slice]:
-        """Chunks, of n tokens or as many of them as there is room for."""
+        """The first n tokens in chunks, or as many of them as there is room for."""
         parts: list[slice] = []
         start = 0
         while start < n and self.at(len(parts)):
@@ -171,53 +168,50 @@ class _Room:
         return self._buffer[:, :n]
 
 
-def _whole_sequences(
-    layout: Layout, tokens: Tokens, room: _Room, *, by_factor: bool
-) -> list[slice]:
+def _whole_sequences(layout: Layout, tokens: Tokens, room: _Room) -> list[slice]:
     """Chunks of as many sequences as there is room for; a longer one by itself."""
     first = layout.sequence_starts().flatten()[tokens.index].nonzero().squeeze(-1).tolist()
     parts: list[slice] = []
     for start, stop in pairwise([*first, len(tokens)]):
         if parts and stop - parts[-1].start <= room.at(len(parts) - 1):
             parts[-1] = slice(parts[-1].start, stop)
-        elif room.size or by_factor or (not parts and stop <= room.at(0)):
+        elif room.size or (not parts and stop <= room.at(0)):
             parts.append(slice(start, stop))
         else:
             break
     return parts
 
 
-def _scale(loss_fn: PolicyLoss, batch: Batch, dtype: torch.dtype) -> Tensor:
-    """∂ loss / ∂ per-token loss "b t": aggregations are linear, and know the mask beforehand."""
-    assert not callable(loss_fn.aggregation)
-    with torch.enable_grad():
-        x = torch.zeros_like(batch.layout.mask, dtype=dtype).requires_grad_()
-        total = aggregate(
-            x, batch.layout, loss_fn.aggregation, normalizer=batch.normalizer,
-            horizon=loss_fn.horizon,
-        )
-    return torch.autograd.grad(total, x)[0]
+def _scale(
+    loss_fn: PolicyLoss, batch: Batch, normalizer: Normalizer | None, dtype: torch.dtype
+) -> Tensor:
+    """The derivative of the loss in each per-token loss, "b t": it depends on the mask alone."""
+    aggregation, layout = loss_fn.aggregation, batch.layout
+    assert isinstance(aggregation, Aggregation)
+    ones = torch.ones_like(layout.mask, dtype=dtype)
+    coefficients = masked(ones * aggregation.coefficients(layout, dtype), layout.mask)
+    return aggregation.divide(coefficients, layout, normalizer)
 
 
 @dataclass(frozen=True, eq=False)
 class _Derivative:
-    """∂ loss / ∂ log p of some tokens "n", by automatic differentiation of the loss itself.
+    """The derivative of the loss in log-probs of some tokens, by autograd on the loss itself.
 
     Attributes:
-        loss_fn: with ``weights`` for a correction where they are known.
-        scale: "n", ∂ loss / ∂ per-token loss.
+        loss_fn: the loss.
+        batch: what is known of every token.
+        index: int "n", positions in the batch of the tokens that count.
+        scale: "n", the derivative of the loss in each per-token loss.
         weights: "n", or None where they depend on the log-probs.
-        sequences: int "n", or None where no part asks.
-        segments: the same.
+        sequences: int "n", the sequence of each token, or None where no part asks.
+        segments: int "n", likewise.
         group: the ranks that share the head, and have to agree to the last bit.
     """
 
     loss_fn: PolicyLoss
+    batch: Batch
+    index: Tensor
     scale: Tensor
-    rollout: Tensor
-    advantages: Tensor
-    old: Tensor | None
-    ref: Tensor | None
     weights: Tensor | None
     sequences: Tensor | None
     segments: Tensor | None
@@ -228,118 +222,49 @@ class _Derivative:
         cls, loss_fn: PolicyLoss, batch: Batch, index: Tensor, scope: Scope, scale: Tensor,
         group: Group,
     ) -> _Derivative:
+        """The derivative for a batch whose log-probs are not known yet."""
         def pick(x: Tensor) -> Tensor:
             return x.reshape(-1)[index]
 
-        layout, old, ref = batch.layout, batch.old_log_probs, batch.ref_log_probs
+        correction, layout, weights = loss_fn.correction, batch.layout, None
+        if batch.old_log_probs is not None:
+            weights = pick(correction.weigh(batch.finite().evidence).weights)
+        if correction.nonfinite == "raise":
+            # positions in a chunk are not the batch's, which is looked at as a whole at the end
+            loss_fn = replace(loss_fn, correction=replace(correction, nonfinite="drop"))
         whole = scope == "sequence"
-        weights = None
-        if old is not None:
-            weights = loss_fn.correction(
-                old_log_probs=old, rollout_log_probs=batch.rollout_log_probs, mask=layout,
-                advantages=batch.advantages,
-            ).weights
         return cls(
-            loss_fn, pick(scale), pick(batch.rollout_log_probs), pick(batch.advantages),
-            None if old is None else pick(old), None if ref is None else pick(ref),
-            None if weights is None else pick(weights),
+            loss_fn, batch._replace(extra=None), index, pick(scale), weights,
             pick(layout.sequence_starts()).cumsum(0) if whole else None,
             pick(layout.segment_starts()).cumsum(0) if whole else None,
             group,
         )
 
-    def __getitem__(self, part: slice) -> _Derivative:
-        tensors: dict[str, Any] = {
-            field.name: value[part] for field in fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
-        }
-        return replace(self, **tensors)
+    def has_parameters(self) -> bool:
+        """Whether the loss has a gradient of its own, as one with a learned part does."""
+        one = slice(0, 1)
+        with torch.enable_grad():
+            return self._loss(one, self.scale.new_zeros(len(self.index[one]))).requires_grad
 
-    def __call__(self, log_probs: Tensor) -> Tensor:
-        """"n", what the loss says."""
-        # positions of a part are not the batch's; the whole batch is looked at afterwards
-        correction = replace(self.loss_fn.correction, nonfinite="drop")
-        if self.loss_fn.correction.nonfinite == "neutral":
-            correction = self.loss_fn.correction
-        return self._differentiate(log_probs, replace(self.loss_fn, correction=correction))
-
-    def without_factor(self, log_probs: Tensor) -> Tensor:
-        """"n", what it would be but for what depends on whole sequences."""
-        objective = self.loss_fn.objective
-        if scope_of(objective) != "token":
-            objective = Reinforce()
-        loss_fn = replace(self.loss_fn, correction=uncorrected(), objective=objective)
-        return self._differentiate(log_probs, loss_fn)
-
-    def _differentiate(self, log_probs: Tensor, loss_fn: PolicyLoss) -> Tensor:
-        def row(x: Tensor) -> Tensor:
-            return rearrange(x, "n -> 1 n")
-
-        mask = row(torch.ones_like(log_probs, dtype=torch.bool))
-        layout = Layout(mask)
-        if self.sequences is not None and self.segments is not None:
-            layout = Layout(
-                mask, sequence_ids=row(self.sequences), segment_ids=row(self.segments)
-            )
-        scale, rollout = row(self.scale), self.rollout
-        if self.weights is not None and self.old is not None:
-            weights = row(self.weights)
-            loss_fn = replace(loss_fn, correction=Correction(bound=lambda ratio, _: weights))
-            # a ratio of 1, so that nothing but the log-probs at hand can spoil it
-            rollout = self.old
-        loss_fn = replace(
-            loss_fn, aggregation=lambda per_token, _: (scale * per_token).sum(), horizon=None
-        )
+    def __call__(self, part: slice, log_probs: Tensor) -> Tensor:
+        """"n", given the log-probs of a part of the tokens."""
         leaf = log_probs.detach().requires_grad_()
         with torch.enable_grad():
-            loss, _ = loss_fn(
-                row(leaf), rollout_log_probs=row(rollout), advantages=row(self.advantages),
-                mask=layout, old_log_probs=None if self.old is None else row(self.old),
-                ref_log_probs=None if self.ref is None else row(self.ref),
-            )
-        return first_over(torch.autograd.grad(loss, leaf)[0], self.group)
+            loss = self._loss(part, leaf)
+        (gradient,) = torch.autograd.grad(loss, leaf, rearrange(self.scale[part], "n -> 1 n"))
+        return first_over(gradient, self.group)
 
+    def _loss(self, part: slice, log_probs: Tensor) -> Tensor:
+        """The per-token loss "1 n" of a part of the tokens, packed into one row."""
+        mask = torch.ones(1, len(log_probs), dtype=torch.bool, device=log_probs.device)
 
-def _long_sequence(
-    reader: Reader, tokens: Tokens, derivative: _Derivative, room: _Room, scratch: _Room
-) -> Reading:
-    """A sequence longer than a chunk.
+        def row(x: Tensor | None) -> Tensor | None:
+            return None if x is None else rearrange(x[part], "n -> 1 n")
 
-    Its gradient is gathered without the sequence's factor, and multiplied by it once that is known.
-    Where it turns out that there is no such factor, it is gathered again.
-    """
-    into = scratch.into
-    into.clear()
-    readings, guesses, parts = [], [], scratch.parts(len(tokens))
-    for part in parts:
-        chunk = tokens[part]
-        reading = reader.read(chunk, keep=scratch.take(len(chunk)))
-        guesses.append(derivative[part].without_factor(reading.log_probs))
-        reader.differentiate(chunk, reading, guesses[-1], into)
-        readings.append(replace(reading, kept=None))
-    rest = slice(parts[-1].stop, len(tokens))
-    readings.append(reader.score(tokens[rest], scratch.step))
-    guesses.append(derivative[rest].without_factor(readings[-1].log_probs))
-    reader.differentiate_all(tokens[rest], readings[-1], guesses[-1], into, scratch.step)
-    reading, guess = Reading.joined(readings), torch.cat(guesses)
-    truth = derivative(reading.log_probs)
-    factor = _factor(truth, guess)
-    _, rows = tokens.here()
-    hidden = room.into.hidden
-    if factor is None:
-        if hidden is not None:
-            hidden[rows] = 0
-        reader.differentiate_all(tokens, reading, truth, room.into, room.step)
-    else:
-        if hidden is not None:
-            hidden[rows] *= factor
-        room.into.add(into, factor)
-    return reading
-
-
-def _factor(truth: Tensor, guess: Tensor) -> Tensor | None:
-    """The number that turns the guess into the truth, if there is one."""
-    square = torch.dot(guess, guess)
-    factor = torch.dot(truth, guess) / torch.where(square > 0, square, 1)
-    tolerance = 16 * torch.finfo(truth.dtype).eps * truth.abs().amax()
-    return factor if bool(((truth - factor * guess).abs() <= tolerance).all()) else None
+        layout = Layout(mask, sequence_ids=row(self.sequences), segment_ids=row(self.segments))
+        packed = rearrange(log_probs, "n -> 1 n")
+        chunk = self.batch.pick(self.index[part], layout, packed).finite()
+        weights = row(self.weights)
+        if weights is None:
+            weights = self.loss_fn.correction.weigh(chunk.evidence).weights
+        return self.loss_fn.per_token(chunk, weights).loss

@@ -66,28 +66,6 @@ class Gradients:
             torch.zeros(len(head.weight), dtype=dtype, device=device) if bias else None,
         )
 
-    def another(self) -> Gradients:
-        """The same rows of ``hidden``, and other sums of weight and bias."""
-        weight, bias = self.weight, self.bias
-        return Gradients(
-            self.hidden, None if weight is None else torch.empty_like(weight),
-            None if bias is None else torch.zeros_like(bias),
-        )
-
-    def clear(self) -> None:
-        """Forget the sums of weight and bias."""
-        self.fresh = True
-        if self.bias is not None:
-            self.bias.zero_()
-
-    def add(self, other: Gradients, factor: Tensor) -> None:
-        """Add sums of weight and bias, which are multiplied in place."""
-        if self.weight is not None and other.weight is not None and not other.fresh:
-            (self.weight.copy_ if self.fresh else self.weight.add_)(other.weight.mul_(factor))
-            self.fresh = False
-        if self.bias is not None and other.bias is not None:
-            self.bias.add_(other.bias.mul_(factor))
-
     def total(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Of hidden, weight and bias, once all chunks are through."""
         if self.fresh and self.weight is not None:

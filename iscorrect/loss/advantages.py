@@ -7,11 +7,14 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from iscorrect.errors import check_mask, describe, input_error
+from iscorrect.errors import check_choice, check_mask, check_number, describe, input_error
 from iscorrect.layout import Layout, masked
-from iscorrect.ranks import Group, gather_over
+from iscorrect.ranks import Group, accumulator, gather_over
 
 Baseline = Literal["grpo", "dr-grpo", "rloo"]
+
+ROUNDING = 16
+"""Units in the last place of a group's largest reward up to which a difference is rounding."""
 
 
 def group_advantages(
@@ -39,8 +42,8 @@ def group_advantages(
         batch_group: the ranks over which responses to a prompt are spread; None: this one.
 
     Returns:
-        "b", float32 or wider; 0 where a group has fewer than two kept responses (for "dr-grpo":
-        where it has one, which is its own mean).
+        "b", float32 or wider; 0 where all rewards of a group are equal, and where a group has
+        fewer than two kept responses (for "dr-grpo": where it has one, which is its own mean).
 
     Raises:
         InputError: shapes differ, ids are not integers, or the estimator is unknown.
@@ -68,28 +71,29 @@ def group_advantages(
             "group_advantages", "keep", expected=f"of shape {tuple(rewards.shape)}",
             got=describe(keep), fix="reduce a `b t` keep mask with .any(-1) or .all(-1)",
         )
-    if estimator not in get_args(Baseline):
-        raise input_error(
-            "group_advantages", "estimator", expected="'grpo', 'dr-grpo' or 'rloo'",
-            got=repr(estimator), fix="pass estimator='grpo'",
-        )
+    check_choice("group_advantages", "estimator", estimator, get_args(Baseline))
+    check_number("group_advantages", "eps", eps, "what is added to the deviation", least=0)
     here = len(rewards)
     keep = torch.ones_like(rewards, dtype=torch.bool) if keep is None else keep
-    rewards, first = gather_over(
-        rewards.to(torch.promote_types(rewards.dtype, torch.float32)), batch_group
-    )
+    dtype = torch.promote_types(rewards.dtype, torch.float32)
+    rewards, first = gather_over(rewards.to(accumulator(rewards.device)), batch_group)
     group_ids, keep = gather_over(group_ids, batch_group)[0], gather_over(keep, batch_group)[0]
     order = torch.argsort(group_ids, stable=True)
     layout = Layout(keep[order], sequence_ids=group_ids[order])
     sorted_rewards = rewards[order]
     n = layout.sequence_count(rewards.dtype)
     centered = sorted_rewards - layout.sequence_mean(sorted_rewards)
+    # The mean of equal numbers is not always that number; what it is off by is no advantage.
+    size = layout.sequence_max(sorted_rewards.abs())
+    rounding = ROUNDING * torch.finfo(size.dtype).eps * size
+    centered = torch.where(centered.abs() > rounding, centered, 0)
     if estimator == "dr-grpo":
         advantages = centered
     elif estimator == "rloo":
         advantages = torch.where(n > 1, centered * n / (n - 1).clamp(min=1), 0)
     else:
         variance = layout.sequence_total(centered.square()) / (n - 1).clamp(min=1)
-        advantages = torch.where(n > 1, centered / (variance.sqrt() + eps), 0)
-    advantages = masked(advantages, layout.mask)
+        spread = (n > 1) & (variance > 0)
+        advantages = torch.where(spread, centered / (variance.sqrt() + eps), 0)
+    advantages = masked(advantages, layout.mask).to(dtype)
     return torch.empty_like(advantages).scatter(0, order, advantages)[first : first + here]

@@ -13,11 +13,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from iscorrect.errors import input_error
+from iscorrect.errors import check_number
 from iscorrect.loss.caps import Limit
 from iscorrect.loss.evidence import Evidence, Scope
 from iscorrect.loss.pareto import pareto_tail
-from iscorrect.loss.ratios import check_bounds
+from iscorrect.loss.ratios import check_band
 
 Bound = Callable[[Tensor, Evidence], Tensor]
 
@@ -91,7 +91,7 @@ class Clip:
     scope: ClassVar[Scope] = "token"
 
     def __post_init__(self) -> None:
-        check_bounds("Clip", low=self.low, high=self.high)
+        check_band("Clip", self.low, self.high)
 
     def __call__(self, ratio: Tensor, evidence: Evidence) -> Tensor:
         return ratio.clamp(self.low, self.high)
@@ -119,11 +119,10 @@ class Mask:
     high: Limit | None = None
 
     def __post_init__(self) -> None:
-        check_bounds("Mask", low=self.low)
         if self.high is not None:
             _check_limit("Mask", "high", self.high)
-        if isinstance(self.high, (int, float)):
-            check_bounds("Mask", low=self.low, high=self.high)
+        check_number("Mask", "low", self.low, "a bound on the ratio itself", least=0)
+        check_band("Mask", self.low, None if callable(self.high) else self.high)
 
     @property
     def scope(self) -> Scope:
@@ -162,10 +161,12 @@ class ConfidenceCap:
     scope: ClassVar[Scope] = "token"
 
     def __post_init__(self) -> None:
-        check_bounds("ConfidenceCap", slope=self.slope, floor=self.floor)
+        what = "how much of 1 − p is added to a cap of 1"
+        check_number("ConfidenceCap", "slope", self.slope, what, least=0)
+        check_number("ConfidenceCap", "floor", self.floor, "the least value of 1 − p", least=0)
 
     def __call__(self, ratio: Tensor, evidence: Evidence) -> Tensor:
-        doubt = -torch.expm1(evidence.log_probs)
+        doubt = -torch.expm1(evidence.old_log_probs)
         return torch.minimum(ratio, 1 + self.slope * doubt.clamp(min=self.floor))
 
 
@@ -218,7 +219,8 @@ class SignedTruncate:
     scope: ClassVar[Scope] = "token"
 
     def __post_init__(self) -> None:
-        _check_limit("SignedTruncate", "cap", self.cap)
+        what = "a cap on the ratio itself, not on its log"
+        check_number("SignedTruncate", "cap", self.cap, what, above=0)
 
     def __call__(self, ratio: Tensor, evidence: Evidence) -> Tensor:
         positive = evidence.advantages("SignedTruncate") > 0
@@ -226,13 +228,9 @@ class SignedTruncate:
 
 
 def _check_limit(caller: str, name: str, limit: object) -> None:
-    if callable(limit):
-        return
-    if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit > 0:
-        raise input_error(
-            caller, name, expected="a number > 0, or a callable (ratio, evidence) -> number",
-            got=repr(limit), fix=f"pass {name}=2.0; bounds act on the ratio, not on its log",
-        )
+    if not callable(limit):
+        what = "a cap on the ratio itself, not on its log; or a callable (ratio, evidence) -> cap"
+        check_number(caller, name, limit, what, above=0, fix=f"pass {name}=2.0")
 
 
 def _limit_scope(limit: Limit | None) -> Scope:

@@ -13,7 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from iscorrect.errors import input_error
+from iscorrect.errors import check_number
 from iscorrect.layout import masked
 from iscorrect.loss.evidence import Evidence
 from iscorrect.ranks import Group, max_over, sum_over
@@ -152,11 +152,7 @@ class ESSCap:
     target: float = 0.5
 
     def __post_init__(self) -> None:
-        if not 0 < self.target <= 1:
-            raise input_error(
-                "ESSCap", "target", expected="in (0, 1], a fraction of the sample",
-                got=repr(self.target), fix="pass target=0.5",
-            )
+        check_number("ESSCap", "target", self.target, "a share of the sample", above=0, most=1)
 
     def __call__(self, ratio: Tensor, evidence: Evidence) -> Tensor:
         return ess_cap(ratio, evidence.units, self.target, group=evidence.layout.batch_group)

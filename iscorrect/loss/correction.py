@@ -1,4 +1,4 @@
-"""Corrections: level × bound × rejection, and the published methods as presets."""
+"""Corrections: level × bound × rejection."""
 
 from __future__ import annotations
 
@@ -8,17 +8,13 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from iscorrect.errors import check_per_token, input_error
+from iscorrect.errors import check_choice, check_per_token, input_error
 from iscorrect.layout import Layout, as_layout, masked
-from iscorrect.loss.bounds import (
-    Bound,
-)
-from iscorrect.loss.evidence import Evidence, Scope, level_scope, scope_of, widest
+from iscorrect.loss.bounds import Bound
+from iscorrect.loss.evidence import Evidence, Given, Scope, level_scope, scope_of, widest
 from iscorrect.loss.metrics import Metrics, correction_metrics
-from iscorrect.loss.ratios import Level, at_level, check_level, difference, is_finite, ratio
-from iscorrect.loss.rules import (
-    Rule,
-)
+from iscorrect.loss.ratios import Level, at_level, check_level, is_log_prob, ratio
+from iscorrect.loss.rules import Rule
 
 Nonfinite = Literal["drop", "neutral", "raise"]
 
@@ -49,9 +45,10 @@ class Correction:
         reject: callables (evidence) -> keep; a token must pass all of them.
         normalize: divide by the mean raw ratio over the batch's units, before the bound, so that a
             cap stays a cap.
-        nonfinite: tokens of the mask with a NaN or infinite log-prob: "drop" gives them (at other
-            levels their sequence, segment, or the rest of it) weight 0, "neutral" a ratio of 1,
-            "raise" an error that names them, at the price of a synchronisation.
+        nonfinite: tokens of the mask with a log-prob that is none (NaN, ±inf, or beyond 10⁴ nats):
+            "drop" gives them (at other levels their sequence, segment, or the rest of it) weight 0,
+            "neutral" a ratio of 1, "raise" an error that names them, at the price of a
+            synchronisation.
 
     Raises:
         InputError: an unknown level, or parts that are not callable.
@@ -72,11 +69,7 @@ class Correction:
 
     def __post_init__(self) -> None:
         check_level("Correction", self.level)
-        if self.nonfinite not in get_args(Nonfinite):
-            raise input_error(
-                "Correction", "nonfinite", expected="'drop', 'neutral' or 'raise'",
-                got=repr(self.nonfinite), fix="pass nonfinite='drop'",
-            )
+        check_choice("Correction", "nonfinite", self.nonfinite, get_args(Nonfinite))
         if self.bound is not None and not callable(self.bound):
             raise input_error(
                 "Correction", "bound", expected="None or a callable (ratio, evidence) -> weights",
@@ -119,42 +112,59 @@ class Correction:
             "Correction", layout.mask, old_log_probs=old_log_probs,
             rollout_log_probs=rollout_log_probs, advantages=advantages,
         )
+        given = Given(old_log_probs, rollout_log_probs, advantages)
         with torch.no_grad():
-            evidence = self._evidence(old_log_probs, rollout_log_probs, layout, advantages)
-            level_log_ratio = at_level(evidence.log_ratio, layout, self.level)
-            rho = ratio(level_log_ratio)
-            if self.normalize:
-                mean = evidence.batch_mean(rho)
-                rho = rho / torch.where(mean > 0, mean, 1)
-            weights = rho if self.bound is None else self.bound(rho, evidence)
-            bounded = (weights - rho).bool()
-            keep = evidence.usable & weights.bool()
-            for rule in self.reject:
-                keep = keep & rule(evidence)
-            weights = masked(weights, keep)
-            metrics = correction_metrics(
-                evidence, log_ratio=level_log_ratio, bounded=bounded, weights=weights, keep=keep
-            )
-        return Weights(weights, keep, metrics)
+            finite = layout.mask & is_log_prob(old_log_probs) & is_log_prob(rollout_log_probs)
+            weighed = self.weigh(Evidence.of(given, layout, present=layout.mask, finite=finite))
+            return Weights(weighed.weights, weighed.keep, weighed.metrics())
 
-    def _evidence(
-        self, old: Tensor, rollout: Tensor, layout: Layout, advantages: Tensor | None
-    ) -> Evidence:
-        d = difference(old, rollout)
-        finite = is_finite(d) & layout.mask
+    @torch.no_grad()
+    def weigh(self, evidence: Evidence) -> Weighed:
+        """The weights alone, from evidence that is finite already.
+
+        Args:
+            evidence: at the level of tokens.
+        """
         if self.nonfinite == "raise":
-            _raise_nonfinite(layout.mask & ~finite)
-        if self.nonfinite == "neutral":
-            usable = layout.mask
-        elif self.level == "token":
-            usable = finite
-        else:
-            bad = (layout.mask & ~finite).to(d.dtype)
-            usable = layout.mask & (at_level(bad, layout, self.level) == 0)
-        return Evidence(
-            layout=layout, level=self.level, finite=finite, usable=usable,
-            log_ratio=masked(d, finite), raw_log_probs=old,
-            raw_rollout_log_probs=rollout, raw_advantages=advantages,
+            _raise_nonfinite(evidence.layout.mask & ~evidence.finite)
+        neutral = self.nonfinite == "neutral"
+        evidence = evidence.at(self.level, neutral=neutral)
+        log_ratio = at_level(evidence.log_ratio, evidence.layout, self.level)
+        rho = ratio(log_ratio)
+        if self.normalize:
+            mean = evidence.batch_mean(rho)
+            rho = rho / torch.where(mean > 0, mean, 1)
+        weights = rho if self.bound is None else self.bound(rho, evidence)
+        keep = evidence.usable & weights.bool()
+        if neutral:
+            keep = keep & evidence.present
+        for rule in self.reject:
+            keep = keep & rule(evidence)
+        return Weighed(masked(weights, keep), keep, evidence, log_ratio, (weights - rho).bool())
+
+
+class Weighed(NamedTuple):
+    """Weights, and what metrics are made of.
+
+    Attributes:
+        weights: "b t", as in :class:`Weights`.
+        keep: bool "b t", as in :class:`Weights`.
+        evidence: at the correction's level.
+        log_ratio: "b t", nats, at that level, before normalisation and bound.
+        bounded: bool "b t", where the bound changed the ratio.
+    """
+
+    weights: Tensor
+    keep: Tensor
+    evidence: Evidence
+    log_ratio: Tensor
+    bounded: Tensor
+
+    def metrics(self) -> Metrics:
+        """What the correction saw and did."""
+        return correction_metrics(
+            self.evidence, log_ratio=self.log_ratio, bounded=self.bounded, weights=self.weights,
+            keep=self.keep,
         )
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from iscorrect.errors import input_error
+from iscorrect.loss.ratios import saturated
 
 
 def k1(log_ratio: Tensor) -> Tensor:
@@ -55,15 +56,16 @@ def k3(log_ratio: Tensor) -> Tensor:
         k3 = ρ − 1 − log ρ
 
     Args:
-        log_ratio: "...", nats.
+        log_ratio: "...", nats; held at the log-ratio at which ratios saturate, 30.5 in float32.
 
     Returns:
-        "...", nats, ≥ 0. Accurate where it matters: `exp(d) − 1 − d` in float32 loses every digit
-        at |d| ≈ 1e-4 and turns negative; `expm1(d) − d` keeps three.
+        "...", nats, ≥ 0 and finite. Accurate where it matters: `exp(d) − 1 − d` in float32 loses
+        every digit at |d| ≈ 1e-4 and turns negative; `expm1(d) − d` keeps three.
 
     >>> k3(torch.tensor([-1.0, 0.5]))
     tensor([0.3679, 0.1487])
     """
+    log_ratio = saturated(log_ratio)
     return torch.expm1(log_ratio) - log_ratio
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from iscorrect.errors import input_error
 from iscorrect.layout import Layout, masked
-from iscorrect.loss.ratios import Level, units
+from iscorrect.loss.ratios import Level, at_level, difference, units
 from iscorrect.ranks import sum_over
 
 Scope = Literal["token", "sequence", "batch"]
@@ -20,36 +20,93 @@ A part says so in an attribute ``scope``; one that does not is taken to look at 
 """
 
 
+class Given(NamedTuple):
+    """What the evidence was made from, as the caller gave it; "b t" each."""
+
+    old_log_probs: Tensor
+    rollout_log_probs: Tensor
+    advantages: Tensor | None
+
+
 @dataclass(frozen=True, eq=False)
 class Evidence:
     """What a bound or a rejection rule may look at; values that are not finite are made neutral.
 
     Attributes:
         layout: which tokens count and which sequence they belong to.
-        level: the level of the ratio that the bound is given.
-        finite: bool "b t", counted tokens whose log-ratio is finite.
-        usable: bool "b t", counted tokens whose ratio at the level rests on finite tokens alone.
+        given: log-probs and advantages as they were given, anything outside the mask.
+        present: bool "b t", counted tokens that may have a weight, whatever the engine reported.
+        finite: bool "b t", those of them with a log-ratio.
         log_ratio: "b t", nats, token level, before any bound; 0 where not finite.
+        level: the level of the ratio that the bound is given.
+        usable: bool "b t", counted tokens whose ratio at the level rests on finite tokens alone.
     """
 
     layout: Layout
-    level: Level
+    given: Given
+    present: Tensor
     finite: Tensor
-    usable: Tensor
     log_ratio: Tensor
-    raw_log_probs: Tensor
-    raw_rollout_log_probs: Tensor
-    raw_advantages: Tensor | None = None
+    level: Level
+    usable: Tensor
+
+    @classmethod
+    def of(cls, given: Given, layout: Layout, *, present: Tensor, finite: Tensor) -> Evidence:
+        """Evidence at the level of tokens.
+
+        Args:
+            given: log-probs and advantages.
+            layout: which tokens count.
+            present: as above.
+            finite: as above.
+        """
+        log_ratio = masked(difference(given.old_log_probs, given.rollout_log_probs), finite)
+        return cls(layout, given, present, finite, log_ratio, "token", finite)
+
+    def at(self, level: Level, *, neutral: bool) -> Evidence:
+        """The evidence for a ratio at a level.
+
+        Args:
+            level: as above.
+            neutral: whether a token that is not finite stands for a ratio of 1, rather than making
+                the ratio of its whole unit unusable.
+        """
+        if neutral:
+            usable = self.layout.mask
+        elif level == "token":
+            return self
+        else:
+            missing = (self.layout.mask & ~self.finite).to(self.log_ratio.dtype)
+            usable = self.layout.mask & (at_level(missing, self.layout, level) == 0)
+        return Evidence(
+            self.layout, self.given, self.present, self.finite, self.log_ratio, level, usable
+        )
 
     @property
-    def log_probs(self) -> Tensor:
+    def old_log_probs(self) -> Tensor:
         """Log π_old "b t", nats; 0 where not finite."""
-        return masked(self.raw_log_probs.to(self.log_ratio.dtype), self.finite)
+        return masked(self.given.old_log_probs.to(self.log_ratio.dtype), self.finite)
 
     @property
     def rollout_log_probs(self) -> Tensor:
         """Log μ "b t", nats; 0 where not finite."""
-        return masked(self.raw_rollout_log_probs.to(self.log_ratio.dtype), self.finite)
+        return masked(self.given.rollout_log_probs.to(self.log_ratio.dtype), self.finite)
+
+    def advantages(self, caller: str) -> Tensor:
+        """Advantages "b t", 0 outside the mask.
+
+        Args:
+            caller: the bound or rule that asks, for the message.
+
+        Raises:
+            InputError: the caller of the correction gave none.
+        """
+        if self.given.advantages is None:
+            raise input_error(
+                caller, "advantages", expected="given, since their sign matters here", got="None",
+                fix="pass advantages= to the correction",
+            )
+        return masked(self.given.advantages, self.layout.mask)
 
     @property
     def units(self) -> Tensor:
@@ -65,19 +122,6 @@ class Evidence:
         """Mean of "b t" over the usable units of the whole batch, on all its ranks; ""."""
         total = sum_over(masked(x, self.units).sum(), self.layout.batch_group)
         return total / self.batch_count().clamp(min=1)
-
-    def advantages(self, caller: str) -> Tensor:
-        """Advantages "b t", 0 outside the mask.
-
-        Raises:
-            InputError: the caller of the correction gave none.
-        """
-        if self.raw_advantages is None:
-            raise input_error(
-                caller, "advantages", expected="given, since this rule depends on their sign",
-                got="None", fix="pass advantages= to the correction",
-            )
-        return masked(self.raw_advantages, self.layout.mask)
 
 
 def scope_of(part: object) -> Scope:

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from iscorrect.layout import Layout, masked
 from iscorrect.loss.evidence import Evidence
-from iscorrect.loss.ratios import Level, saturation
-from iscorrect.loss.ratios import units as units_of
-from iscorrect.ranks import accumulator
+from iscorrect.loss.ratios import Level, saturation, units as units_of
+from iscorrect.ranks import Group, accumulator, check_member, max_over, sum_over
 
 Totals = Mapping[str, Tensor]
 
@@ -48,17 +46,23 @@ class Metrics(Mapping[str, Tensor]):
     0.5
     """
 
-    __slots__ = ("maxima", "sums")
+    __slots__ = ("_tensors", "maxima", "sums")
 
     def __init__(self, sums: Totals, maxima: Totals) -> None:
         self.sums = sums
         self.maxima = maxima
+        self._tensors: dict[str, Tensor] | None = None
 
     def __add__(self, other: Metrics) -> Metrics:
         return merge([self, other])
 
-    def read(self) -> dict[str, Tensor]:
+    def as_tensors(self) -> dict[str, Tensor]:
         """Every metric that the stored sums allow, by name; 0 where nothing counted."""
+        if self._tensors is None:
+            self._tensors = self._read()
+        return self._tensors
+
+    def _read(self) -> dict[str, Tensor]:
         s, m = _widened(self.sums), _widened(self.maxima)
         metrics: dict[str, Tensor] = {}
         if "finite" in s:
@@ -93,38 +97,43 @@ class Metrics(Mapping[str, Tensor]):
         return metrics
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.read()[name]
+        return self.as_tensors()[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.read())
+        return iter(self.as_tensors())
 
     def __len__(self) -> int:
-        return len(self.read())
+        return len(self.as_tensors())
 
     def __repr__(self) -> str:
         return f"Metrics({', '.join(self)})"
 
     def to_floats(self) -> dict[str, float]:
         """Every metric as a Python float, in one transfer from the device."""
-        metrics = self.read()
+        metrics = self.as_tensors()
         if not metrics:
             return {}
         values: list[float] = torch.stack(list(metrics.values())).tolist()
         return dict(zip(metrics, values, strict=True))
 
-    def all_reduced(self, group: dist.ProcessGroup | None = None) -> Metrics:
+    def all_reduced(self, group: Group) -> Metrics:
         """The metrics of all ranks of a group, in one collective for sums and one for extrema.
 
         Args:
-            group: the ranks; None: all. Every rank must hold the same names.
+            group: the ranks; ``torch.distributed.group.WORLD`` for all, None for this one alone.
+                Every rank must hold the same names.
 
         Returns:
             The same on every rank.
+
+        Raises:
+            InputError: this rank is not in the group.
         """
-        sums = torch.stack(list(_widened(self.sums).values()))
-        maxima = torch.stack(list(_widened(self.maxima).values()))
-        dist.all_reduce(sums, group=group)
-        dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=group)
+        check_member("Metrics.all_reduced", "group", group)
+        if group is None or not self.sums:
+            return self
+        sums = sum_over(torch.stack(list(_widened(self.sums).values())), group)
+        maxima = max_over(torch.stack(list(_widened(self.maxima).values())), group)
         return Metrics(
             dict(zip(self.sums, sums, strict=True)), dict(zip(self.maxima, maxima, strict=True))
         )
@@ -136,12 +145,17 @@ def merge(parts: Sequence[Metrics]) -> Metrics:
     >>> merge([]).to_floats()
     {}
     """
-    sums = {name: None for part in parts for name in part.sums}
-    maxima = {name: None for part in parts for name in part.maxima}
     return Metrics(
-        {n: _stack([p.sums[n] for p in parts if n in p.sums]).sum() for n in sums},
-        {n: _stack([p.maxima[n] for p in parts if n in p.maxima]).amax() for n in maxima},
+        {name: _stack(found).sum() if len(found) > 1 else found[0]
+         for name, found in _by_name([part.sums for part in parts]).items()},
+        {name: _stack(found).amax() if len(found) > 1 else found[0]
+         for name, found in _by_name([part.maxima for part in parts]).items()},
     )
+
+
+def _by_name(parts: Sequence[Totals]) -> dict[str, list[Tensor]]:
+    names = {name: None for part in parts for name in part}
+    return {name: [part[name] for part in parts if name in part] for name in names}
 
 
 def correction_metrics(

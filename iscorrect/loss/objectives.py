@@ -1,46 +1,48 @@
-"""Objectives: per-token losses of the policy being trained, and the terms that go beside them.
+"""Objectives: per-token losses of the policy being trained.
 
-An objective is any callable ``(log_probs, old_log_probs, advantages, layout) -> loss`` on "b t"
-tensors that are finite, and 0 outside the mask. It carries the gradient; importance weights
-multiply it afterwards. One that clips may also have ``with_clipped``, which returns the loss and
-the tokens that it clipped.
+An objective is any callable ``(log_probs, old_log_probs, advantages, layout) -> PerToken`` on "b t"
+tensors that are finite, and 0 outside the mask. Its loss carries the gradient, by plain autograd;
+importance weights multiply it afterwards. One that clips nothing may return the loss alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from iscorrect.errors import input_error
+from iscorrect.errors import check_number, input_error
 from iscorrect.gradients import with_gradient
 from iscorrect.layout import Layout, masked
 from iscorrect.loss.evidence import Scope, level_scope
-from iscorrect.loss.ratios import (
-    Level,
-    at_level,
-    check_bounds,
-    check_level,
-    difference,
-    ratio,
-)
-
-Objective = Callable[[Tensor, Tensor, Tensor, Layout], Tensor]
+from iscorrect.loss.ratios import Level, at_level, check_band, check_level, difference, ratio
 
 
-def with_clipped(
+class PerToken(NamedTuple):
+    """What an objective makes of each token.
+
+    Attributes:
+        loss: "b t", with gradient.
+        clipped: bool "b t", the tokens that it clipped; None where it clips nothing.
+    """
+
+    loss: Tensor
+    clipped: Tensor | None = None
+
+
+Objective = Callable[[Tensor, Tensor, Tensor, Layout], PerToken | Tensor]
+
+
+def made(
     objective: Objective, log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor,
     layout: Layout,
-) -> tuple[Tensor, Tensor | None]:
-    """An objective's loss "b t", and the tokens that it clipped, bool "b t", where it tells."""
-    both = getattr(objective, "with_clipped", None)
-    if both is None:
-        return objective(log_probs, old_log_probs, advantages, layout), None
-    loss, clipped = both(log_probs, old_log_probs, advantages, layout)
-    return loss, clipped
+) -> PerToken:
+    """What an objective makes of the tokens, also where it returns the loss alone."""
+    loss = objective(log_probs, old_log_probs, advantages, layout)
+    return loss if isinstance(loss, PerToken) else PerToken(loss)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +59,8 @@ class Reinforce:
 
     def __call__(
         self, log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, layout: Layout
-    ) -> Tensor:
-        return -advantages * log_probs
+    ) -> PerToken:
+        return PerToken(-advantages * log_probs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,11 +93,11 @@ class PPOClip:
     def __post_init__(self) -> None:
         check_level("PPOClip", self.level)
         _check_encloses_one("PPOClip", self.low, self.high)
-        if self.dual is not None and not self.dual >= (self.high or 1):
-            raise input_error(
-                "PPOClip", "dual", expected=f"at least high={self.high!r}", got=repr(self.dual),
-                fix="pass dual=3.0",
-            )
+        what = f"at least high={self.high!r}, a bound on the ratio of negative examples"
+        check_number(
+            "PPOClip", "dual", self.dual, what, least=self.high or 1, optional=True,
+            fix="pass dual=3.0",
+        )
 
     @property
     def scope(self) -> Scope:
@@ -104,24 +106,20 @@ class PPOClip:
 
     def __call__(
         self, log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, layout: Layout
-    ) -> Tensor:
-        return self.with_clipped(log_probs, old_log_probs, advantages, layout)[0]
-
-    def with_clipped(
-        self, log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, layout: Layout
-    ) -> tuple[Tensor, Tensor]:
-        """The loss, and the tokens whose gradient the clip removes, bool "b t"."""
+    ) -> PerToken:
         log_r = at_level(difference(log_probs, old_log_probs), layout, self.level)
-        r = ratio(log_r.detach())
-        loss = plain = -advantages * r
-        if self.low is not None or self.high is not None:
-            loss = torch.maximum(loss, -advantages * r.clamp(self.low, self.high))
-        if self.dual is not None:
-            # −c A is an upper bound for A < 0 only; for A ≥ 0, |A| c ≥ 0 ≥ the loss.
-            loss = torch.minimum(loss, self.dual * advantages.abs())
-        clipped = (loss - plain).bool()
-        # A clipped token keeps its value and loses its gradient; −A r is its own in log r.
-        return with_gradient(loss, (log_r, masked(plain, ~clipped))), clipped
+        with torch.no_grad():
+            r = ratio(log_r)
+            loss = plain = -advantages * r
+            if self.low is not None or self.high is not None:
+                loss = torch.maximum(loss, -advantages * r.clamp(self.low, self.high))
+            if self.dual is not None:
+                # −c A is an upper bound for A < 0 only; for A ≥ 0, |A| c ≥ 0 ≥ the loss.
+                loss = torch.minimum(loss, self.dual * advantages.abs())
+            clipped = (loss - plain).bool()
+            # A clipped token keeps its value and loses its gradient; −A r is its own in log r.
+            slope = masked(plain, ~clipped)
+        return PerToken(with_gradient(loss, (log_r, slope)), clipped)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,20 +149,14 @@ class CISPO:
 
     def __call__(
         self, log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, layout: Layout
-    ) -> Tensor:
-        return self.with_clipped(log_probs, old_log_probs, advantages, layout)[0]
-
-    def with_clipped(
-        self, log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, layout: Layout
-    ) -> tuple[Tensor, Tensor]:
-        """The loss, and the tokens whose update ratio the bounds change, bool "b t"."""
+    ) -> PerToken:
         r = ratio(difference(log_probs.detach(), old_log_probs))
         weight = r.clamp(self.low, self.high)
-        return -weight * advantages * log_probs, (weight - r).bool()
+        return PerToken(-weight * advantages * log_probs, (weight - r).bool())
 
 
 def _check_encloses_one(caller: str, low: float | None, high: float | None) -> None:
-    check_bounds(caller, low=low, high=high)
+    check_band(caller, low, high)
     if low is not None and low > 1:
         raise input_error(
             caller, "low", expected="at most 1, since it bounds the ratio itself", got=repr(low),
@@ -175,3 +167,9 @@ def _check_encloses_one(caller: str, low: float | None, high: float | None) -> N
             caller, "high", expected="at least 1, since it bounds the ratio itself",
             got=repr(high), fix=f"pass high={1 + high!r} for a clip range of {high!r} above",
         )
+
+
+OBJECTIVES: dict[str, Callable[..., Objective]] = {
+    "reinforce": Reinforce, "ppo-clip": PPOClip, "cispo": CISPO,
+}
+"""Objectives by the names that the command line and configuration files use."""

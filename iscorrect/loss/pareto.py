@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from iscorrect.ranks import Group, gather_over, sum_over
+from iscorrect.ranks import Group, gather_over, objects_over, sum_over
 
 SHORTEST_TAIL = 5
 
@@ -77,7 +77,7 @@ def pareto_tail(log_weights: Tensor, units: Tensor, *, group: Group = None) -> T
     members = (torch.arange(longest + 1, device=here.device) < length) & (relative > cutoff)
     n = torch.count_nonzero(members).to(here.dtype)
     excess = torch.where(members, relative.exp() - cutoff.exp(), 0)
-    k, sigma = _fit(excess, members, n)
+    k, sigma = _fit(excess, n)
 
     rank = n - torch.arange(longest + 1, device=here.device) - 0.5  # smallest excess first
     quantile = sigma * torch.expm1(-k * torch.log1p(-rank / n)) / k
@@ -94,12 +94,12 @@ def _longest(size: int, group: Group) -> int:
     """How many of this rank's values may belong to the tail, or bound it from below."""
     everywhere = size
     if group is not None:
-        everywhere = int(sum_over(torch.tensor(size), group))
+        everywhere = sum(objects_over(size, group))
     return min(size, int(min(everywhere / 5, 3 * everywhere**0.5)) + 1)
 
 
-def _fit(excess: Tensor, members: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
-    """Posterior mean of index and scale; ``excess`` falls, is ≥ 0, and is 0 outside ``members``."""
+def _fit(excess: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+    """Posterior mean of index and scale; ``excess`` falls, is ≥ 0, and 0 beyond n members."""
     prior_scale, prior_index, prior_weight = 3, 0.5, 10
     size = excess.numel()
     candidates = 30 + int(size**0.5)

@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import InitVar, dataclass
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from iscorrect.errors import check_per_token, describe, input_error
-from iscorrect.gradients import with_gradient
+from iscorrect.errors import check_choice, check_per_token, input_error
 from iscorrect.layout import Layout, as_layout, masked
 from iscorrect.loss.aggregate import (
     Aggregation,
     Aggregator,
+    Name,
     Normalizer,
-    aggregate_masked,
-    check_aggregation,
-    denominator,
+    check_normalizer,
+    named_aggregation,
 )
+from iscorrect.loss.batch import Batch, Finite
 from iscorrect.loss.bounds import Mask
 from iscorrect.loss.caps import Limit
 from iscorrect.loss.correction import Correction
 from iscorrect.loss.evidence import Scope, scope_of, widest
 from iscorrect.loss.metrics import Metrics, merge, policy_metrics
-from iscorrect.loss.objectives import Objective, Reinforce, with_clipped
+from iscorrect.loss.objectives import Objective, PerToken, Reinforce, made
 from iscorrect.loss.presets import sequence_is, sequence_tis, token_tis
-from iscorrect.loss.ratios import Level, difference, is_finite
+from iscorrect.loss.ratios import Level
 from iscorrect.loss.terms import ReferenceKL
 
 Over = Literal["mask", "kept"]
 
 BLOCK = 1 << 17
-"""Tokens of a block on the CPU: temporaries of this size stay in the second-level cache."""
+"""Tokens that are worked on at a time on a CPU: their temporaries stay in its cache."""
 
 
 class LossOutput(NamedTuple):
@@ -55,15 +56,17 @@ class PolicyLoss:
 
     Args:
         correction: gives w from π_old/μ.
-        objective: callable (log_probs, old_log_probs, advantages, layout) -> loss "b t".
-        aggregation: see :func:`aggregate`, or a callable (per_token, layout) -> "".
+        objective: callable (log_probs, old_log_probs, advantages, layout) -> :class:`PerToken`, or
+            the loss "b t" alone.
+        aggregation: a name, see :func:`aggregate`; an :class:`Aggregation`; or any callable
+            (per_token, layout) -> "", which then sees the whole batch and takes no normalizer.
         over: what denominators count: the "mask", so that a rejected token weakens the batch, or
             the "kept" tokens, so that it inflates the others.
         horizon: the generation budget, for "seq-mean-token-sum-norm".
         reference_kl: a penalty on the divergence from ``ref_log_probs``.
 
     Raises:
-        InputError: an unknown aggregation, or a horizon missing or idle.
+        InputError: a part of the wrong kind, an unknown aggregation, a horizon missing or idle.
 
     >>> loss_fn = PolicyLoss(correction=token_tis(cap=2.0))
     >>> log_probs = torch.tensor([[-1.0, -2.0]], requires_grad=True)
@@ -78,34 +81,37 @@ class PolicyLoss:
 
     correction: Correction = Correction()
     objective: Objective = Reinforce()
-    aggregation: Aggregation | Aggregator = "token-mean"
+    aggregation: Name | Aggregation | Aggregator = "token-mean"
     over: Over = "mask"
-    horizon: int | None = None
+    horizon: InitVar[int | None] = None
     reference_kl: ReferenceKL | None = None
 
-    def __post_init__(self) -> None:
-        if not callable(self.aggregation):
-            check_aggregation("PolicyLoss", self.aggregation, self.horizon)
-        if self.over not in get_args(Over):
-            raise input_error(
-                "PolicyLoss", "over", expected="'mask' or 'kept'", got=repr(self.over),
-                fix="pass over='mask'",
-            )
+    def __post_init__(self, horizon: int | None) -> None:
+        mine = callable(self.aggregation) and not isinstance(self.aggregation, (Aggregation, type))
+        if not mine or horizon is not None:
+            spec = named_aggregation("PolicyLoss", self.aggregation, horizon)
+            object.__setattr__(self, "aggregation", spec)
+        check_choice("PolicyLoss", "over", self.over, get_args(Over))
         if not isinstance(self.correction, Correction):
             raise input_error(
                 "PolicyLoss", "correction", expected="a Correction", got=repr(self.correction),
                 fix="pass token_tis(), with its parentheses, or uncorrected()",
             )
-        if not callable(self.objective):
+        if not callable(self.objective) or isinstance(self.objective, type):
             raise input_error(
-                "PolicyLoss", "objective", expected="a callable", got=repr(self.objective),
-                fix="pass Reinforce() or PPOClip()",
+                "PolicyLoss", "objective", expected="a callable on tensors, not a class",
+                got=repr(self.objective), fix="pass Reinforce() or PPOClip(), with parentheses",
+            )
+        if self.reference_kl is not None and not callable(self.reference_kl):
+            raise input_error(
+                "PolicyLoss", "reference_kl", expected="a ReferenceKL, or None",
+                got=repr(self.reference_kl), fix="pass reference_kl=ReferenceKL(coefficient=1e-3)",
             )
 
     @property
     def scope(self) -> Scope:
         """How far the loss of one token looks: at itself, its sequence, or the batch."""
-        if callable(self.aggregation) or self.over == "kept":
+        if scope_of(self.aggregation) == "batch" or self.over == "kept":
             return "batch"
         return widest(self.correction.scope, scope_of(self.objective))
 
@@ -139,145 +145,115 @@ class PolicyLoss:
                 carries gradient; ``ref_log_probs`` and ``reference_kl`` do not come together.
         """
         layout = as_layout("PolicyLoss", mask)
-        if isinstance(advantages, Tensor) and advantages.shape == layout.mask.shape[:-1]:
-            advantages = advantages.unsqueeze(-1).expand(layout.mask.shape)
-        batch = _Batch(
-            log_probs, rollout_log_probs, advantages, layout, old_log_probs, ref_log_probs, extra
+        batch = Batch(
+            log_probs, rollout_log_probs, per_token_advantages(advantages, layout), layout,
+            old_log_probs, ref_log_probs, extra,
         )
-        self._check(batch, normalizer)
-        if self._splits(batch):
-            return self._by_blocks(batch, normalizer)
-        return self._evaluate(batch, normalizer)[0]
+        self.check("PolicyLoss", batch, normalizer, gradient=("log_probs", "extra"))
+        return self.evaluate(batch, normalizer)
 
-    def _evaluate(
-        self, batch: _Batch, normalizer: Normalizer | None, differentiate: bool = False
-    ) -> tuple[LossOutput, Tensor]:
-        """The loss, and the log-probs it was taken on: finite everywhere.
+    def evaluate(self, batch: Batch, normalizer: Normalizer | None) -> LossOutput:
+        """The loss of a batch that has been checked, and its metrics.
 
-        With ``differentiate`` these are a leaf, whose gradient is that of ``batch.log_probs``.
+        Blocks of rows share nothing but the denominator, so that on a CPU they go one by one.
         """
-        layout, mask = batch.layout, batch.layout.mask
-        current, old = batch.log_probs.detach(), batch.old_log_probs
-        wide = torch.promote_types(current.dtype, torch.float32)
-        present = mask & is_finite(current if old is None else difference(current, old))
-        weights, keep, metrics = self.correction(
-            # A token whose current log-prob is not finite has no ratio either: x − x is 0 or NaN.
-            old_log_probs=current if old is None else old + (current - current),
-            rollout_log_probs=batch.rollout_log_probs, mask=layout, advantages=batch.advantages,
-        )
-        if self.correction.nonfinite == "neutral":
-            weights = masked(weights, present)
-        # Inputs are made finite everywhere, so that a weight of 0 is enough to silence a token.
-        log_probs = masked(batch.log_probs.to(wide), present)
-        if differentiate:
-            log_probs.requires_grad_()
-        advantages = masked(batch.advantages, mask)
-        before = log_probs.detach() if old is None else masked(old.to(wide), present)
-        value, clipped = with_clipped(self.objective, log_probs, before, advantages, layout)
-        if old is not None:
-            metrics = metrics + policy_metrics(log_probs.detach() - before, layout, clipped)
-        per_token = weights * value
-        if self.reference_kl is not None and batch.ref_log_probs is not None:
-            known = layout.with_mask(present & is_finite(batch.ref_log_probs))
-            penalty = self.reference_kl(log_probs, batch.ref_log_probs, known)
-            per_token = per_token + (weights * penalty if self.reference_kl.corrected else penalty)
+        blocks = batch.blocks(BLOCK) if self._splits(batch) else [batch]
+        sums = [self._block(block) for block in blocks]
+        metrics = merge([block.metrics for block in sums])
+        if not isinstance(self.aggregation, Aggregation):
+            return LossOutput(sums[0].total, metrics)
+        total = sums[0].total if len(sums) == 1 else torch.stack([x.total for x in sums]).sum()
+        counted = batch.layout if self.over == "mask" else sums[0].counted
+        return LossOutput(self.aggregation.divide(total, counted, normalizer), metrics)
+
+    def _block(self, batch: Batch) -> _Block:
+        finite = batch.finite()
+        weighed = self.correction.weigh(finite.evidence)
+        terms = self.per_token(finite, weighed.weights)
+        metrics = weighed.metrics()
+        if finite.before is not None:
+            update = finite.log_probs.detach() - finite.before
+            metrics = metrics + policy_metrics(update, batch.layout, terms.clipped)
+        loss, counted = terms.loss, batch.layout
+        if self.over == "kept":
+            counted = counted.with_mask(weighed.keep)
+            loss = masked(loss, weighed.keep)
+        if isinstance(self.aggregation, Aggregation):
+            return _Block(self.aggregation.total(loss, counted), counted, metrics)
+        assert callable(self.aggregation)
+        return _Block(self.aggregation(loss, counted), counted, metrics)
+
+    def per_token(self, batch: Finite, weights: Tensor) -> PerToken:
+        """The loss of each token, 0 outside the mask, and what the objective clipped.
+
+            w · objective + β k + extra
+
+        Args:
+            batch: finite values.
+            weights: "b t", w.
+        """
+        log_probs, layout = batch.log_probs, batch.evidence.layout
+        before = log_probs.detach() if batch.before is None else batch.before
+        terms = made(self.objective, log_probs, before, batch.advantages, layout)
+        loss = weights * terms.loss
+        if self.reference_kl is not None and batch.reference is not None:
+            penalty = self.reference_kl(log_probs, *batch.reference)
+            loss = loss + (weights * penalty if self.reference_kl.corrected else penalty)
         if batch.extra is not None:
-            per_token = per_token + masked(batch.extra, mask)
-        counted = layout if self.over == "mask" else layout.with_mask(keep)
-        loss = self._aggregate(per_token, counted, normalizer)
-        return LossOutput(loss, metrics), log_probs
+            loss = loss + batch.extra
+        return PerToken(loss, terms.clipped)
 
-    def _aggregate(
-        self, per_token: Tensor, layout: Layout, normalizer: Normalizer | None
-    ) -> Tensor:
-        if callable(self.aggregation):
-            return self.aggregation(per_token, layout)
-        per_token = per_token if self.over == "mask" else masked(per_token, layout.mask)
-        return aggregate_masked(per_token, layout, self.aggregation, normalizer, self.horizon)
-
-    def _splits(self, batch: _Batch) -> bool:
-        """Whether blocks of rows give the same loss, and gain from it.
-
-        On a CPU the temporaries of a block stay in cache. A compiler fuses by itself, and a GPU
-        wants one large kernel.
-        """
+    def _splits(self, batch: Batch) -> bool:
+        """Whether rows are independent of each other, and a CPU gains from that."""
         return (
             not torch.compiler.is_compiling()
             and self.scope != "batch"
+            and self.correction.nonfinite != "raise"  # its message names positions in the batch
             and batch.layout.sequence_group is None
             and batch.layout.mask.device.type == "cpu"
             and batch.layout.mask.ndim == 2
             and batch.layout.mask.numel() > BLOCK
-            and not (batch.extra is not None and batch.extra.requires_grad)
         )
 
-    def _by_blocks(self, batch: _Batch, normalizer: Normalizer | None) -> LossOutput:
-        """Micro-batches of a few rows, each with its gradient; exact by what a normalizer means."""
-        if normalizer is None and not callable(self.aggregation) and self.aggregation != "sum":
-            normalizer = denominator(batch.layout, self.aggregation)
-        differentiate = batch.log_probs.requires_grad and torch.is_grad_enabled()
-        gradient = torch.empty_like(batch.log_probs)
-        total = torch.zeros((), dtype=torch.float64)
-        metrics = []
-        rows = max(1, BLOCK // batch.layout.mask.shape[1])
-        for start in range(0, len(gradient), rows):
-            part = batch.rows(start, start + rows)
-            (loss, seen), leaf = self._evaluate(part, normalizer, differentiate)
-            if differentiate:
-                (gradient[start : start + rows],) = torch.autograd.grad(loss, leaf)
-            total += loss.detach()
-            metrics.append(seen)
-        total = total.to(torch.promote_types(gradient.dtype, torch.float32))
-        if differentiate:
-            total = with_gradient(total, (batch.log_probs, gradient))
-        return LossOutput(total, merge(metrics))
+    def check(
+        self, caller: str, batch: Batch, normalizer: object, gradient: Sequence[str]
+    ) -> None:
+        """Raise unless the inputs fit each other and this loss.
 
-    def _check(self, batch: _Batch, normalizer: Normalizer | None) -> None:
+        Args:
+            caller: what the message begins with.
+            batch: the inputs.
+            normalizer: as given.
+            gradient: names of the inputs that may carry gradient.
+        """
         check_per_token(
-            "PolicyLoss", batch.layout.mask, gradient=("log_probs", "extra"),
-            log_probs=batch.log_probs, rollout_log_probs=batch.rollout_log_probs,
-            advantages=batch.advantages, old_log_probs=batch.old_log_probs,
-            ref_log_probs=batch.ref_log_probs, extra=batch.extra,
+            caller, batch.layout.mask, gradient=tuple(gradient), log_probs=batch.log_probs,
+            rollout_log_probs=batch.rollout_log_probs, advantages=batch.advantages,
+            old_log_probs=batch.old_log_probs, ref_log_probs=batch.ref_log_probs,
+            extra=batch.extra,
         )
         if (self.reference_kl is None) != (batch.ref_log_probs is None):
             given = "a tensor" if self.reference_kl is None else "None"
             raise input_error(
-                "PolicyLoss", "ref_log_probs",
-                expected="given exactly where there is a reference_kl", got=given,
-                fix="pass reference_kl=ReferenceKL(...) and ref_log_probs together",
+                caller, "ref_log_probs", expected="given exactly where there is a reference_kl",
+                got=given, fix="pass reference_kl=ReferenceKL(...) and ref_log_probs together",
             )
-        if normalizer is not None and callable(self.aggregation):
-            raise input_error(
-                "PolicyLoss", "normalizer", expected="None for a callable aggregation",
-                got=describe(normalizer), fix="divide inside the callable",
-            )
-        if isinstance(normalizer, (int, float)) and not normalizer > 0:
-            raise input_error(
-                "PolicyLoss", "normalizer", expected="> 0", got=repr(normalizer),
-                fix="pass global_normalizer(...)",
-            )
+        check_normalizer(caller, normalizer, self.aggregation)
 
 
-class _Batch(NamedTuple):
-    log_probs: Tensor
-    rollout_log_probs: Tensor
-    advantages: Tensor
-    layout: Layout
-    old_log_probs: Tensor | None
-    ref_log_probs: Tensor | None
-    extra: Tensor | None
+class _Block(NamedTuple):
+    """Some rows: the sum of their losses, what their denominator counts, and their metrics."""
 
-    def rows(self, start: int, stop: int) -> _Batch:
-        """Some of the rows, log_probs without its history."""
+    total: Tensor
+    counted: Layout
+    metrics: Metrics
 
-        def cut(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x[start:stop]
 
-        return _Batch(
-            self.log_probs.detach()[start:stop], self.rollout_log_probs[start:stop],
-            self.advantages[start:stop], self.layout.rows(start, stop), cut(self.old_log_probs),
-            cut(self.ref_log_probs), cut(self.extra),
-        )
+def per_token_advantages(advantages: Tensor, layout: Layout) -> Tensor:
+    """Advantages "b t" from "b", one per row; others as they are."""
+    if isinstance(advantages, Tensor) and advantages.shape == layout.mask.shape[:-1]:
+        return advantages.unsqueeze(-1).expand(layout.mask.shape)
+    return advantages
 
 
 def token_tis_loss(
@@ -289,7 +265,7 @@ def token_tis_loss(
     old_log_probs: Tensor | None = None,
     cap: Limit = 2.0,
     objective: Objective = Reinforce(),
-    aggregation: Aggregation = "token-mean",
+    aggregation: Name | Aggregation = "token-mean",
     normalizer: Normalizer | None = None,
 ) -> LossOutput:
     """Policy-gradient loss with truncated importance weights per token.
@@ -343,7 +319,7 @@ def masked_is_loss(
     high: float | None = 5.0,
     level: Level = "token",
     objective: Objective = Reinforce(),
-    aggregation: Aggregation = "token-mean",
+    aggregation: Name | Aggregation = "token-mean",
     normalizer: Normalizer | None = None,
 ) -> LossOutput:
     """Policy-gradient loss with importance weights that are 0 outside a band.
@@ -398,7 +374,7 @@ def sequence_is_loss(
     old_log_probs: Tensor | None = None,
     cap: Limit | None = None,
     objective: Objective = Reinforce(),
-    aggregation: Aggregation = "seq-mean-token-sum",
+    aggregation: Name | Aggregation = "seq-mean-token-sum",
     normalizer: Normalizer | None = None,
 ) -> LossOutput:
     """Policy-gradient loss with the importance weight of the whole sequence.

@@ -12,11 +12,10 @@ from typing import ClassVar, Literal, get_args
 
 from torch import Tensor
 
-from iscorrect.errors import input_error
+from iscorrect.errors import check_choice, check_number
 from iscorrect.loss.divergences import Estimator, binary_kl, estimator
 from iscorrect.loss.evidence import Evidence, Scope, level_scope
-from iscorrect.loss.ratios import Level, at_level, check_bounds, check_level
-from iscorrect.loss.ratios import ratio as ratio_of
+from iscorrect.loss.ratios import Level, at_level, check_band, check_level, ratio as ratio_of
 
 Rule = Callable[[Evidence], Tensor]
 Over = Literal["token", "mean", "sum", "max"]
@@ -50,7 +49,7 @@ class RatioOutside:
 
     def __post_init__(self) -> None:
         check_level("RatioOutside", self.level)
-        check_bounds("RatioOutside", low=self.low, high=self.high)
+        check_band("RatioOutside", self.low, self.high)
 
     @property
     def scope(self) -> Scope:
@@ -75,7 +74,7 @@ class DivergenceAbove:
         over: R. With k1 opposite signs cancel in a mean.
 
     Raises:
-        InputError: an unknown estimator or reduction.
+        InputError: an unknown estimator or reduction, or a limit that is no number.
 
     References:
         Trust-region masking (arXiv 2512.23075): k2 over "max", k3 over "mean".
@@ -87,11 +86,8 @@ class DivergenceAbove:
 
     def __post_init__(self) -> None:
         estimator("DivergenceAbove", self.estimator)
-        if self.over not in get_args(Over):
-            raise input_error(
-                "DivergenceAbove", "over", expected="'token', 'mean', 'sum' or 'max'",
-                got=repr(self.over), fix="pass over='mean'",
-            )
+        check_choice("DivergenceAbove", "over", self.over, get_args(Over))
+        check_number("DivergenceAbove", "limit", self.limit, "a divergence in nats")
 
     @property
     def scope(self) -> Scope:
@@ -132,7 +128,7 @@ class Veto:
     scope: ClassVar[Scope] = "sequence"
 
     def __post_init__(self) -> None:
-        check_bounds("Veto", low=self.low, high=self.high)
+        check_band("Veto", self.low, self.high)
 
     def __call__(self, evidence: Evidence) -> Tensor:
         ratio = ratio_of(evidence.log_ratio)
@@ -162,10 +158,10 @@ class BinaryKL:
     scope: ClassVar[Scope] = "token"
 
     def __post_init__(self) -> None:
-        check_bounds("BinaryKL", limit=self.limit)
+        check_number("BinaryKL", "limit", self.limit, "a divergence in nats", least=0)
 
     def __call__(self, evidence: Evidence) -> Tensor:
-        p, q = evidence.log_probs, evidence.rollout_log_probs
+        p, q = evidence.old_log_probs, evidence.rollout_log_probs
         return (binary_kl(p, q) <= self.limit) & (binary_kl(q, p) <= self.limit)
 
 
@@ -193,16 +189,13 @@ class ProbabilityShift:
     scope: ClassVar[Scope] = "token"
 
     def __post_init__(self) -> None:
-        check_bounds("ProbabilityShift", limit=self.limit)
-        if self.divergence not in ("tv", "kl"):
-            raise input_error(
-                "ProbabilityShift", "divergence", expected="'tv' or 'kl'",
-                got=repr(self.divergence), fix="pass divergence='tv'",
-            )
+        check_choice("ProbabilityShift", "divergence", self.divergence, ("tv", "kl"))
+        what = "a distance of probabilities" if self.divergence == "tv" else "a divergence in nats"
+        check_number("ProbabilityShift", "limit", self.limit, what, least=0)
 
     def __call__(self, evidence: Evidence) -> Tensor:
         advantages = evidence.advantages("ProbabilityShift")
-        p, q = evidence.log_probs, evidence.rollout_log_probs
+        p, q = evidence.old_log_probs, evidence.rollout_log_probs
         pushed = ((advantages > 0) & (p > q)) | ((advantages < 0) & (p < q))
         shift = (p.exp() - q.exp()).abs() if self.divergence == "tv" else binary_kl(q, p)
         return ~(pushed & (shift > self.limit))
@@ -218,7 +211,7 @@ class OffPolicyNegative:
         limit: δ, nats per token.
 
     Raises:
-        InputError: at the call: no advantages were given.
+        InputError: a negative limit; at the call: no advantages were given.
 
     References:
         DeepSeek-V3.2 (arXiv 2512.02556, §3.1), which prints no δ; TRL's documentation suggests 0.5.
@@ -226,6 +219,9 @@ class OffPolicyNegative:
 
     limit: float = 0.5
     scope: ClassVar[Scope] = "sequence"
+
+    def __post_init__(self) -> None:
+        check_number("OffPolicyNegative", "limit", self.limit, "nats per token", least=0)
 
     def __call__(self, evidence: Evidence) -> Tensor:
         negative = evidence.advantages("OffPolicyNegative") < 0

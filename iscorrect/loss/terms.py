@@ -8,13 +8,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from iscorrect.errors import describe, input_error
-from iscorrect.layout import Layout
+from iscorrect.errors import check_number, describe, input_error
+from iscorrect.layout import Layout, masked
 from iscorrect.loss.divergences import Estimator, estimator
-from iscorrect.loss.ratios import (
-    check_bounds,
-    log_ratio,
-)
+from iscorrect.loss.ratios import log_ratio
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +42,13 @@ class ReferenceKL:
     corrected: bool = False
 
     def __post_init__(self) -> None:
-        check_bounds("ReferenceKL", coefficient=self.coefficient)
+        check_number("ReferenceKL", "coefficient", self.coefficient, "a factor", least=0)
         estimator("ReferenceKL", self.estimator)
 
     def __call__(self, log_probs: Tensor, ref_log_probs: Tensor, layout: Layout) -> Tensor:
         d = log_ratio(ref_log_probs, log_probs, layout)
-        return self.coefficient * estimator("ReferenceKL", self.estimator)(d)
+        penalty = estimator("ReferenceKL", self.estimator)(d)
+        return self.coefficient * masked(penalty, layout.mask)
 
 
 def score_centering(
@@ -91,7 +89,7 @@ def score_centering(
     >>> score_centering(p, q, torch.ones(1, 1)).shape
     torch.Size([1, 1])
     """
-    check_bounds("score_centering", cap=cap)
+    check_number("score_centering", "cap", cap, "the cap of the weights it goes with", above=0)
     if head_log_probs.shape != rollout_head_log_probs.shape:
         raise input_error(
             "score_centering", "rollout_head_log_probs",

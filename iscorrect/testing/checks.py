@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
+from hypothesis import Phase, given, settings, strategies as st
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -165,9 +164,8 @@ def check_invariant_to_microbatching(
 
     >>> from functools import partial
     >>> from iscorrect import PolicyLoss, global_normalizer, token_tis
-    >>> check_invariant_to_microbatching(
-    ...     PolicyLoss(correction=token_tis()), partial(global_normalizer, gradients="summed")
-    ... )
+    >>> whole = partial(global_normalizer, group=None, gradients="summed")
+    >>> check_invariant_to_microbatching(PolicyLoss(correction=token_tis()), whole)
     """
 
     def invariant(batch: Batch) -> None:

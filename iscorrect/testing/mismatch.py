@@ -18,8 +18,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from iscorrect.errors import input_error
-from iscorrect.loss.ratios import check_bounds
+from iscorrect.errors import check_number, input_error
 from iscorrect.testing.tabular import TabularPolicy
 
 Mismatch = Callable[[TabularPolicy], TabularPolicy]
@@ -62,7 +61,7 @@ def noise(
     >>> round(token_sigma(policy, noise(policy, 0.25)), 6)
     0.25
     """
-    check_bounds("noise", sigma=sigma)
+    check_number("noise", "sigma", sigma, "nats per token", least=0)
     if freedom == math.inf:
         generator = torch.Generator().manual_seed(seed)
         draw = torch.randn(policy.logits.shape, generator=generator, dtype=torch.float64)
@@ -107,7 +106,7 @@ def temperature(
     policy: TabularPolicy, value: float, *, report: Report = "processed"
 ) -> TabularPolicy:
     """Sampling from softmax(logits/τ)."""
-    check_bounds("temperature", value=value)
+    check_number("temperature", "value", value, "the temperature of the sampler", above=0)
     return _sampled_from(policy, policy.logits / value, report)
 
 

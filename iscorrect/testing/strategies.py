@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from iscorrect.layout import Layout, pad_sequences
-from iscorrect.loss.aggregate import Aggregation
+from iscorrect.loss.aggregate import AGGREGATIONS
 from iscorrect.loss.bounds import Bound, Clip, ConfidenceCap, Ignore, Mask, ParetoSmooth, Truncate
 from iscorrect.loss.correction import Correction
 from iscorrect.loss.objectives import CISPO, Objective, PPOClip, Reinforce
@@ -231,17 +231,12 @@ def objectives() -> st.SearchStrategy[Objective]:
     )
 
 
-AGGREGATIONS: tuple[Aggregation, ...] = (
-    "token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm", "sum",
-)
-
-
 @st.composite
 def losses(draw: st.DrawFn) -> PolicyLoss:
     """Corrections with objectives, aggregations and either denominator."""
-    aggregation = draw(st.sampled_from(AGGREGATIONS))
+    name = draw(st.sampled_from(sorted(AGGREGATIONS)))
     return PolicyLoss(
-        correction=draw(corrections()), objective=draw(objectives()), aggregation=aggregation,
+        correction=draw(corrections()), objective=draw(objectives()),
+        aggregation=AGGREGATIONS[name](**({"horizon": 8} if name.endswith("norm") else {})),
         over=draw(st.sampled_from(["mask", "kept"])),
-        horizon=8 if aggregation == "seq-mean-token-sum-norm" else None,
     )

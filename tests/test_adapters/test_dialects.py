@@ -10,8 +10,7 @@ import math
 import numpy as np
 import pytest
 from batches import batches
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from iscorrect import Clip, InputError, Mask, Truncate
 from iscorrect.adapters.areal import from_areal

@@ -11,8 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, reject
-from hypothesis import strategies as st
+from hypothesis import given, reject, strategies as st
 
 import iscorrect
 from iscorrect import (

@@ -11,8 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from batches import batches, make_batch
-from hypothesis import assume, example, given, reject
-from hypothesis import strategies as st
+from hypothesis import assume, example, given, reject, strategies as st
 
 import iscorrect
 from iscorrect import Correction, Ignore, InputError, PPOClip, token_tis
