@@ -280,7 +280,8 @@ def _check_alike(parts: _Parts, group: Group, device: torch.device) -> None:
     if most != -least:
         raise input_error(
             "Layout", "mask" if parts.ids is None else "num_ids",
-            expected="of as many sequences on all ranks of sequence_group",
+            expected="of a number of sequences that is the same on all ranks of"
+            " sequence_group",
             got=f"{parts.number} here, and from {-least} to {most} on the ranks",
             fix="give every rank its tokens of all the sequences, masked out where it has none",
         )

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 import iscorrect as ic
 import iscorrect.head.reader as reader_module
 from iscorrect import PRESETS, InputError, Layout, PolicyLoss, log_probs_from_logits
-from iscorrect.loss.aggregate import denominator
+from iscorrect.loss.aggregate import named_aggregation
 from iscorrect.loss.metrics import merge
 
 OBJECTIVES = [
@@ -35,6 +35,11 @@ CORRECTIONS = {name: preset() for name, preset in PRESETS.items()} | {
     "veto": ic.Correction(reject=(ic.Veto(low=0.9),)),
 }
 AGGREGATIONS = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
+
+
+def count_of(layout, aggregation):
+    """What an aggregation divides by, on one process."""
+    return named_aggregation("test", aggregation, None).denominator(layout)
 
 
 class Grid:
@@ -84,7 +89,7 @@ def compare(grid, batch, correction, objective, aggregation, *, zigzag, packed, 
         correction=correction, objective=objective, aggregation=aggregation,
         reference_kl=ic.ReferenceKL(coefficient=0.1),
     )
-    whole_normalizer = denominator(Layout(batch.mask), aggregation)
+    whole_normalizer = count_of(Layout(batch.mask), aggregation)
     loss, gradient, metrics = evaluate(loss_fn, batch, batch.mask, whole_normalizer)
 
     rows, columns = grid.rows(len(batch.mask)), grid.columns(batch.mask.shape[1], zigzag)
@@ -360,7 +365,7 @@ def compare_head(
         correction=correction, objective=objective, aggregation=aggregation,
         reference_kl=ic.ReferenceKL(coefficient=0.1),
     )
-    normalizer = denominator(Layout(model.batch.mask), aggregation)
+    normalizer = count_of(Layout(model.batch.mask), aggregation)
     loss, metrics, (of_hidden, *of_head) = model.whole(loss_fn, normalizer, old)
     rows, columns = grid.rows(len(model.target)), grid.columns(8, zigzag)
     sequence_parallel = sequence_parallel and len(columns) % grid.tp == 0
@@ -436,8 +441,8 @@ def every_head(grid, start=0, step=1):
     """Every correction; each objective, aggregation, head, shard and route in turn."""
     for i, correction in enumerate(list(CORRECTIONS.values())[start::step], start):
         compare_head(
-            grid, Model.make(i, **HEADS[i % len(HEADS)]), correction, OBJECTIVES[i % 6],
-            AGGREGATIONS[i % 3], zigzag=bool(i // 2 % 2), packed=bool(i % 2),
+            grid, Model.make(i, **HEADS[i % len(HEADS)]), correction,
+            OBJECTIVES[i % len(OBJECTIVES)], AGGREGATIONS[i % len(AGGREGATIONS)], zigzag=bool(i // 2 % 2), packed=bool(i % 2),
             how=SHARDS[i % len(SHARDS)], route=ROUTES[i % len(ROUTES)],
             micro_batches=1 + i // 3 % 2, sequence_parallel=bool(i // 2 % 2), old=bool(i // 4 % 2),
             chunk_size=3 if i % 3 == 2 else 7,
@@ -483,7 +488,7 @@ def drawn_heads(grid):
 
 
 def float32_heads(grid):
-    for how, route in zip(SHARDS, [*ROUTES, "fused"], strict=True):
+    for how, route in zip(SHARDS, [*ROUTES, *ROUTES], strict=True):
         compare_head(
             grid, Model.make(7, scale=0.1).to(torch.float32), ic.sequence_tis(),
             ic.PPOClip(level="geometric"), "seq-mean-token-mean", how=how, route=route, rtol=3e-6,
@@ -505,7 +510,7 @@ def idle_heads(grid):
     )):
         compare_head(
             grid, replace(model, batch=changed), ic.sequence_mis(), ic.PPOClip(), "token-mean",
-            how=SHARDS[i], route=ROUTES[i % 3], sequence_parallel=True,
+            how=SHARDS[i], route=ROUTES[i % len(ROUTES)], sequence_parallel=True,
         )
 
 
