@@ -442,7 +442,8 @@ def every_head(grid, start=0, step=1):
     for i, correction in enumerate(list(CORRECTIONS.values())[start::step], start):
         compare_head(
             grid, Model.make(i, **HEADS[i % len(HEADS)]), correction,
-            OBJECTIVES[i % len(OBJECTIVES)], AGGREGATIONS[i % len(AGGREGATIONS)], zigzag=bool(i // 2 % 2), packed=bool(i % 2),
+            OBJECTIVES[i % len(OBJECTIVES)], AGGREGATIONS[i % len(AGGREGATIONS)],
+            zigzag=bool(i // 2 % 2), packed=bool(i % 2),
             how=SHARDS[i % len(SHARDS)], route=ROUTES[i % len(ROUTES)],
             micro_batches=1 + i // 3 % 2, sequence_parallel=bool(i // 2 % 2), old=bool(i // 4 % 2),
             chunk_size=3 if i % 3 == 2 else 7,
