@@ -118,7 +118,8 @@ def check_mask(caller: str, mask: object) -> None:
 
 
 def check_per_token(
-    caller: str, mask: Tensor, *, gradient: tuple[str, ...] = (), **tensors: Tensor | None
+    caller: str, mask: Tensor, *, gradient: Sequence[str] = (), optional: Sequence[str] = (),
+    **tensors: Tensor | None,
 ) -> None:
     """Raise unless every tensor is floating, shaped and placed like ``mask``.
 
@@ -126,10 +127,11 @@ def check_per_token(
         caller: what the message begins with.
         mask: bool "b t".
         gradient: names of the tensors that may carry gradient; the others may not.
-        tensors: by argument name; None is skipped.
+        optional: names of those that may be None.
+        tensors: by argument name.
     """
     for name, x in tensors.items():
-        if x is None:
+        if x is None and name in optional:
             continue
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise input_error(

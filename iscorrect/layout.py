@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor
 
 from iscorrect.errors import check_mask, describe, input_error
-from iscorrect.ranks import Group, max_over, sum_over
+from iscorrect.ranks import Group, check_member, max_over, sum_over
 
 Reduction = Literal["sum", "amax"]
 
@@ -67,6 +67,8 @@ class Layout:
         check_mask("Layout", mask)
         for name, ids in {"sequence_ids": sequence_ids, "segment_ids": segment_ids}.items():
             _check_ids(name, ids, mask)
+        check_member("Layout", "sequence_group", sequence_group)
+        check_member("Layout", "batch_group", batch_group)
         self.mask = mask
         self.sequence_group, self.zigzag, self.batch_group = sequence_group, zigzag, batch_group
         if sequence_group is not None:
@@ -94,7 +96,8 @@ class Layout:
             segment_ids: int, shaped like mask.
 
         Raises:
-            InputError: the mask has more than one row.
+            InputError: the mask has more than one row; the lengths do not rise from 0 (seen on a
+                CPU only, where looking costs nothing).
 
         >>> mask = torch.ones(5, dtype=torch.bool)
         >>> layout = Layout.from_cu_seqlens(mask, torch.tensor([0, 2, 5]))
@@ -107,6 +110,7 @@ class Layout:
                 "Layout.from_cu_seqlens", "mask", expected="one packed row, `n` or `1 n`",
                 got=describe(mask), fix="flatten the rows, or pass Layout(mask, sequence_ids=...)",
             )
+        _check_cu_seqlens(cu_seqlens)
         positions = torch.arange(mask.shape[-1], device=mask.device)
         ids = torch.searchsorted(cu_seqlens[1:].to(positions), positions, right=True)
         return cls(mask, sequence_ids=ids.view(mask.shape), segment_ids=segment_ids)
@@ -275,8 +279,15 @@ def _shared(
 
 
 def _check_alike(parts: _Parts, group: Group, device: torch.device) -> None:
-    number = torch.tensor([parts.number, -parts.number], device=device)
-    most, least = max_over(number, group).tolist()
+    facts = torch.tensor([parts.number, -parts.number, 0], device=device)
+    if parts.ids is not None:
+        facts[2] = ((parts.ids < 0) | (parts.ids >= parts.number)).any()
+    most, least, outside = max_over(facts, group).tolist()
+    if outside:
+        raise input_error(
+            "Layout", "sequence_ids", expected="from 0 to num_ids − 1 on all ranks of the group",
+            got="others on some rank", fix="number the sequences from 0, alike on all ranks",
+        )
     if most != -least:
         raise input_error(
             "Layout", "mask" if parts.ids is None else "num_ids",
@@ -302,7 +313,7 @@ def masked(x: Tensor, mask: Tensor) -> Tensor:
         return torch.where(mask, x, 0)
     # `where` on a CPU goes element by element; clearing the bits is exact and vectorised.
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
-    ones = mask.view(torch.int8).neg().to(bits)
+    ones = mask.to(bits).neg_()
     return (x.detach().view(bits) & ones).view(x.dtype)
 
 
@@ -370,6 +381,21 @@ def _check_ids(name: str, ids: Tensor | None, mask: Tensor) -> None:
         raise input_error(
             "Layout", name, expected=f"an integer tensor of shape {tuple(mask.shape)} like `mask`",
             got=describe(ids), fix=f"pass {name}.long(), one id per token",
+        )
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor) -> None:
+    if cu_seqlens.ndim != 1 or cu_seqlens.is_floating_point() or not len(cu_seqlens):
+        raise input_error(
+            "Layout.from_cu_seqlens", "cu_seqlens", expected="an integer tensor `s+1`",
+            got=describe(cu_seqlens), fix="pass flash-attention's cumulative lengths",
+        )
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if bool((cu_seqlens[0] != 0) | (cu_seqlens.diff() < 0).any()):
+        raise input_error(
+            "Layout.from_cu_seqlens", "cu_seqlens", expected="rising from 0",
+            got=str(cu_seqlens[:8].tolist()), fix="begin with 0, and add up the lengths",
         )
 
 

@@ -148,3 +148,16 @@ def test_masking_is_where_whatever_the_padding_holds(dtype, seed):
     torch.testing.assert_close(masked(x, mask), expected, rtol=0, atol=0, equal_nan=True)
     across = masked(x.T, mask.T)
     torch.testing.assert_close(across, expected.T, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("lengths", [[2, 5], [0, 3, 2], [[0, 2]], [0.0, 2.0], []])
+def test_cumulative_lengths_rise_from_zero(lengths):
+    mask = torch.ones(5, dtype=torch.bool)
+    with pytest.raises(ic.InputError, match="`cu_seqlens` must be"):
+        Layout.from_cu_seqlens(mask, torch.tensor(lengths))
+
+
+def test_a_mask_counts_what_is_true_whatever_its_bytes_hold():
+    mask = torch.tensor([[255, 0, 1]], dtype=torch.uint8).view(torch.bool)
+    with torch.no_grad():
+        assert Layout(mask).total(torch.ones(1, 3)) == 2

@@ -281,7 +281,7 @@ def test_a_batch_in_which_everything_is_rejected_gives_zero_and_finite_gradients
         value.backward()
         assert value == 0
         assert not log_probs.grad.any()
-        assert metrics["is/rejected"] == 1
+        assert metrics["is/rejected"] == (metrics["batch/tokens"] > 0)
         assert all(np.isfinite(list(metrics.to_floats().values())))
 
 
@@ -543,3 +543,34 @@ def test_an_aggregation_of_ones_own_divides_like_a_built_in_one():
         for part in (batch.rows(slice(0, 2)), batch.rows(slice(2, 5)))
     )
     torch.testing.assert_close(total, whole, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("which", ["log_probs", "rollout_log_probs", "advantages", "mask"])
+def test_what_is_missing_is_named(which):
+    with pytest.raises(ic.InputError, match=f"PolicyLoss: `{which}` must be"):
+        PolicyLoss()(**three_tokens(**{which: None}))
+
+
+@pytest.mark.parametrize("normalizer", [3.0, torch.tensor(3.0), torch.tensor([3.0])])
+def test_the_loss_is_a_scalar_whatever_the_shape_of_its_normalizer(normalizer):
+    value, _ = PolicyLoss()(**three_tokens(), normalizer=normalizer)
+    assert value.shape == ()
+    assert value == 1
+
+
+def test_a_normalizer_of_nothing_divides_nothing():
+    nothing = torch.zeros(1, 3, dtype=torch.bool)
+    value, metrics = PolicyLoss()(**three_tokens(mask=nothing), normalizer=torch.tensor(0.0))
+    assert value == 0
+    assert metrics["is/rejected"] == 0
+
+
+@pytest.mark.parametrize("normalizer", ["token-mean", True, -1, torch.ones(2)])
+def test_a_normalizer_is_a_positive_number(normalizer):
+    with pytest.raises(ic.InputError, match="`normalizer` must be a number > 0"):
+        PolicyLoss()(**three_tokens(), normalizer=normalizer)
+
+
+def test_metrics_add_up_with_sum():
+    metrics = [PolicyLoss()(**three_tokens()).metrics for _ in range(3)]
+    assert sum(metrics)["batch/tokens"] == 9

@@ -68,7 +68,12 @@ class Aggregation:
     def divide(self, total: Tensor, layout: Layout, normalizer: Normalizer | None) -> Tensor:
         """Σ c x / N, ""; the normalizer stands for N where one is given."""
         scale = self.denominator(layout) if normalizer is None else normalizer
-        return total if scale is None else (total / scale).to(total.dtype)
+        if scale is None:
+            return total
+        if isinstance(scale, Tensor):
+            scale = scale.reshape(())
+            scale = torch.where((scale == 0) & (total == 0), 1, scale)
+        return (total / scale).to(total.dtype)
 
     def __call__(self, per_token: Tensor, layout: Layout) -> Tensor:
         return self.divide(self.total(masked(per_token, layout.mask), layout), layout, None)

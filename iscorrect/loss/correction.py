@@ -109,7 +109,7 @@ class Correction:
         """
         layout = as_layout("Correction", mask)
         check_per_token(
-            "Correction", layout.mask, old_log_probs=old_log_probs,
+            "Correction", layout.mask, optional=("advantages",), old_log_probs=old_log_probs,
             rollout_log_probs=rollout_log_probs, advantages=advantages,
         )
         given = Given(old_log_probs, rollout_log_probs, advantages)

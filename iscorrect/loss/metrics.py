@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from iscorrect.errors import input_error
 from iscorrect.layout import Layout, masked
 from iscorrect.loss.evidence import Evidence
 from iscorrect.loss.ratios import Level, saturation, units as units_of
-from iscorrect.ranks import Group, accumulator, check_member, max_over, sum_over
+from iscorrect.ranks import Group, accumulator, check_member, max_over, objects_over, sum_over
 
 Totals = Mapping[str, Tensor]
 
@@ -56,6 +57,10 @@ class Metrics(Mapping[str, Tensor]):
     def __add__(self, other: Metrics) -> Metrics:
         return merge([self, other])
 
+    def __radd__(self, other: object) -> Metrics:
+        """``sum(list_of_metrics)`` begins with 0."""
+        return self if other == 0 else NotImplemented
+
     def as_tensors(self) -> dict[str, Tensor]:
         """Every metric that the stored sums allow, by name; 0 where nothing counted."""
         if self._tensors is None:
@@ -84,7 +89,7 @@ class Metrics(Mapping[str, Tensor]):
                 "is/ess": s["weight"].square()
                 / torch.where(s["weight_squared"] > 0, s["units"] * s["weight_squared"], 1),
                 "is/bounded": _share(s["bounded"], s["units"]),
-                "is/rejected": 1 - _share(s["kept_tokens"], s["tokens"]),
+                "is/rejected": _share(s["tokens"] - s["kept_tokens"], s["tokens"]),
                 "is/nonfinite": _share(s["tokens"] - s["finite"], s["tokens"]),
             }
         if "policy_tokens" in s:
@@ -117,7 +122,9 @@ class Metrics(Mapping[str, Tensor]):
         return dict(zip(metrics, values, strict=True))
 
     def all_reduced(self, group: Group) -> Metrics:
-        """The metrics of all ranks of a group, in one collective for sums and one for extrema.
+        """The metrics of all ranks of a group.
+
+        One collective for sums and one for extrema, after one that compares the names.
 
         Args:
             group: the ranks; ``torch.distributed.group.WORLD`` for all, None for this one alone.
@@ -127,11 +134,19 @@ class Metrics(Mapping[str, Tensor]):
             The same on every rank.
 
         Raises:
-            InputError: this rank is not in the group.
+            InputError: this rank is not in the group, or ranks hold different names.
         """
         check_member("Metrics.all_reduced", "group", group)
-        if group is None or not self.sums:
+        if group is None:
             return self
+        names = (*self.sums, *self.maxima)
+        for rank, theirs in enumerate(objects_over(names, group)):
+            if theirs != names:
+                raise input_error(
+                    "Metrics.all_reduced", "self", expected="of the same names on all ranks",
+                    got=f"{len(names)} sums and extrema here, {len(theirs)} on rank {rank}",
+                    fix="call the same loss on every rank before, and merge all of its metrics",
+                )
         sums = sum_over(torch.stack(list(_widened(self.sums).values())), group)
         maxima = max_over(torch.stack(list(_widened(self.maxima).values())), group)
         return Metrics(

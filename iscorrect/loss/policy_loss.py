@@ -227,7 +227,8 @@ class PolicyLoss:
             gradient: names of the inputs that may carry gradient.
         """
         check_per_token(
-            caller, batch.layout.mask, gradient=tuple(gradient), log_probs=batch.log_probs,
+            caller, batch.layout.mask, gradient=gradient,
+            optional=("old_log_probs", "ref_log_probs", "extra"), log_probs=batch.log_probs,
             rollout_log_probs=batch.rollout_log_probs, advantages=batch.advantages,
             old_log_probs=batch.old_log_probs, ref_log_probs=batch.ref_log_probs,
             extra=batch.extra,
