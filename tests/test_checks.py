@@ -92,6 +92,7 @@ def test_three_policies_are_unbiased_where_both_ratios_are_products():
     check_unbiased(loss_fn, old=True)
 
 
+@pytest.mark.slow
 def test_what_is_biased_is_found_to_be():
     for correction in (uncorrected(), token_is(), sequence_tis(1.1), sequence_mis(high=1.1)):
         loss_fn = PolicyLoss(correction=correction, aggregation="seq-mean-token-sum")

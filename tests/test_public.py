@@ -62,9 +62,10 @@ def test_public_functions_and_classes_are_documented():
         assert getattr(iscorrect, name).__doc__, name
 
 
-def test_importing_costs_torch_numpy_and_einops_only():
+def test_importing_costs_torch_numpy_and_einops_only_and_the_figures_no_matplotlib():
     code = "import sys, torch, einops, numpy; before = set(sys.modules); import iscorrect;" \
-        "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
+        "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before}));" \
+        "import iscorrect.report.figures; assert 'matplotlib' not in sys.modules"
     new = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()

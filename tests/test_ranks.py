@@ -751,7 +751,13 @@ FACTS = {
 }
 
 
-@pytest.mark.parametrize(("dp", "cp", "tp"), FACTS)
+@pytest.mark.parametrize(
+    ("dp", "cp", "tp"),
+    [
+        pytest.param(*grid, marks=() if grid == (2, 1, 1) else pytest.mark.slow)
+        for grid in FACTS
+    ],
+)
 def test_a_batch_cut_over_ranks_gives_what_it_gives_whole(tmp_path, dp, cp, tp):
     spawn(tmp_path, FACTS[dp, cp, tp], dp, cp, tp)
 
@@ -763,6 +769,7 @@ FAILURES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fact", FAILURES)
 def test_a_rank_that_stops_stops_the_others(tmp_path, fact):
     with pytest.raises(mp.ProcessRaisedException, match=FAILURES[fact]):
