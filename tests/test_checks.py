@@ -76,6 +76,7 @@ def test_every_preset_without_batch_statistics_adds_up_over_micro_batches(preset
     check_invariant_to_microbatching(loss_fn, tokens_of_the_batch)
 
 
+@pytest.mark.slow
 def test_sequence_importance_sampling_is_unbiased_with_any_baseline_that_ignores_the_sequence():
     loss_fn = PolicyLoss(correction=sequence_is(), aggregation="seq-mean-token-sum")
     check_unbiased(loss_fn)
