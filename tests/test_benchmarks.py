@@ -5,8 +5,7 @@ import csv
 import pytest
 import torch
 
-from benchmarks import counts as operations
-from benchmarks import report
+from benchmarks import counts as operations, report
 from benchmarks.harness import COLUMNS, Setting, Times, Workload, record, summary
 
 
