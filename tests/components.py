@@ -30,12 +30,13 @@ def made(table):
 
 OBJECTIVES = made(ic.OBJECTIVES) | {
     "dual-ppo-clip": ic.PPOClip(dual=3.0),
-    "gspo": ic.PPOClip(low=1 - 3e-4, high=1 + 4e-4, level="geometric"),
-    "geometric-ppo-clip": ic.PPOClip(level="geometric"),
+    "gspo": ic.PPOClip(level="geometric"),
     "sequence-ppo-clip": ic.PPOClip(level="sequence"),
     "prefix-ppo-clip": ic.PPOClip(level="prefix"),
 }
 AGGREGATIONS = made(ic.AGGREGATIONS)
+DIVIDED = {name: how for name, how in AGGREGATIONS.items() if name != "sum"}
+"""Those that take a normalizer."""
 BOUNDS, RULES, CAPS = (made(parts(module)) for module in (bounds, rules, caps))
 CORRECTIONS = made(ic.PRESETS) | {
     "normalised": ic.Correction(level="sequence", normalize=True),

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from batches import make_batch
-from test_layout import OBJECTIVES, loss_and_gradient, pack
+from components import OBJECTIVES
+from test_layout import loss_and_gradient, pack
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -51,17 +52,17 @@ def test_a_loss_runs_on_fake_tensors_so_nothing_reads_a_value(name, objective, p
 
 
 COMPILED = [
-    ("sequence-mis", "ppo", True),
+    ("sequence-mis", "dual-ppo-clip", True),
     ("icepop", "gspo", True),
     ("confidence-is", "cispo", False),
-    ("kpop", "prefix-ppo", True),
-    ("dppo", "sequence-ppo", False),
-    ("geometric-rs", "ppo", False),
+    ("kpop", "prefix-ppo-clip", True),
+    ("dppo", "sequence-ppo-clip", False),
+    ("geometric-rs", "dual-ppo-clip", False),
     ("trust-region-mask", "reinforce", True),
-    ("off-policy-negative", "ppo", False),
+    ("off-policy-negative", "dual-ppo-clip", False),
     ("topr", "reinforce", False),
     ("pareto-is", "reinforce", False),
-    ("mse", "ppo", False),
+    ("mse", "dual-ppo-clip", False),
 ]
 
 
