@@ -1,6 +1,7 @@
 """``python -m benchmarks``: run cases, or rewrite the documentation's tables.
 
-``python -m benchmarks diagnose --help`` for how often the diagnosis is right.
+``python -m benchmarks diagnose --help`` for how often the diagnosis is right;
+``python -m benchmarks counts`` for how many operations on tensors each call is.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ def main() -> None:
         from benchmarks import diagnose
 
         sys.exit(diagnose.main(sys.argv[2:]))
+    if sys.argv[1:] == ["counts"]:  # neither timed nor recorded
+        from benchmarks import counts
+
+        sys.exit(counts.main())
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("cases", nargs="+", choices=[*CASES, "report"], metavar="case",
                         help=f"one or more of {', '.join(CASES)}, report")

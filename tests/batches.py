@@ -26,9 +26,10 @@ class Batch(NamedTuple):
 
     def sequences(self):
         return [
-            Sequence(old[m].numpy(), rollout[m].numpy(), advantages[m].numpy())
-            for old, rollout, advantages, m in zip(
-                self.old_log_probs, self.rollout_log_probs, self.advantages, self.mask, strict=True
+            Sequence(*(x[m].numpy() for x in row))
+            for *row, m in zip(
+                self.old_log_probs, self.rollout_log_probs, self.advantages, self.log_probs,
+                self.mask, strict=True,
             )
         ]
 
@@ -50,11 +51,11 @@ def make_batch(seed, rows=3, width=6, scale=0.05):
     return Batch(*map(torch.from_numpy, tensors), torch.from_numpy(mask))
 
 
-def batches(max_rows=4, max_width=7):
+def batches(max_rows=4, max_width=7, scales=SCALES):
     return st.builds(
         make_batch,
         seed=st.integers(0, 2**32 - 1),
         rows=st.integers(1, max_rows),
         width=st.integers(1, max_width),
-        scale=st.sampled_from(SCALES),
+        scale=st.sampled_from(scales),
     )

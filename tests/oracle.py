@@ -1,4 +1,4 @@
-"""Every preset in NumPy float64, one sequence at a time, written to be read.
+"""Every part of a loss in NumPy float64, one sequence at a time, written to be read.
 
 A batch is a list of sequences; a sequence is what the mask leaves of a row. Nothing here is shared
 with the library.
@@ -15,6 +15,7 @@ class Sequence(NamedTuple):
     old: np.ndarray
     rollout: np.ndarray
     advantages: np.ndarray
+    log_probs: np.ndarray | None = None
 
 
 def exp(x):
@@ -126,6 +127,147 @@ ORACLES = (
 )
 PRESETS = {f.__name__.replace("_", "-"): f for f in ORACLES}
 """All presets but pareto-is, whose oracle is a public implementation of PSIS."""
+
+
+def at_level(d, level):
+    """A log-ratio per token, of its own, of the whole sequence, or of all tokens up to it."""
+    if level == "prefix":
+        return np.cumsum(d)
+    whole = {"token": d, "sequence": d.sum(), "geometric": d.mean() if len(d) else 0 * d.sum()}
+    return whole[level] + 0 * d
+
+
+def ignore(r, s):
+    return np.ones_like(r)
+
+
+def truncate(r, s, cap):
+    return np.minimum(r, cap)
+
+
+def clip(r, s, low, high):
+    return np.clip(r, low, high)
+
+
+def mask(r, s, low, high):
+    return np.where((r >= low) & (r <= (np.inf if high is None else high)), r, 0)
+
+
+def confidence_cap(r, s, slope, floor):
+    return np.minimum(r, 1 + slope * np.maximum(1 - np.exp(s.old), floor))
+
+
+def signed_truncate(r, s, cap):
+    return np.where(s.advantages > 0, 1.0, np.minimum(r, cap))
+
+
+BOUNDS = {
+    "Ignore": ignore, "Truncate": truncate, "Clip": clip, "Mask": mask,
+    "ConfidenceCap": confidence_cap, "SignedTruncate": signed_truncate,
+}
+"""All bounds but ParetoSmooth, whose oracle is a public implementation of PSIS."""
+
+
+def ratio_outside(s, level, low, high):
+    r = exp(at_level(log_ratio(s), level))
+    return (r >= low) & (r <= (np.inf if high is None else high))
+
+
+def divergence_above(s, limit, estimator, over):
+    d = log_ratio(s)
+    values = {"k1": -d, "k2": k2(d), "k3": k3(d)}[estimator]
+    if over == "token":
+        return values <= limit
+    return {"mean": np.mean, "sum": np.sum, "max": np.max}[over](values) <= limit + 0 * d
+
+
+def veto(s, low, high):
+    r = exp(log_ratio(s))
+    return np.full_like(r, r.min() >= low and r.max() <= (np.inf if high is None else high))
+
+
+def both_binary_kl(s, limit):
+    return (kl_bin(s.old, s.rollout) <= limit) & (kl_bin(s.rollout, s.old) <= limit)
+
+
+def probability_shift(s, limit, divergence):
+    p, q = np.exp(s.old), np.exp(s.rollout)
+    shift = {"tv": abs(p - q), "kl": kl_bin(s.rollout, s.old)}[divergence]
+    return ~(((s.advantages * (p - q)) > 0) & (shift > limit))
+
+
+def off_policy_negative_rule(s, limit):
+    return ~((s.advantages < 0) & (-log_ratio(s).mean() > limit))
+
+
+RULES = {
+    "RatioOutside": ratio_outside, "DivergenceAbove": divergence_above, "Veto": veto,
+    "BinaryKL": both_binary_kl, "ProbabilityShift": probability_shift,
+    "OffPolicyNegative": off_policy_negative_rule,
+}
+
+
+def larger(a, b):
+    """The maximum by the real part: log π may be complex, for a derivative by a complex step."""
+    return np.where(np.real(a) >= np.real(b), a, b)
+
+
+def clamp(x, low, high):
+    x = x if low is None else larger(x, low)
+    return x if high is None else -larger(-x, -high)
+
+
+def reinforce(x, s):
+    return -s.advantages * x
+
+
+def ppo_clip(x, s, low=0.8, high=1.2, level="token", dual=None):
+    r = np.exp(at_level(x - s.old, level))
+    loss = larger(-s.advantages * r, -s.advantages * clamp(r, low, high))
+    if dual is None:
+        return loss
+    return np.where(s.advantages < 0, -larger(-loss, dual * s.advantages), loss)
+
+
+def cispo(x, s, low=None, high=5.0):
+    return -clamp(np.exp(np.real(x) - s.old), low, high) * s.advantages * x
+
+
+OBJECTIVES = {"reinforce": reinforce, "ppo-clip": ppo_clip, "cispo": cispo}
+"""Losses of the tokens of a sequence from x, its log π; what is frozen takes the real part."""
+
+
+def token_mean(rows):
+    return np.concatenate(rows).sum() / max(1, sum(map(len, rows)))
+
+
+def seq_mean_token_sum(rows):
+    return sum(row.sum() for row in rows) / max(1, len(rows))
+
+
+def seq_mean_token_mean(rows):
+    return sum(row.mean() for row in rows) / max(1, len(rows))
+
+
+def seq_mean_token_sum_norm(rows, horizon):
+    return seq_mean_token_sum(rows) / horizon
+
+
+def total(rows):
+    return sum(row.sum() for row in rows)
+
+
+AGGREGATIONS = {
+    "token-mean": token_mean, "seq-mean-token-sum": seq_mean_token_sum,
+    "seq-mean-token-mean": seq_mean_token_mean,
+    "seq-mean-token-sum-norm": seq_mean_token_sum_norm, "sum": total,
+}
+"""From the losses of each sequence that has a token, to a scalar."""
+
+
+def reference_kl(x, reference, kind):
+    d = reference - x
+    return {"k1": -d, "k2": d**2 / 2, "k3": np.expm1(d) - d}[kind]
 
 
 def ess(weights):

@@ -112,6 +112,7 @@ def test_mse_is_squared_bias_plus_variance_of_the_average(policy, engine, reward
     assert one.mse(64) == pytest.approx(one.bias**2 + one.std**2 / 64)
 
 
+@pytest.mark.slow
 def test_sampling_agrees_with_enumeration_within_its_standard_errors(policy, engine, reward):
     loss_fn = loss_of(token_tis(1.1))
     exact = audit(loss_fn, policy, engine, reward, batch=2, group="rloo")
@@ -124,6 +125,7 @@ def test_sampling_agrees_with_enumeration_within_its_standard_errors(policy, eng
     assert (sampled.expected - exact.expected).norm() < 5 * sampled.errors["bias"]
 
 
+@pytest.mark.slow
 def test_too_many_batches_are_sampled(policy, engine, reward):
     assert len(policy.probabilities) ** 6 > 1 << 16
     assert not audit(loss_of(token_is()), policy, engine, reward, batch=6, samples=None).exact

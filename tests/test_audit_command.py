@@ -59,6 +59,7 @@ def test_the_star_is_on_the_least_error(setting):
     assert starred == [min(errors, key=errors.get)]
 
 
+@pytest.mark.slow
 def test_what_looks_at_the_batch_is_sampled_and_says_so(setting):
     rows = cells(setting, ["pareto-is", "sequence-is"])
     assert "±" in rows["pareto-is"]["bias"]
@@ -82,6 +83,7 @@ def test_a_sweep_keeps_the_other_arguments():
     assert sweep("token-mis:high=none") == ["token-mis:high=none"]
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_row_for_every_preset(capsys):
     assert run_audit(arguments("--vocab", "2", "--length", "2", "--average", "32")) == 0
     printed = capsys.readouterr().out

@@ -9,6 +9,7 @@ import pytest
 EXAMPLE = Path(__file__).parents[1] / "examples" / "audit_other_losses.py"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_every_loss_that_is_installed_is_one_of_ours(capsys):
     runpy.run_path(str(EXAMPLE))["main"]()

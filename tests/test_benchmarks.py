@@ -3,8 +3,9 @@
 import csv
 
 import pytest
+import torch
 
-from benchmarks import report
+from benchmarks import counts as operations, report
 from benchmarks.harness import COLUMNS, Setting, Times, Workload, record, summary
 
 
@@ -69,3 +70,11 @@ def test_a_ratio_is_the_median_of_the_rounds():
 )
 def test_numbers_have_three_digits(value, shown):
     assert report.pretty(value) == shown
+
+
+def test_operations_on_tensors_are_counted():
+    counts = operations.operations()
+    assert all(counts.values())
+    with operations.Operations() as seen:
+        torch.ones(2).view(1, 2).expand(3, 2) + 1
+    assert seen.count == 2

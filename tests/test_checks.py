@@ -76,6 +76,7 @@ def test_every_preset_without_batch_statistics_adds_up_over_micro_batches(preset
     check_invariant_to_microbatching(loss_fn, tokens_of_the_batch)
 
 
+@pytest.mark.slow
 def test_sequence_importance_sampling_is_unbiased_with_any_baseline_that_ignores_the_sequence():
     loss_fn = PolicyLoss(correction=sequence_is(), aggregation="seq-mean-token-sum")
     check_unbiased(loss_fn)
@@ -92,6 +93,7 @@ def test_three_policies_are_unbiased_where_both_ratios_are_products():
     check_unbiased(loss_fn, old=True)
 
 
+@pytest.mark.slow
 def test_what_is_biased_is_found_to_be():
     for correction in (uncorrected(), token_is(), sequence_tis(1.1), sequence_mis(high=1.1)):
         loss_fn = PolicyLoss(correction=correction, aggregation="seq-mean-token-sum")

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from batches import make_batch
-from test_layout import OBJECTIVES, loss_and_gradient, pack
+from components import OBJECTIVES
+from test_layout import loss_and_gradient, pack
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -50,21 +51,26 @@ def test_a_loss_runs_on_fake_tensors_so_nothing_reads_a_value(name, objective, p
         assert log_probs.grad.shape == log_probs.shape
 
 
+COMPILED = [
+    ("sequence-mis", "dual-ppo-clip", True),
+    ("icepop", "gspo", True),
+    ("confidence-is", "cispo", False),
+    ("kpop", "prefix-ppo-clip", True),
+    ("dppo", "sequence-ppo-clip", False),
+    ("geometric-rs", "dual-ppo-clip", False),
+    ("trust-region-mask", "reinforce", True),
+    ("off-policy-negative", "dual-ppo-clip", False),
+    ("topr", "reinforce", False),
+    ("pareto-is", "reinforce", False),
+    ("mse", "dual-ppo-clip", False),
+]
+
+
 @pytest.mark.parametrize(
     ("name", "objective", "packed"),
     [
         ("token-tis", "reinforce", False),
-        ("sequence-mis", "ppo", True),
-        ("icepop", "gspo", True),
-        ("confidence-is", "cispo", False),
-        ("kpop", "prefix-ppo", True),
-        ("dppo", "sequence-ppo", False),
-        ("geometric-rs", "ppo", False),
-        ("trust-region-mask", "reinforce", True),
-        ("off-policy-negative", "ppo", False),
-        ("topr", "reinforce", False),
-        ("pareto-is", "reinforce", False),
-        ("mse", "ppo", False),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in COMPILED),
     ],
 )
 def test_one_graph_serves_two_batch_shapes(name, objective, packed):
@@ -97,6 +103,7 @@ def test_one_graph_serves_two_batch_shapes(name, objective, packed):
     assert first == second
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_default_compiler_agrees_with_eager(packed):
     loss_fn = PolicyLoss(correction=ic.token_tis(), objective=ic.PPOClip())

@@ -22,6 +22,7 @@ def estimators():
     return estimators
 
 
+@pytest.mark.slow
 def test_the_page_is_what_its_script_writes(estimators):
     page = estimators.PAGE.read_text(encoding="utf-8")
     again = estimators.render(page)
@@ -43,6 +44,7 @@ def test_every_preset_but_the_sampled_one_has_a_checked_estimand_and_bound(estim
     assert set(PRESETS) - set(estimators.BOUNDS) == {"pareto-is"}
 
 
+@pytest.mark.slow
 def test_the_code_of_the_page_runs(estimators, capsys):
     page = estimators.PAGE.read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)

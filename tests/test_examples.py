@@ -29,12 +29,14 @@ def train(ranks, *arguments):
     return [float(x) for x in re.findall(r" ([-+]?\d[\d.e+-]*)", done.stdout)]
 
 
+@pytest.mark.slow
 def test_the_distributed_trainer_prints_the_same_however_its_ranks_are_arranged():
     alone = train(1, "--steps", "2")
     assert len(alone) == 2 * len(["step", "loss", "reward", "KL", "ESS"])
     assert train(4, "--cp", "2", "--steps", "2") == pytest.approx(alone, rel=1e-2, abs=5e-6)
 
 
+@pytest.mark.slow
 def test_the_distributed_trainer_resumes_where_it_was(tmp_path):
     checkpoint = ["--checkpoint", str(tmp_path / "saved"), "--save-every", "2"]
     first = train(2, "--cp", "2", "--steps", "2", *checkpoint)

@@ -4,21 +4,12 @@ import numpy as np
 import pytest
 import torch
 from batches import Batch, batches, make_batch
+from components import AGGREGATIONS, OBJECTIVES
 from hypothesis import given, strategies as st
 
 import iscorrect as ic
 from iscorrect import PRESETS, Layout, PolicyLoss, pad_sequences, unpad
 from iscorrect.layout import masked
-
-OBJECTIVES = {
-    "reinforce": ic.Reinforce(),
-    "ppo": ic.PPOClip(dual=3.0),
-    "gspo": ic.PPOClip(low=1 - 3e-4, high=1 + 4e-4, level="geometric"),
-    "sequence-ppo": ic.PPOClip(level="sequence"),
-    "prefix-ppo": ic.PPOClip(level="prefix"),
-    "cispo": ic.CISPO(),
-}
-AGGREGATIONS = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "sum"]
 
 
 def pack(batch, per_row=2):
@@ -62,7 +53,8 @@ def assert_same(loss_fn, batch, layout, other, other_layout, rtol):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @given(
     batch=batches(), preset=st.sampled_from(sorted(PRESETS)),
-    aggregation=st.sampled_from(AGGREGATIONS), over=st.sampled_from(["mask", "kept"]),
+    aggregation=st.sampled_from(list(AGGREGATIONS.values())),
+    over=st.sampled_from(["mask", "kept"]),
 )
 def test_packed_and_flat_equal_padded_in_float64(objective, batch, preset, aggregation, over):
     loss_fn = PolicyLoss(

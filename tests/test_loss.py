@@ -8,14 +8,13 @@ import oracle
 import pytest
 import torch
 from batches import batches, make_batch
+from components import DIVIDED, OBJECTIVES
 from hypothesis import given, strategies as st
-from test_layout import OBJECTIVES, loss_and_gradient
+from test_layout import loss_and_gradient
 
 import iscorrect as ic
 from iscorrect import PRESETS, Layout, PolicyLoss, token_tis
 from iscorrect.loss import policy_loss
-
-MICRO_AGGREGATIONS = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
 
 
 def call(loss_fn, batch, **changes):
@@ -93,7 +92,7 @@ def test_named_losses_are_compositions(named, spec):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("aggregation", MICRO_AGGREGATIONS)
+@pytest.mark.parametrize("aggregation", DIVIDED)
 @given(
     batch=batches(), preset=st.sampled_from(sorted(set(PRESETS) - {"pareto-is"})),
     cut=st.integers(1, 3),
@@ -102,13 +101,16 @@ def test_micro_batches_with_a_normalizer_add_up_to_the_batch(
     objective, aggregation, batch, preset, cut
 ):
     loss_fn = PolicyLoss(
-        correction=PRESETS[preset](), objective=OBJECTIVES[objective], aggregation=aggregation
+        correction=PRESETS[preset](), objective=OBJECTIVES[objective],
+        aggregation=DIVIDED[aggregation],
     )
     whole, gradient, metrics = loss_and_gradient(
         PolicyLoss(**{**vars(loss_fn), "reference_kl": ic.ReferenceKL()}), batch, Layout(batch.mask)
     )
     loss_fn = PolicyLoss(**{**vars(loss_fn), "reference_kl": ic.ReferenceKL()})
-    normalizer = ic.global_normalizer(batch.mask, aggregation, group=None, gradients="summed")
+    normalizer = ic.global_normalizer(
+        batch.mask, DIVIDED[aggregation], group=None, gradients="summed"
+    )
     log_probs = batch.log_probs.clone().requires_grad_()
     total, merged = 0.0, None
     for start in range(0, len(batch.mask), cut):

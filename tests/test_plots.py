@@ -55,7 +55,7 @@ def test_a_figure_survives_extreme_dumps(name, change):
         dump = replace(dump, old_log_probs=zeros, rollout_log_probs=zeros)
     else:
         dump = replace(dump, old_log_probs=dump.old_log_probs - 500)
-    FIGURES[name][1](dump).figure.savefig(io.BytesIO(), format="svg")
+    FIGURES[name][1](dump).figure.savefig(io.BytesIO(), format="png", dpi=50)
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -97,14 +97,6 @@ def test_many_tokens_are_drawn_as_hexagons_and_tabulated_as_a_sample():
     tabulate, draw = FIGURES["probabilities"]
     assert any(type(c) is PolyCollection for c in draw(dump).collections)
     assert len(tabulate(dump)["rollout"]) <= 20_000
-
-
-def test_importing_the_plots_does_not_import_matplotlib():
-    import subprocess
-    import sys
-
-    code = "import sys, iscorrect.report.figures; assert 'matplotlib' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_without_matplotlib_the_message_names_the_extra(monkeypatch):

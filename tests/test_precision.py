@@ -648,6 +648,7 @@ def one_overflows(rank):
             assert torch.equal(p, old) if group else torch.equal(p.to_local(), old.to_local())
 
 
+@pytest.mark.slow
 def test_all_ranks_skip_the_step_that_one_must_skip(tmp_path):
     # A server's child ends without shutting its interpreter down, which FSDP2 on gloo can abort.
     mp.start_processes(

@@ -1,53 +1,18 @@
 """The package's shape: floors, public names, what importing it costs, the README's code."""
 
-import ast
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from rooms import ALLOWED, PACKAGE, arrows, files, floors, imports, room
 
 import iscorrect
 
-PACKAGE = Path(iscorrect.__file__).parent
 README = PACKAGE.parent / "README.md"
-SHARED = {"errors", "ranks", "gradients", "text", "layout"}
-ALLOWED = {
-    "errors": set(), "ranks": {"errors"}, "gradients": set(), "text": set(),
-    "layout": {"errors", "ranks"},
-    "loss": SHARED,
-    "head": SHARED | {"loss"},
-    "dumps": SHARED,
-    "fp16": SHARED,
-    "testing": SHARED | {"loss"},
-    "diagnose": SHARED | {"loss", "dumps"},
-    "report": SHARED | {"loss", "dumps", "diagnose", "testing"},
-    "adapters": SHARED | {"loss", "head", "dumps"},
-    "cli": SHARED | {"loss", "dumps", "fp16", "testing", "diagnose", "report"},
-    "__main__": {"cli"},
-}
-"""Which rooms may be imported from: shared ← loss ← head, and tools above."""
+FILES = files()
 PARTS = {"bounds", "rules", "objectives", "terms", "aggregate", "advantages", "metrics"}
 """What one step of a loss is made of; none imports another."""
-
-
-def room(path):
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-
-
-def imports(path):
-    """The modules of this package that a file imports, as tuples of names."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("iscorrect."):
-            yield tuple(node.module.split(".")[1:])
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                if alias.name.startswith("iscorrect."):
-                    yield tuple(alias.name.split(".")[1:])
-
-
-FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
@@ -65,6 +30,12 @@ def test_what_may_be_imported_lies_below():
     order = list(ALLOWED)
     for here, others in ALLOWED.items():
         assert all(order.index(other) < order.index(here) for other in others)
+
+
+def test_the_rooms_have_no_circle():
+    assert floors(arrows())["__main__"] == max(floors(arrows()).values())
+    with pytest.raises(ValueError, match="a circle among a, b"):
+        floors({"a": {"b"}, "b": {"a", "c"}, "c": set()})
 
 
 def test_of_the_head_only_the_fused_loss_knows_the_loss():
@@ -91,9 +62,10 @@ def test_public_functions_and_classes_are_documented():
         assert getattr(iscorrect, name).__doc__, name
 
 
-def test_importing_costs_torch_numpy_and_einops_only():
+def test_importing_costs_torch_numpy_and_einops_only_and_the_figures_no_matplotlib():
     code = "import sys, torch, einops, numpy; before = set(sys.modules); import iscorrect;" \
-        "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
+        "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before}));" \
+        "import iscorrect.report.figures; assert 'matplotlib' not in sys.modules"
     new = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()

@@ -7,34 +7,25 @@ import os
 import time
 from dataclasses import dataclass, replace
 
+import components
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from batches import Batch, make_batch
+from components import CORRECTIONS
 from hypothesis import given, seed, settings, strategies as st
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import iscorrect as ic
 import iscorrect.head.reader as reader_module
-from iscorrect import PRESETS, InputError, Layout, PolicyLoss, log_probs_from_logits
+from iscorrect import InputError, Layout, PolicyLoss, log_probs_from_logits
 from iscorrect.loss.aggregate import named_aggregation
 from iscorrect.loss.metrics import merge
 
-OBJECTIVES = [
-    ic.Reinforce(), ic.PPOClip(dual=3.0), ic.PPOClip(level="geometric"),
-    ic.PPOClip(level="sequence"), ic.PPOClip(level="prefix"), ic.CISPO(),
-]
-CORRECTIONS = {name: preset() for name, preset in PRESETS.items()} | {
-    "normalised": ic.Correction(level="sequence", normalize=True),
-    "ionides": ic.Correction(level="sequence", bound=ic.Truncate(ic.IonidesCap())),
-    "mse": ic.Correction(bound=ic.Truncate(ic.MSEOptimalCap())),
-    "ess": ic.Correction(level="sequence", bound=ic.Mask(high=ic.ESSCap(0.7))),
-    "prefix": ic.Correction(level="prefix", bound=ic.Truncate(1.5)),
-    "veto": ic.Correction(reject=(ic.Veto(low=0.9),)),
-}
-AGGREGATIONS = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
+OBJECTIVES = list(components.OBJECTIVES.values())
+AGGREGATIONS = list(components.DIVIDED.values())
 
 
 def count_of(layout, aggregation):
@@ -751,7 +742,13 @@ FACTS = {
 }
 
 
-@pytest.mark.parametrize(("dp", "cp", "tp"), FACTS)
+@pytest.mark.parametrize(
+    ("dp", "cp", "tp"),
+    [
+        pytest.param(*grid, marks=() if grid == (2, 1, 1) else pytest.mark.slow)
+        for grid in FACTS
+    ],
+)
 def test_a_batch_cut_over_ranks_gives_what_it_gives_whole(tmp_path, dp, cp, tp):
     spawn(tmp_path, FACTS[dp, cp, tp], dp, cp, tp)
 
@@ -763,6 +760,7 @@ FAILURES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fact", FAILURES)
 def test_a_rank_that_stops_stops_the_others(tmp_path, fact):
     with pytest.raises(mp.ProcessRaisedException, match=FAILURES[fact]):

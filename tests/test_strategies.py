@@ -1,5 +1,6 @@
 """What the strategies draw is what they promise, and every drawn loss keeps the library's rules."""
 
+import pytest
 import torch
 from hypothesis import find, given
 
@@ -80,6 +81,7 @@ def test_policies_are_distributions_and_cases_have_full_support(policy, case):
     assert ((case.reward >= 0) & (case.reward <= 1)).all()
 
 
+@pytest.mark.slow
 def test_examples_shrink_to_the_smallest():
     batch = find(padded_batches(), lambda batch: batch.layout.count() >= 2)
     assert batch.layout.mask.numel() == 2

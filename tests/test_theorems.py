@@ -266,6 +266,7 @@ def test_t25c_before_the_first_update_the_weight_rests_on_the_engine_alone(case,
         close(found, expected(case, token_tis(cap)))
 
 
+@pytest.mark.slow
 @given(cases(vocab=2, length=2))
 def test_t20_the_mean_of_a_group_as_baseline_scales_the_gradient_by_one_minus_one_over_its_size(
     case,
@@ -276,6 +277,7 @@ def test_t20_the_mean_of_a_group_as_baseline_scales_the_gradient_by_one_minus_on
         close(found, (1 - 1 / size) * gradient)
 
 
+@pytest.mark.slow
 @given(cases(vocab=2, length=2))
 def test_t20b_the_mean_of_the_others_as_baseline_is_exact(case):
     for size in (2, 3):
@@ -530,6 +532,7 @@ def widest(rollout, gradients):
     return torch.linalg.eigvalsh(second)[-1].clamp(min=0).sqrt()
 
 
+@pytest.mark.slow
 @given(cases(eos=0), CAPS)
 def test_t26_the_bias_is_at_most_the_error_of_the_weight_times_the_widest_spread(case, cap):
     f, _ = weighted_scores(case)
@@ -891,6 +894,7 @@ def test_limits_a_vanishing_cap_is_the_uncorrected_gradient_times_the_cap(case):
     close(expected(case, sequence_tis(1e-6)) / 1e-6, expected(case, uncorrected()))
 
 
+@pytest.mark.slow
 @given(cases(), st.sampled_from([Truncate(1.2), Mask(0.8, 1.2), Clip(0.8, 1.2)]))
 def test_limits_equal_policies_make_every_bound_exact(case, bound):
     same = case._replace(rollout_policy=case.policy)

@@ -224,7 +224,8 @@ def correction_metrics(
             "usable": _count(units),
             "kept_units": _count(unit_weights.bool()),
         }
-    sums |= counts | {
+    sums = {
+        **sums, **counts,
         "excess": _sum(unit_excess),
         "unit_chi2": _sum_of_squares(unit_excess),
         "weight": _sum(unit_weights),
@@ -316,11 +317,11 @@ def _widened(totals: Totals) -> dict[str, Tensor]:
 
 
 def _max(x: Tensor) -> Tensor:
-    return x.amax() if x.numel() else x.sum()
+    return x.amax() if x.numel() > 0 else x.sum()
 
 
 def _min(x: Tensor) -> Tensor:
-    return x.amin() if x.numel() else x.sum()
+    return x.amin() if x.numel() > 0 else x.sum()
 
 
 def _share(part: Tensor, whole: Tensor) -> Tensor:

@@ -20,8 +20,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from iscorrect.layout import Layout, pad_sequences
-from iscorrect.loss.aggregate import AGGREGATIONS
-from iscorrect.loss.bounds import Bound, Clip, ConfidenceCap, Ignore, Mask, ParetoSmooth, Truncate
+from iscorrect.loss.aggregate import AGGREGATIONS, Aggregation, SequenceMeanTokenSumNorm
+from iscorrect.loss.bounds import (
+    Bound,
+    Clip,
+    ConfidenceCap,
+    Ignore,
+    Mask,
+    ParetoSmooth,
+    SignedTruncate,
+    Truncate,
+)
+from iscorrect.loss.caps import ESSCap, IonidesCap, MSEOptimalCap
 from iscorrect.loss.correction import Correction
 from iscorrect.loss.objectives import CISPO, Objective, PPOClip, Reinforce
 from iscorrect.loss.policy_loss import PolicyLoss
@@ -30,6 +40,7 @@ from iscorrect.loss.ratios import Level
 from iscorrect.loss.rules import (
     BinaryKL,
     DivergenceAbove,
+    OffPolicyNegative,
     ProbabilityShift,
     RatioOutside,
     Rule,
@@ -182,14 +193,20 @@ def bounds() -> st.SearchStrategy[Bound | None]:
     """Every bound of the library, and none."""
     return st.one_of(
         st.none(), st.just(Ignore()), _caps.map(Truncate), st.builds(Mask, _lows, st.none()),
+        caps().map(Truncate), _caps.map(SignedTruncate),
         st.builds(lambda low, width: Mask(low, low + width), _lows, _caps),
         st.builds(lambda low, width: Clip(low, low + width), _lows, _caps),
         st.builds(ConfidenceCap), st.builds(ParetoSmooth),
     )
 
 
+def caps() -> st.SearchStrategy[IonidesCap | MSEOptimalCap | ESSCap]:
+    """Every cap that depends on the data."""
+    return st.sampled_from([IonidesCap(), MSEOptimalCap(), ESSCap()])
+
+
 def rules() -> st.SearchStrategy[Rule]:
-    """Every rejection rule that needs no advantages, and one that does."""
+    """Every rejection rule of the library."""
     limits = st.sampled_from([0.01, 0.1, 0.5])
     return st.one_of(
         st.builds(
@@ -204,6 +221,7 @@ def rules() -> st.SearchStrategy[Rule]:
         st.builds(lambda low: Veto(low=low), st.sampled_from([1e-4, 0.5])),
         limits.map(lambda limit: BinaryKL(limit=limit)),
         limits.map(lambda limit: ProbabilityShift(limit=limit)),
+        limits.map(lambda limit: OffPolicyNegative(limit=limit)),
     )
 
 
@@ -231,12 +249,18 @@ def objectives() -> st.SearchStrategy[Objective]:
     )
 
 
+def aggregations() -> st.SearchStrategy[Aggregation]:
+    """Every aggregation of the library."""
+    return st.sampled_from(list(AGGREGATIONS.values())).map(
+        lambda make: make(horizon=8) if make is SequenceMeanTokenSumNorm else make()
+    )
+
+
 @st.composite
 def losses(draw: st.DrawFn) -> PolicyLoss:
     """Corrections with objectives, aggregations and either denominator."""
-    name = draw(st.sampled_from(sorted(AGGREGATIONS)))
     return PolicyLoss(
         correction=draw(corrections()), objective=draw(objectives()),
-        aggregation=AGGREGATIONS[name](**({"horizon": 8} if name.endswith("norm") else {})),
+        aggregation=draw(aggregations()),
         over=draw(st.sampled_from(["mask", "kept"])),
     )
