@@ -249,7 +249,8 @@ def test_t25b_a_ppo_ratio_on_the_rollout_policy_counts_the_mismatch_twice(exampl
     def loss_fn(log_probs, *, rollout_log_probs, old_log_probs, advantages, mask):
         layout = Layout(mask)
         weight = ratio(at_level(old_log_probs - rollout_log_probs, layout, "sequence"))
-        return (weight * objective(log_probs, rollout_log_probs, advantages, layout).loss)[:, 0].mean()
+        terms = objective(log_probs, rollout_log_probs, advantages, layout)
+        return (weight * terms.loss)[:, 0].mean()
 
     found = audit(loss_fn, *example, old_policy=old)
     f, _ = weighted_scores(example)
