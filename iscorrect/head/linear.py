@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
+from iscorrect.gradients import differentiates_once
 from iscorrect.head.inputs import Head, Tokens, prepare
 from iscorrect.head.reader import Gradients, Reader, default_step
 from iscorrect.head.support import Support
@@ -111,7 +112,8 @@ def linear_log_probs(
         "linear_log_probs", hidden=hidden, weight=weight, target=target, bias=bias,
         temperature=temperature, softcap=softcap, chunk_size=chunk_size, head_dtype=head_dtype,
         support=support, layout=layout, vocabulary_group=vocabulary_group,
-        vocabulary_size=vocabulary_size, sequence_parallel=sequence_parallel, entropy=entropy,
+        vocabulary_size=vocabulary_size, sequence_parallel=sequence_parallel,
+        facts={"entropy": entropy},
     )
     log_probs, *moments = log_probs_of(
         head, tokens, chunk_size or default_step(head), spread=entropy
@@ -152,7 +154,7 @@ class _LinearLogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        check_first_order("linear_log_probs")
+        differentiates_once("linear_log_probs")
         hidden, weight, bias = ctx.saved_tensors
         head, tokens, wanted = ctx.head, ctx.tokens, ctx.needs_input_grad
         with torch.autocast(hidden.device.type, enabled=False):
@@ -164,9 +166,3 @@ class _LinearLogProbs(torch.autograd.Function):
             for made, like in zip(into.total(), (hidden, weight, bias), strict=True)
         ]
         return (*ready, None, None, None, None)
-
-
-def check_first_order(caller: str) -> None:
-    """Raise inside a backward that is to be differentiated itself."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(f"{caller}: differentiating twice (create_graph=True) is not supported")

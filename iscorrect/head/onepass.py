@@ -163,9 +163,8 @@ class _Room:
         if gradient is not None and self.into.fresh and n <= gradient.shape[1]:
             return gradient[:, :n]
         if self._buffer is None:
-            weight = self.reader.head.weight
-            self._buffer = weight.new_empty(len(weight), self.size, dtype=self.reader.dtype)
-        return self._buffer[:, :n]
+            self._buffer = self.reader.room(self.size)
+        return self.reader.part(self._buffer, n)
 
 
 def _whole_sequences(layout: Layout, tokens: Tokens, room: _Room) -> list[slice]:

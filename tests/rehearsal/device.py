@@ -1,6 +1,6 @@
 """A GPU that computes on the CPU.
 
-Every tensor says that it is on ``cuda:0``, unless it was made without a device: that one is on the
+Every tensor says that it is on ``cuda:0``, or another device, unless it was made without a device: that one is on the
 host, and meeting a tensor of the device is the error that it is on a GPU. So a program takes the
 way that it takes on a GPU, with true numbers. cuBLAS' rules for the dtypes of products hold, and
 collectives serve the device alone, as NCCL does.
@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from rehearsal.ledger import Ledger
 
-DEVICE, HOST = torch.device("cuda:0"), torch.device("cpu")
+HOST = torch.device("cpu")
 NARROW = (torch.bfloat16, torch.float16)
 FACTORIES = {
     torch: ["arange", "as_tensor", "empty", "eye", "full", "linspace", "ones", "rand", "randint",
@@ -35,22 +35,23 @@ class Rehearsal(TorchDispatchMode):
 
     Attributes:
         ledger: what was asked of it.
+        device: its name.
         float64: whether it has any.
         capability: as CUDA counts them; (9, 0) is an H100.
         wide_output: whether products of 16-bit matrices may leave float32 (torch 2.8).
     """
 
-    def __init__(self, *, float64=True, capability=(9, 0), wide_output=True):
+    def __init__(self, device="cuda:0", *, float64=True, capability=(9, 0), wide_output=True):
         super().__init__()
-        self.ledger = Ledger()
+        self.ledger, self.device = Ledger(), torch.device(device)
         self.float64, self.capability, self.wide_output = float64, capability, wide_output
         self._on_host = {}
         self._asked = None
         self._patches = ExitStack()
 
     def __enter__(self):
-        device = property(lambda x: HOST if self._is_on_host(x) else DEVICE)
-        is_cuda = property(lambda x: not self._is_on_host(x))
+        device = property(lambda x: HOST if self._is_on_host(x) else self.device)
+        is_cuda = property(lambda x: x.device.type == "cuda")
         enter = self._patches.enter_context
         for name, value in {"device": device, "is_cuda": is_cuda}.items():
             setattr(torch.Tensor, name, value)
@@ -60,7 +61,7 @@ class Rehearsal(TorchDispatchMode):
         enter(patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False))
         for name in ("_get_object_coll_device", "_get_pg_default_device"):
             if hasattr(c10d, name):
-                enter(patch.object(c10d, name, lambda *_: "cuda"))
+                enter(patch.object(c10d, name, lambda *_: self.device.type))
         for name in ("tolist", "cpu", "numpy"):
             enter(patch.object(torch.Tensor, name, self._copies_to_host(name)))
         for home, names in FACTORIES.items():
@@ -112,7 +113,7 @@ class Rehearsal(TorchDispatchMode):
             return False
         if any(x.ndim for x in here):
             raise RuntimeError(
-                f"{name}: expected all tensors to be on the same device, found cuda:0 and cpu"
+                f"{name}: expected all tensors to be on the same device, found {self.device}, cpu"
             )
         return False
 
