@@ -49,6 +49,7 @@ def fused_policy_loss(
     vocabulary_group: Group = None,
     vocabulary_size: int | None = None,
     sequence_parallel: bool = False,
+    compile_kernels: bool = False,
 ) -> LossOutput:
     """A policy loss of a linear head's log-probs, its gradients made in the forward pass.
 
@@ -86,6 +87,7 @@ def fused_policy_loss(
             :func:`linear_log_probs`; groups of ``mask`` leave them out. All get the same loss.
         vocabulary_size: v, where the rows of the head are padded to more.
         sequence_parallel: ``hidden`` is "b t/R d", this rank's part of the tokens.
+        compile_kernels: as in :func:`linear_log_probs`.
 
     Returns:
         loss "" and metrics. The gradients are kept once: backward runs once.
@@ -127,7 +129,7 @@ def fused_policy_loss(
         temperature=temperature, softcap=softcap, chunk_size=chunk_size, head_dtype=head_dtype,
         support=support, layout=layout, vocabulary_group=vocabulary_group,
         vocabulary_size=vocabulary_size, sequence_parallel=sequence_parallel,
-        facts=facts,
+        compile_kernels=compile_kernels, facts=facts,
     )
     inputs = (hidden, head.weight, head.bias, extra)
     wanted = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in inputs]

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from iscorrect.errors import InputError, describe, input_error
-from iscorrect.head.support import Support, as_rows, select
+from iscorrect.head.support import Support, as_rows, check_target, select
 from iscorrect.layout import Layout, as_layout
 from iscorrect.ranks import Group, agree, sum_over
 
@@ -27,6 +27,7 @@ class Head:
         start: which row of the whole head is the first one here.
         vocabulary: how many rows the whole head has, padding left out.
         rounded_to: what products take the weight in; None: as it is.
+        compile_kernels: whether torch.compile fuses what happens to the logits, on a GPU.
     """
 
     weight: Tensor
@@ -38,6 +39,7 @@ class Head:
     start: int = 0
     vocabulary: int = 0
     rounded_to: torch.dtype | None = None
+    compile_kernels: bool = False
 
     def wide(self, hidden: Tensor) -> torch.dtype:
         """What logits, sums and gradients are held in: float32 or wider."""
@@ -207,7 +209,7 @@ def prepare(
     caller: str, *, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None,
     temperature: float, softcap: float | None, chunk_size: int | None, head_dtype: torch.dtype,
     support: Tensor | Support | None, layout: Tensor | Layout | None, vocabulary_group: Group,
-    vocabulary_size: int | None, sequence_parallel: bool,
+    vocabulary_size: int | None, sequence_parallel: bool, compile_kernels: bool,
     facts: Mapping[str, object] | InputError,
 ) -> tuple[Head, Tokens]:
     """The head and the tokens that count, once all inputs are checked.
@@ -218,7 +220,7 @@ def prepare(
     weight, bias, group = _as_shard(caller, weight, bias, vocabulary_group)
     head = Head(
         weight, bias, temperature, softcap, head_dtype, group,
-        rounded_to=_autocast_to(hidden, weight),
+        rounded_to=_autocast_to(hidden, weight), compile_kernels=compile_kernels,
     )
     rank, ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     tokens, checksum = None, torch.zeros((), dtype=torch.int64, device=hidden.device)
@@ -298,24 +300,13 @@ def _check_tokens(
             caller, "hidden", expected=f"a floating-point tensor `... {width}`, wide as `weight`",
             got=describe(hidden), fix="pass the last hidden states, after the final norm",
         )
-    if target.is_floating_point() or target.dtype == torch.bool:
-        raise input_error(
-            caller, "target", expected="an integer tensor `...`", got=describe(target),
-            fix="pass token ids",
-        )
     *rows, columns = hidden.shape[:-1]
-    shape = (*rows, cut * columns)
-    if target.shape != shape:
-        hint = "pass one token id per position of the hidden states"
-        if target.shape == (*rows, cut * columns + 1):
-            hint = "hidden states at t predict token t + 1: pass target[..., 1:]"
-        elif cut > 1:
-            hint = f"pass the targets of all {cut} ranks, padded so that each holds as many"
-        elif target.shape[:-1] == hidden.shape[:-2] and head.group is not None:
-            hint = "pass sequence_parallel=True where ranks hold the hidden states of some tokens"
-        raise input_error(
-            caller, "target", expected=f"of shape {shape}", got=describe(target), fix=hint,
-        )
+    hint = None
+    if cut > 1:
+        hint = f"pass the targets of all {cut} ranks, padded so that each holds as many"
+    elif target.shape[:-1] == hidden.shape[:-2] and head.group is not None:
+        hint = "pass sequence_parallel=True where ranks hold the hidden states of some tokens"
+    check_target(caller, target, (*rows, cut * columns), of="hidden states", hint=hint)
     if mask is not None and mask.shape != target.shape:
         raise input_error(
             caller, "layout", expected=f"of shape {tuple(target.shape)} like `target`",

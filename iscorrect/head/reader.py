@@ -9,7 +9,7 @@ them; probabilities, from logits that were kept or are computed again, make grad
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -168,7 +168,7 @@ class Reader:
     the host wait for their number.
     """
 
-    def __init__(self, head: Head, tokens: Tokens, *, compile_kernels: bool = False):
+    def __init__(self, head: Head, tokens: Tokens):
         self.head = head
         self.dtype = head.wide(tokens.hidden)
         device, self._weights = head.weight.device, head.weight.detach()
@@ -184,7 +184,7 @@ class Reader:
         self._axis = 0 if self.on_cpu else 1
         self._rows = max(1, min(CPU_ROWS if self.on_cpu else GPU_ROWS, len(head.weight)))
         self._upcast: Tensor | None = None
-        eager = not compile_kernels or head.softcap is not None or self.dtype != torch.float32
+        eager = not head.compile_kernels or head.softcap is not None or self.dtype != torch.float32
         self._kernels = EAGER if eager else compiled(device)
 
     def room(self, n: int) -> Tensor:
@@ -198,13 +198,17 @@ class Reader:
         """The part of it that n tokens take."""
         return room.narrow(1 - self._axis, 0, n)
 
-    def read(self, chunk: Tokens, *, keep: Tensor | None = None, spread: bool = False) -> Reading:
+    def read(
+        self, chunk: Tokens, *, keep: Tensor | None = None, spread: bool = False,
+        mean: Tensor | None = None,
+    ) -> Reading:
         """Log-probs of the targets, from a running maximum and sum over the blocks.
 
         Args:
             chunk: the tokens.
             keep: memory where logits or exponentials stay.
             spread: ask for the moments.
+            mean: zeros "c d", where Σ p_j ∂z_j/∂h comes, over this rank's rows but the target's.
         """
         head, hidden = self.head, self._operands(chunk)
         lowest = torch.finfo(self.dtype).min
@@ -220,10 +224,15 @@ class Reader:
                 moments.add(z)
             # The sum over the others has digits left where p of the target is all but 1.
             own = Entry.of(chunk.target, rows, head, self._axis).replace(z, -torch.inf, own)
+            slope = None if mean is None or head.softcap is None else head.slope(z)
             before = largest
             largest, total = self._kernels.total(z, largest, self._axis)
-            others = others * (before - largest).exp() + total
+            fade = (before - largest).exp()
+            others = others * fade + total
             references.append(largest)
+            if mean is not None:
+                mean.mul_(rearrange(fade, "c -> c 1"))
+                self._add_rows(z, largest, slope, rows, mean)
         top = max_over(largest, head.group)
         others = others * (largest - top).exp()
         if head.group is not None:
@@ -236,6 +245,8 @@ class Reader:
         if allowed is not None:
             own = own.masked_fill(allowed.nothing, -torch.inf)
         log_total = torch.log1p(others + torch.expm1(own))
+        if mean is not None:
+            mean.mul_(rearrange((references[-1] - largest - log_total).exp(), "c -> c 1"))
         kept = None
         if keep is not None:
             kept = Kept(keep, references if self._kernels.exponentials else None, hidden)
@@ -369,21 +380,51 @@ class Reader:
         for part in chunks(len(tokens), step):
             self.differentiate(tokens[part], reading[part], coefficient[part], into)
 
-    def with_unit_gradient(self, tokens: Tokens, size: int) -> tuple[Reading, Tensor]:
-        """Read tokens, and ∂ log p / ∂ hidden "m d" of each, whatever a loss makes of log p.
+    def with_gradients(
+        self, tokens: Tokens, step: int, *, spread: bool = False
+    ) -> tuple[Reading, Tensor]:
+        """Read tokens, and ∂ log p / ∂ h "m d" of each, whatever a loss makes of log p.
 
-        With a frozen head this is all that a gradient takes: each logit is computed once.
+            ∂ log p_y / ∂ h = (1 − p_y) W_y − Σ_{j ≠ y} p_j W_j
+
+        With a frozen head this is all that a gradient takes. The mean of the rows is summed beside
+        the running sum and fades with it, so each logit is computed once and none is kept.
         """
-        into = Gradients.of(self.head, tokens, hidden=True, weight=False, bias=False)
-        room, readings = self.room(min(size, len(tokens))), []
-        for rows in chunks(len(tokens), size):
-            chunk = tokens[rows]
-            reading = self.read(chunk, keep=self.part(room, len(chunk)))
-            self.differentiate(chunk, reading, torch.ones_like(reading.log_probs), into)
-            readings.append(replace(reading, kept=None))
-        hidden, _, _ = into.total()
-        assert hidden is not None
-        return Reading.joined(readings) if readings else self.score(tokens, size), hidden
+        head, readings = self.head, []
+        into = Gradients.of(head, tokens, hidden=True, weight=False, bias=False)
+        for part in chunks(len(tokens), step):
+            chunk = tokens[part]
+            here, places = chunk.here()
+            mean = self._weights.new_zeros(len(chunk), self._weights.shape[1], dtype=self.dtype)
+            reading = self.read(chunk, spread=spread, mean=mean)
+            row = chunk.target - head.start
+            held = (row >= 0) & (row < len(self._weights))
+            own = -torch.expm1(reading.log_probs)
+            if head.softcap is not None:
+                own *= head.slope(reading.log_probs + reading.log_total + reading.largest)
+            rows = self._weights[torch.where(held, row, 0)].to(self.dtype)
+            own = rearrange(torch.where(held, own, 0), "c -> c 1")
+            sums = rows.mul_(own).sub_(mean).div_(head.temperature)
+            # what the support excludes has no gradient
+            nothing = rearrange(reading.log_probs == -torch.inf, "c -> c 1")
+            self._place(sums.masked_fill_(nothing, 0), into, here, places)
+            readings.append(reading)
+        gradients, _, _ = into.total()
+        assert gradients is not None
+        reading = Reading.joined(readings) if readings else self.score(tokens, step, spread=spread)
+        return reading, gradients
+
+    def _add_rows(
+        self, z: Tensor, largest: Tensor, slope: Tensor | None, rows: slice, mean: Tensor
+    ) -> None:
+        """Add Σ exp(z − largest) ∂z/∂h of a block, from what its total left of it."""
+        if slope is not None:
+            z.mul_(slope)
+        if z.dtype != self._operand:
+            reference = None if self._kernels.exponentials else largest
+            out = self._of(self._scratch(len(mean), self._operand), slice(0, z.shape[self._axis]))
+            z = self._kernels.derivative(z, reference, torch.ones_like(largest), self._axis, out)
+        add_product(z.T if self._axis == 0 else z, self._weight(rows), mean)
 
     def _busy(self, coefficient: Tensor) -> Tensor | None:
         """The tokens that are worked on; None: all."""
@@ -458,10 +499,10 @@ class Reader:
         def put() -> None:
             hidden[places] = sums[here]
 
-        if group is not None:
-            into.reduce(sums, group, put)
-        elif not isinstance(places, slice):
+        if group is None:
             put()
+        else:
+            into.reduce(sums, group, put)
 
 
 def _power(exponent: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """A GPU that computes on the CPU.
 
-Every tensor says that it is on ``cuda:0``, or another device, unless it was made without a device: that one is on the
-host, and meeting a tensor of the device is the error that it is on a GPU. So a program takes the
-way that it takes on a GPU, with true numbers. cuBLAS' rules for the dtypes of products hold, and
-collectives serve the device alone, as NCCL does.
+Every tensor says that it is on ``cuda:0``, or another device, unless it was made without a device:
+that one is on the host, and meeting a tensor of the device is the error that it is on a GPU. So a
+program takes the way that it takes on a GPU, with true numbers. cuBLAS' rules for the dtypes of
+products hold, and collectives serve the device alone, as NCCL does.
 
 What it cannot show: times, the choice of cuBLAS' kernels, what the allocator holds, streams, graph
 capture, and NCCL itself.

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from rehearsal import Rehearsal
 
 from iscorrect import PolicyLoss, Support, fused_policy_loss, linear_log_probs, token_tis
 from iscorrect.head import reader as reader_module
+from rehearsal import Rehearsal
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 N, V, D = 48, 320, 16
