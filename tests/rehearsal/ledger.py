@@ -23,6 +23,10 @@ SCATTERS = {
     "scatter", "scatter_", "scatter_add", "scatter_add_", "scatter_reduce", "scatter_reduce_",
     "index_add_", "index_copy_", "index_put", "index_put_", "_index_put_impl_", "index_fill_",
 }
+# A row of logits is longer than a block's shared memory, and read for its largest, for the sum
+# and for the result (cunn_SoftMaxForward; the backward reads the incoming gradient twice).
+PASSES = {"_softmax": 3, "_log_softmax": 3, "_softmax_backward_data": 2,
+          "_log_softmax_backward_data": 2}
 # their results have as many entries as their values say, so the host has to know these
 WAITS = {
     "_local_scalar_dense", "is_nonzero", "item", "nonzero", "masked_select", "equal", "_unique2",
@@ -34,7 +38,7 @@ class Kernel(NamedTuple):
     """One operation.
 
     Attributes:
-        bytes: read and written; an entry of an expanded tensor counts once.
+        bytes: read and written, in all passes over memory; an entry of an expanded tensor counts once.
         operands: dtypes of a product's factors, or nothing.
         multiplications: of a product.
     """
@@ -113,7 +117,8 @@ def moved(name, tensors, made, out):
     read = [x for x in tensors if x is not out]
     if name in ONLY_WRITES:
         read = tensors[1:]
-    return sum(map(size, read)) + sum(map(size, made))
+    again = (PASSES.get(name, 1) - 1) * size(tensors[0]) if tensors else 0
+    return sum(map(size, read)) + again + sum(map(size, made))
 
 
 def size(x):

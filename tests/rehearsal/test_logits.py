@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from rehearsal import Rehearsal
 
 from iscorrect import Support, log_probs_from_logits
+from rehearsal import Rehearsal
 
 N, V = 64, 1000
 
@@ -43,7 +43,7 @@ def test_bytes_per_logit(dtype, most):
 
 def test_no_more_bytes_than_the_naive_way():
     ours, plain = (cost(f, torch.bfloat16) for f in (log_probs_from_logits, naive))
-    assert ours.bytes_beside_products <= 1.05 * plain.bytes_beside_products
+    assert ours.bytes_beside_products <= plain.bytes_beside_products
 
 
 def test_an_id_that_counts_from_the_end_is_no_token():
