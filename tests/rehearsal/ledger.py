@@ -38,7 +38,7 @@ class Kernel(NamedTuple):
     """One operation.
 
     Attributes:
-        bytes: read and written, in all passes over memory; an entry of an expanded tensor counts once.
+        bytes: read and written in all passes; an entry of an expanded tensor counts once.
         operands: dtypes of a product's factors, or nothing.
         multiplications: of a product.
     """
