@@ -14,6 +14,7 @@ from iscorrect.errors import InputError, input_error
 from iscorrect.gradients import giving_gradients_away
 from iscorrect.head.inputs import prepare
 from iscorrect.head.linear import log_probs_of
+from iscorrect.head.node import Settings, log_probs_in_graph
 from iscorrect.head.onepass import in_one_pass
 from iscorrect.head.reader import default_step
 from iscorrect.head.support import Support
@@ -119,6 +120,15 @@ def fused_policy_loss(
         unknown, rollout_log_probs, per_token_advantages(advantages, layout), layout,
         old_log_probs, ref_log_probs, extra,
     )
+    if torch.compiler.is_compiling() and vocabulary_group is None:
+        loss_fn.check("fused_policy_loss", batch, normalizer, gradient=("extra",))
+        settings = Settings(
+            temperature, softcap, None, head_dtype, vocabulary_size, compile_kernels
+        )
+        (log_probs,) = log_probs_in_graph(
+            hidden, weight, bias, target, layout.mask, support, settings, spread=False
+        )
+        return loss_fn.evaluate(batch._replace(log_probs=log_probs), normalizer)
     facts: dict[str, object] | InputError = {"old_log_probs": old_log_probs is not None}
     try:
         loss_fn.check("fused_policy_loss", batch, normalizer, gradient=("extra",))

@@ -146,6 +146,12 @@ class Tokens:
                     fix="mask ignored positions, and give the head's full vocabulary",
                 )
 
+    def in_shape(self, values: Tensor) -> Tensor:
+        """Values "n" at the target's positions, and 0 where nothing counts."""
+        x = values.new_zeros(self.shape)
+        x.view(-1).index_copy_(0, self.index, values)
+        return x
+
     def outside(self, vocabulary: int) -> Tensor:
         """Bool "n", targets that the vocabulary does not have."""
         return (self.target < 0) | (self.target >= vocabulary)
@@ -220,7 +226,7 @@ def prepare(
     weight, bias, group = _as_shard(caller, weight, bias, vocabulary_group)
     head = Head(
         weight, bias, temperature, softcap, head_dtype, group,
-        rounded_to=_autocast_to(hidden, weight), compile_kernels=compile_kernels,
+        rounded_to=autocast_to(hidden, weight), compile_kernels=compile_kernels,
     )
     rank, ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     tokens, checksum = None, torch.zeros((), dtype=torch.int64, device=hidden.device)
@@ -266,7 +272,7 @@ def prepare(
     return head.placed(sum(rows[:rank]), vocabulary), tokens
 
 
-def _autocast_to(hidden: Tensor, weight: Tensor) -> torch.dtype | None:
+def autocast_to(hidden: Tensor, weight: Tensor) -> torch.dtype | None:
     """What autocast rounds a wider weight to, where hidden states come rounded to the same."""
     device = hidden.device.type
     if not torch.is_autocast_enabled(device):

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from iscorrect.gradients import differentiates_once
 from iscorrect.head.inputs import Head, Tokens, prepare
+from iscorrect.head.node import Settings, log_probs_in_graph
 from iscorrect.head.reader import Gradients, Reader, Reading, default_step
 from iscorrect.head.support import Support
-from iscorrect.layout import Layout
+from iscorrect.layout import Layout, as_layout
 from iscorrect.ranks import Group, first_over
 
 
@@ -124,6 +125,15 @@ def linear_log_probs(
     >>> linear_log_probs(hidden, weight, torch.zeros(2, 3, dtype=torch.int64))[0]
     tensor([-1.3863, -1.3863, -1.3863])
     """
+    if torch.compiler.is_compiling() and vocabulary_group is None:
+        mask = None if layout is None else as_layout("linear_log_probs", layout).mask
+        settings = Settings(
+            temperature, softcap, chunk_size, head_dtype, vocabulary_size, compile_kernels
+        )
+        out = log_probs_in_graph(
+            hidden, weight, bias, target, mask, support, settings, spread=entropy
+        )
+        return HeadOutput(*out) if entropy else out[0]
     head, tokens = prepare(
         "linear_log_probs", hidden=hidden, weight=weight, target=target, bias=bias,
         temperature=temperature, softcap=softcap, chunk_size=chunk_size, head_dtype=head_dtype,
@@ -222,10 +232,6 @@ class _FrozenHead(torch.autograd.Function):
 
 def _in_shape(ctx: Any, tokens: Tokens, reading: Reading) -> tuple[Tensor, ...]:
     """Log-probs and moments in the shape of the target; the moments carry no gradient."""
-    out = []
-    for values in (reading.log_probs, *reading.moments):
-        x = values.new_zeros(tokens.shape)
-        x.view(-1).index_copy_(0, tokens.index, values)
-        out.append(x)
+    out = [tokens.in_shape(x) for x in (reading.log_probs, *reading.moments)]
     ctx.mark_non_differentiable(*out[1:])
     return tuple(out)
