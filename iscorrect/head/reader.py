@@ -41,17 +41,6 @@ def default_step(head: Head) -> int:
     return max(head.weight.shape[1], 1024) if head.weight.device.type == "cpu" else GPU_TOKENS
 
 
-def default_room(tokens: int, device: torch.device) -> int:
-    """Tokens whose logits are kept: one in 40 on a CPU, so that memory stays in the background.
-
-    At least 80 there and at most 4096, on a GPU always 4096.
-
-    >>> default_room(16384, torch.device("cpu"))
-    409
-    """
-    return min(max(tokens // 40, 80), 4096) if device.type == "cpu" else GPU_TOKENS
-
-
 def chunks(n: int, step: int) -> Iterator[slice]:
     """Of n tokens, at most so many at a time."""
     for start in range(0, n, step):
@@ -165,7 +154,8 @@ class Reader:
     On a CPU a block of logits is "v c" and small enough for the cache, and tokens whose coefficient
     is 0 are left out of the gradient. On a GPU it is "c v", so that a token's logits lie together
     for the kernel that sums them, and all tokens of a chunk take part: leaving some out would make
-    the host wait for their number.
+    the host wait for their number. So hidden states that are not finite are read as zeros there,
+    and their log-probs are NaN.
     """
 
     def __init__(self, head: Head, tokens: Tokens):
@@ -210,7 +200,8 @@ class Reader:
             spread: ask for the moments.
             mean: zeros "c d", where Σ p_j ∂z_j/∂h comes, over this rank's rows but the target's.
         """
-        head, hidden = self.head, self._operands(chunk)
+        head, states = self.head, chunk.states()
+        hidden, unknown = self._operands(states), self._unknown(states, chunk)
         lowest = torch.finfo(self.dtype).min
         largest = hidden.new_full((len(chunk),), lowest, dtype=self.dtype)
         others, own = torch.zeros_like(largest), torch.zeros_like(largest)
@@ -237,21 +228,21 @@ class Reader:
         others = others * (largest - top).exp()
         if head.group is not None:
             others, own = sum_over(torch.stack([others, own]), head.group)
-        own = own.masked_fill(chunk.outside(head.vocabulary), torch.nan)
-        if allowed is not None:
-            own = own.masked_fill(allowed.outside, torch.nan)
         largest = torch.maximum(top, own)
         others, own = others * (top - largest).exp(), own - largest
         if allowed is not None:
             own = own.masked_fill(allowed.nothing, -torch.inf)
         log_total = torch.log1p(others + torch.expm1(own))
+        if allowed is not None:
+            unknown = unknown | allowed.outside
+        log_probs = (own - log_total).masked_fill(unknown, torch.nan)
         if mean is not None:
             mean.mul_(rearrange((references[-1] - largest - log_total).exp(), "c -> c 1"))
         kept = None
         if keep is not None:
             kept = Kept(keep, references if self._kernels.exponentials else None, hidden)
         return Reading(
-            own - log_total, largest, log_total,
+            log_probs, largest, log_total,
             () if moments is None else moments.over(largest, log_total, head.group), kept,
         )
 
@@ -274,7 +265,7 @@ class Reader:
                 return
             chunk, reading, coefficient = chunk[busy], reading[busy], coefficient[busy]
         if kept is None:
-            hidden = self._operands(chunk)
+            hidden = self._operands(chunk.states())
         else:
             hidden = kept.hidden if busy is None else kept.hidden[busy]
         scale, power = coefficient / self.head.temperature, None
@@ -282,9 +273,8 @@ class Reader:
             scale, power = _normal(scale)
         idle = None
         if not self.on_cpu:
-            # 0 · NaN is no 0, and a coefficient of 0 may stand for what is not finite
+            # a coefficient of 0 may stand for a log-prob that is not finite, and 0 · NaN is no 0
             idle = coefficient == 0
-            hidden = hidden.masked_fill(rearrange(idle, "c -> c 1"), 0)
         states = hidden if into.weight is None or power is None else _in_unit(hidden, power, into)
         here, places = chunk.here()
         sums = None
@@ -340,8 +330,6 @@ class Reader:
             if idle is not None:
                 factor = factor.masked_fill(idle, 0)
             grad = self._kernels.derivative(z, subtract, factor, axis, grad)
-            if idle is not None:
-                grad.masked_fill_(idle.unsqueeze(axis), 0)
             Entry.of(chunk.target, block, head, axis).replace(grad, own, own)
             yield block, grad.T if axis == 0 else grad
 
@@ -379,6 +367,17 @@ class Reader:
             tokens, reading, coefficient = tokens[busy], reading[busy], coefficient[busy]
         for part in chunks(len(tokens), step):
             self.differentiate(tokens[part], reading[part], coefficient[part], into)
+
+    def busy(self, coefficient: Tensor) -> Tensor:
+        """Tokens whose coefficient is not 0, on a GPU as many as fill whole tiles.
+
+        The host waits for their number.
+        """
+        if self.on_cpu:
+            return coefficient.nonzero().squeeze(-1)
+        idle = coefficient == 0
+        count = len(idle) - int(torch.count_nonzero(idle))
+        return idle.int().argsort(stable=True)[: -(-count // TILE) * TILE]
 
     def with_gradients(
         self, tokens: Tokens, step: int, *, spread: bool = False
@@ -433,9 +432,17 @@ class Reader:
         busy = coefficient.nonzero().squeeze(-1)
         return None if len(busy) == len(coefficient) else busy
 
-    def _operands(self, chunk: Tokens) -> Tensor:
-        hidden = chunk.states()
-        return hidden if self._native else hidden.to(self.dtype)
+    def _unknown(self, states: Tensor, chunk: Tokens) -> Tensor:
+        """Tokens whose log-prob is NaN whatever their logits are."""
+        unknown = chunk.outside(self.head.vocabulary)
+        return unknown if self.on_cpu else unknown | ~states.isfinite().all(-1)
+
+    def _operands(self, states: Tensor) -> Tensor:
+        """Hidden states in the dtype of the products."""
+        if not self.on_cpu:
+            finite = rearrange(states.isfinite().all(-1), "c -> c 1")
+            states = torch.where(finite, states, 0)
+        return states if self._native else states.to(self.dtype)
 
     def _blocks(self) -> Iterator[slice]:
         every = len(self.head.weight)

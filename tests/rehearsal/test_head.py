@@ -5,8 +5,16 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from iscorrect import PolicyLoss, Support, fused_policy_loss, linear_log_probs, token_tis
-from iscorrect.head import reader as reader_module
+from iscorrect import (
+    PolicyLoss,
+    Support,
+    fused_policy_loss,
+    linear_log_probs,
+    sequence_tis,
+    token_tis,
+)
+from iscorrect.head import onepass as onepass_module, reader as reader_module
+from iscorrect.head.block import compiled
 from rehearsal import Rehearsal
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -18,6 +26,7 @@ def small_blocks(monkeypatch):
     """Five blocks of rows and three chunks of tokens, as 10 and 2 to 8 are in training."""
     monkeypatch.setattr(reader_module, "GPU_ROWS", 64)
     monkeypatch.setattr(reader_module, "GPU_TOKENS", 16)
+    monkeypatch.setattr(onepass_module, "GPU_TOKENS", 16)
 
 
 @dataclass
@@ -248,13 +257,108 @@ def test_the_head_makes_nobody_wait():
     assert sum(gpu.ledger.waits.values()) == 1
 
 
-def test_bytes_per_logit_beside_the_products_of_two_passes(monkeypatch):
-    # as wide as a model's, so that what is per token or per weight fades
-    problem = Problem.make(train=("hidden",))
-    monkeypatch.setattr(reader_module, "GPU_TOKENS", N)
-    with Rehearsal() as gpu:
-        value = linear_log_probs(problem.hidden, problem.weight.requires_grad_(), problem.target)
-        forward = gpu.ledger.bytes_beside_products / (N * V)
-        value.sum().backward()
-        whole = gpu.ledger.bytes_beside_products / (N * V)
-    assert (forward, whole - forward) == pytest.approx((24, 26), abs=8)
+def large(monkeypatch, dtype=BF16, train=("hidden", "weight")):
+    """Sizes in the proportions of training: d/v = 1/40, five blocks, chunks as long as d."""
+    monkeypatch.setattr(reader_module, "GPU_ROWS", 1024)
+    monkeypatch.setattr(reader_module, "GPU_TOKENS", 128)
+    monkeypatch.setattr(onepass_module, "GPU_TOKENS", 128)
+    generator = torch.Generator().manual_seed(0)
+    n, v, d = 256, 5120, 128
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+
+    problem = Problem(
+        normal(1, n, d).to(dtype), (normal(v, d) / 11).to(dtype), normal(v).to(dtype),
+        torch.randint(v, (1, n), generator=generator), -8.6 + 0.1 * normal(1, n), normal(1, n),
+        torch.ones(1, n, dtype=torch.bool),
+    )
+    for name in train:
+        getattr(problem, name).requires_grad_()
+    return problem, n * v
+
+
+FROZEN = ("hidden",)
+
+
+@pytest.mark.parametrize(
+    ("route", "dtype", "train", "most"),
+    [
+        ("one_pass", BF16, ("hidden", "weight"), 38), ("one_pass", F16, ("hidden", "weight"), 45),
+        ("one_pass", BF16, FROZEN, 35), ("two_passes", BF16, ("hidden", "weight"), 54),
+        ("two_passes", BF16, FROZEN, 38),
+    ],
+)
+def test_bytes_per_logit_beside_the_products(monkeypatch, route, dtype, train, most):
+    problem, logits = large(monkeypatch, dtype, train)
+    *_, ledger = run(problem, route)
+    assert most - 5 < ledger.bytes_beside_products / logits < most
+
+
+def test_waits_of_the_loss_of_hidden_states(monkeypatch):
+    def waits(loss_fn, **more):
+        problem, _ = large(monkeypatch)
+        *_, ledger = run(problem, "one_pass", loss_fn=loss_fn, **more)
+        return sum(ledger.waits.values())
+
+    idle = torch.randn(1, 256)
+    idle[0, ::3] = 0
+    tokens, sequences = PolicyLoss(correction=token_tis()), PolicyLoss(correction=sequence_tis())
+    old = torch.full((1, 256), -8.6)
+    assert waits(tokens) == 2
+    assert waits(tokens, advantages=idle) == 3
+    assert waits(sequences, old_log_probs=old) == 3
+    assert waits(sequences) == 4
+
+
+def test_kernels_of_a_chunk(monkeypatch):
+    def kernels(n):
+        problem, _ = large(monkeypatch)
+        for name in ("hidden", "target", "rollout", "advantages", "mask"):
+            setattr(problem, name, getattr(problem, name)[:, :n].detach())
+        problem.hidden.requires_grad_()
+        *_, ledger = run(problem, "one_pass")
+        return len(ledger.products), len(ledger.others)
+
+    (products, others), (more_products, more_others) = kernels(128), kernels(256)
+    assert more_products - products == 3 * 5
+    assert more_others - others < 50 * 5
+
+
+def test_idle_tokens_cost_no_gradient(monkeypatch):
+    problem, logits = large(monkeypatch)
+    with torch.no_grad():
+        problem.advantages[0, ::2] = 0
+    *_, ledger = run(problem, "one_pass")
+    assert ledger.multiplications(BF16) == 2 * logits * 128
+    _, exact = problem.exact(problem.tis)
+    assert error(problem.weight.grad, exact[1]) < 3e-3
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("train", [("hidden", "weight"), FROZEN])
+def test_compiled_kernels_give_the_same(dtype, train):
+    found = []
+    for compile_kernels in (False, True):
+        problem = Problem.make(dtype, train=train)
+        with torch.no_grad():
+            problem.hidden[0, 5] = torch.nan
+        value, grads, _ = run(problem, "one_pass", compile_kernels=compile_kernels)
+        found.append((value, grads))
+    torch.testing.assert_close(found[1], found[0], rtol=2e-2, atol=1e-4)
+
+
+def test_without_a_compiler_a_warning_says_that_kernels_stay_eager(monkeypatch):
+    def no_compiler(function):
+        def fail(*args):
+            raise RuntimeError("no compiler")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    compiled.cache_clear()
+    problem = Problem.make()
+    with pytest.warns(UserWarning, match="stay eager: no compiler"):
+        value, _, _ = run(problem, "one_pass", compile_kernels=True)
+    compiled.cache_clear()
+    torch.testing.assert_close(value, run(Problem.make(), "one_pass")[0])
