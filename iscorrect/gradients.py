@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def with_gradient(value: Tensor, *pairs: tuple[Tensor, Tensor]) -> Tensor:
@@ -33,6 +32,44 @@ def with_gradient(value: Tensor, *pairs: tuple[Tensor, Tensor]) -> Tensor:
     return result
 
 
+def giving_gradients_away(
+    caller: str, value: Tensor, *pairs: tuple[Tensor | None, Tensor | None]
+) -> Tensor:
+    """The same for a scalar and derivatives as large as the weights of a model.
+
+    The first backward hands the derivatives over and frees them, so that there is no second one.
+    They may be wider than their tensors, and are multiplied before they are rounded: a loss scale
+    then saves a float16 gradient from underflow.
+
+    Args:
+        caller: what the messages of errors begin with.
+        value: "".
+        pairs: a tensor and the derivative of ``value`` in it, of as many entries. A tensor that is
+            None, or that needs no gradient, comes with None.
+
+    Raises:
+        RuntimeError: in a second backward.
+
+    >>> x = torch.tensor([3.0], dtype=torch.float16, requires_grad=True)
+    >>> giving_gradients_away("square", torch.tensor(9.0), (x, torch.tensor([6.0]))).backward()
+    >>> x.grad
+    tensor([6.], dtype=torch.float16)
+    """
+    inputs, derivatives = [x for x, _ in pairs], [derivative for _, derivative in pairs]
+    result: Tensor = _GivingAway.apply(caller, value, derivatives, *inputs)  # type: ignore[no-untyped-call]
+    return result
+
+
+def differentiates_once(caller: str) -> None:
+    """Raise inside a backward that is to be differentiated itself.
+
+    >>> with torch.no_grad():
+    ...     differentiates_once("square")
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{caller}: differentiating twice (create_graph=True) is not supported")
+
+
 class _WithGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, n: int, *tensors: Tensor) -> Tensor:
@@ -40,7 +77,42 @@ class _WithGradient(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        differentiates_once("with_gradient")
         derivatives = [derivative * grad for derivative in ctx.saved_tensors]
         return (None, None, *derivatives, *([None] * len(derivatives)))
+
+
+class _GivingAway(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, caller: str, value: Tensor, derivatives: list[Tensor | None],
+        *inputs: Tensor | None,
+    ) -> Tensor:
+        ctx.caller, ctx.derivatives = caller, derivatives
+        ctx.like = [None if x is None else (x.shape, x.dtype) for x in inputs]
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        differentiates_once(ctx.caller)
+        if ctx.derivatives is None:
+            raise RuntimeError(
+                f"{ctx.caller}: its gradients were handed over by the first backward and are not"
+                " kept twice; compute the loss again for another backward"
+            )
+        derivatives, ctx.derivatives = ctx.derivatives, None
+        return (None, None, None, *map(_scaled, derivatives, [grad] * len(ctx.like), ctx.like))
+
+
+def _scaled(
+    derivative: Tensor | None, grad: Tensor, like: tuple[torch.Size, torch.dtype]
+) -> Tensor | None:
+    if derivative is None:
+        return None
+    shape, dtype = like
+    derivative = derivative.view(shape)
+    if derivative.dtype == dtype:
+        return derivative.mul_(grad)
+    # rounded by the kernel that multiplies
+    return torch.mul(derivative, grad, out=torch.empty_like(derivative, dtype=dtype))

@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor
 
 from iscorrect.errors import check_mask, describe, input_error
-from iscorrect.ranks import Group, check_member, max_over, sum_over
+from iscorrect.ranks import Group, accumulator, check_member, max_over, sum_over
 
 Reduction = Literal["sum", "amax"]
 
@@ -206,7 +206,7 @@ class Layout:
         if not self.zigzag:
             return torch.full_like(self.mask, rank, dtype=torch.long), ranks
         here = self._sequences._replace(ids=self._sequences.numbers(self.mask))
-        ones = torch.ones_like(self.mask, dtype=torch.float64)
+        ones = torch.ones_like(self.mask, dtype=accumulator(self.mask.device))
         second = 2 * _running(ones, _number_runs(here.ids)) > _reduce(ones, here, "sum", None)
         return torch.where(second, 2 * ranks - 1 - rank, rank), 2 * ranks
 
@@ -415,10 +415,11 @@ def _number_runs(*ids: Tensor | None) -> Tensor:
 
 def _running(x: Tensor, runs: Tensor) -> Tensor:
     """Running sums that begin anew with each run."""
-    # The running sum of a row holds every earlier run; float64 keeps the difference exact to the
-    # digits of the result.
-    running = x.double().cumsum(-1)
-    before = masked(running - x.double(), _run_starts(runs))
+    # The running sum of a row holds every earlier run; float64, where the device has it, keeps the
+    # difference exact to the digits of the result.
+    wide = x.to(accumulator(x.device))
+    running = wide.cumsum(-1)
+    before = masked(running - wide, _run_starts(runs))
     numbers = runs.flatten()
     offset = running.new_zeros(x.numel()).scatter_add(0, numbers, before.flatten())
     return (running - offset.gather(0, numbers).view(x.shape)).to(x.dtype)
@@ -437,7 +438,7 @@ def _reduce(x: Tensor, parts: _Parts, how: Reduction, group: Group) -> Tensor:
         return over(row, group).expand_as(x)
     # float64 sums: a scatter adds one token after another, and thousands of float32 roundings
     # would make a packed batch differ from the padded one.
-    wide = x.double() if x.is_floating_point() and how == "sum" else x
+    wide = x.to(accumulator(x.device)) if x.is_floating_point() and how == "sum" else x
     buckets = torch.full((parts.number,), lowest, dtype=wide.dtype, device=x.device)
     index = parts.ids.flatten()
     if how == "sum":

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from iscorrect.errors import input_error
+from iscorrect.errors import InputError, input_error
 
 Group = dist.ProcessGroup | None
 
@@ -90,6 +92,71 @@ def objects_over(x: T, group: Group) -> list[T]:
     return every
 
 
+def agree(
+    caller: str, group: Group, facts: Mapping[str, object] | InputError, *, argument: str,
+    each: int, checksums: Mapping[str, Tensor],
+) -> list[int]:
+    """Raise on every rank if one of them has an error or holds other facts than the first.
+
+    Ranks that go on with different shapes wait for each other forever, so this comes before
+    anything else is sent. It costs one gather of three integers and one synchronisation; what the
+    facts are is only sent where they differ.
+
+    Args:
+        caller: what the messages begin with.
+        group: the ranks; None: this one.
+        facts: what has to be the same, by the name of the argument; or what went wrong here.
+        argument: what the group is called.
+        each: a number that may differ.
+        checksums: int "", on the group's device, of the values of arguments that have to be the
+            same.
+
+    Returns:
+        ``each`` of all ranks.
+
+    Raises:
+        InputError: ``facts``, that of another rank, or one that names what differs.
+
+    >>> agree("f", None, {"size": 2}, argument="group", each=3, checksums={"x": torch.tensor(0)})
+    [3]
+    """
+    if group is None:
+        if isinstance(facts, InputError):
+            raise facts
+        return [each]
+    names, values = list(checksums), list(checksums.values())
+    text = -1 if isinstance(facts, InputError) else zlib.crc32(repr(facts).encode())
+    mine = torch.stack([*(torch.full_like(values[0], x) for x in (each, text)), *values])
+    gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, mine, group=group)
+    rows: list[list[int]] = torch.stack(gathered).tolist()
+    if text != -1 and all(row[1:] == rows[0][1:] for row in rows):
+        return [row[0] for row in rows]
+    mine_in_words: Any = str(facts) if isinstance(facts, InputError) else list(facts.items())
+    told = objects_over(mine_in_words, group)
+    if isinstance(facts, InputError):
+        raise facts
+    for rank, theirs in enumerate(told):
+        if isinstance(theirs, str):
+            raise input_error(
+                caller, argument, expected="ranks that all accept their own input",
+                got=f"from rank {rank} of the group: {theirs}", fix="see that rank",
+            )
+    held = [
+        [*theirs, *((name, f"checksum {x}") for name, x in zip(names, row[2:], strict=True))]
+        for theirs, row in zip(told, rows, strict=True)
+    ]
+    name, first, other, rank = next(
+        (name, mine, value, rank) for rank, theirs in enumerate(held)
+        for (name, mine), (_, value) in zip(held[0], theirs, strict=True) if mine != value
+    )
+    raise input_error(
+        caller, name, expected=f"the same on all ranks of {argument}",
+        got=f"{first} on the first and {other} on rank {rank}",
+        fix="give them the same tokens and settings; only what is sharded may differ",
+    )
+
+
 def gather_over(x: Tensor, group: Group) -> tuple[Tensor, int]:
     """Vectors of all ranks one after another, and where this rank's begins.
 
@@ -129,5 +196,26 @@ class _SumOver(torch.autograd.Function):
 
 
 def accumulator(device: torch.device) -> torch.dtype:
-    """The widest floating type of a device; counts to 2⁵³ are exact in float64."""
-    return torch.float32 if device.type == "mps" else torch.float64
+    """The widest floating type of a device; counts to 2⁵³ are exact in float64.
+
+    >>> accumulator(torch.device("cpu"))
+    torch.float64
+    """
+    known = device.type in ("cpu", "cuda", "meta") or _holds_float64(str(device))
+    return torch.float64 if known else torch.float32
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _holds_float64(device: str) -> bool:
+    """Whether a device does, by trying once."""
+    if device not in _TRIED:
+        try:
+            torch.ones((), dtype=torch.float64, device=device)
+        except (TypeError, RuntimeError):
+            _TRIED[device] = False
+        else:
+            _TRIED[device] = True
+    return _TRIED[device]
+
+
+_TRIED: dict[str, bool] = {}

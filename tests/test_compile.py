@@ -131,3 +131,67 @@ def test_the_default_compiler_agrees_with_eager(packed):
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(log_probs.grad, eager.grad)
     assert metrics.to_floats() == pytest.approx(expected_metrics.to_floats(), rel=1e-5, abs=1e-6)
+
+
+def head_problem(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(3)
+    batch = make_batch(3, rows=3, width=6)
+    hidden = torch.randn(*batch.mask.shape, 8, generator=generator, dtype=torch.float64).to(dtype)
+    weight = torch.randn(31, 8, generator=generator, dtype=torch.float64).to(dtype)
+    bias = torch.randn(31, generator=generator, dtype=torch.float64).to(dtype)
+    target = torch.randint(29, batch.mask.shape, generator=generator)
+    return batch, hidden, weight, bias, target
+
+
+HEADS = {
+    "plain": {},
+    "options": {"temperature": 0.7, "softcap": 3.0, "vocabulary_size": 30, "chunk_size": 4},
+}
+
+
+@pytest.mark.parametrize("options", HEADS)
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("support", [False, True])
+def test_the_head_is_one_node_of_a_graph(options, trained, support):
+    batch, hidden, weight, bias, target = head_problem()
+    more = dict(HEADS[options], layout=batch.mask, entropy=True)
+    if support:
+        more["support"] = torch.stack([target, (target + 1) % 29, -torch.ones_like(target)], -1)
+    found = []
+    torch._dynamo.reset()
+    for run in (
+        ic.linear_log_probs,
+        torch.compile(ic.linear_log_probs, fullgraph=True, backend="aot_eager"),
+    ):
+        leaves = [x.clone().requires_grad_(trained) for x in (hidden, weight, bias)]
+        leaves[0].requires_grad_()
+        out = run(leaves[0], leaves[1], target, bias=leaves[2], **more)
+        (out.log_probs * batch.advantages).sum().backward()
+        found.append((tuple(x.detach() for x in out), [x.grad for x in leaves]))
+    torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_loss_of_hidden_states_is_one_graph(trained, packed):
+    batch, hidden, weight, bias, target = head_problem()
+    loss_fn = PolicyLoss(correction=ic.sequence_tis(), objective=ic.PPOClip())
+    ids = torch.arange(6).expand(3, 6) // 3 if packed else None
+    found = []
+    torch._dynamo.reset()
+
+    def step(hidden, weight, bias):
+        rest = inputs(batch, ids)
+        rest.pop("ref_log_probs")
+        return ic.fused_policy_loss(
+            loss_fn, hidden=hidden, weight=weight, bias=bias, target=target, **rest
+        )
+
+    for run in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        leaves = [x.clone().requires_grad_(trained) for x in (hidden, weight, bias)]
+        leaves[0].requires_grad_()
+        loss, metrics = run(*leaves)
+        loss.backward()
+        found.append((loss.detach(), [x.grad for x in leaves], metrics.to_floats()))
+    torch.testing.assert_close(found[1][:2], found[0][:2])
+    assert found[1][2] == pytest.approx(found[0][2], rel=1e-9, abs=1e-12)

@@ -1,5 +1,8 @@
 """Log-probs from hidden states agree with the logits they never make."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, strategies as st
@@ -250,14 +253,81 @@ def test_autocast_does_not_narrow_the_head():
     torch.testing.assert_close(weight.grad, gradient, rtol=0, atol=0)
 
 
-def test_a_frozen_head_gets_no_gradient():
+def test_a_frozen_head_gets_no_gradient_and_computes_each_logit_once():
     hidden, weight, bias, target = make(torch.float32)
     hidden.requires_grad_()
     with Products() as products:
         linear_log_probs(hidden, weight, target, bias=bias).sum().backward()
     assert hidden.grad is not None
     assert weight.grad is None
-    assert products.tokens(weight) == 3 * B * T
+    assert products.tokens(weight) == 2 * B * T
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, None])
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.7}, {"softcap": 2.0, "temperature": 1.3}], ids=str
+)
+@pytest.mark.parametrize("support", [None, "padded", "rows"])
+def test_a_frozen_head_gives_hidden_states_the_gradient_of_a_trained_one(
+    chunk_size, options, support
+):
+    hidden, weight, bias, target = make()
+    kept = None if support is None else supports(target)[support]
+    of = torch.randn(B, T, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+    def run(weight):
+        h = hidden.clone().requires_grad_()
+        out = linear_log_probs(
+            h, weight, target, bias=bias, support=kept, chunk_size=chunk_size, entropy=True,
+            **options,
+        )
+        torch.where(out.log_probs.isfinite(), out.log_probs, 0).backward(of)
+        return *(x.detach() for x in out), h.grad
+
+    frozen, trained = run(weight), run(weight.clone().requires_grad_())
+    torch.testing.assert_close(frozen, trained, rtol=1e-11, atol=1e-12)
+
+
+def test_a_frozen_head_keeps_the_digits_of_an_all_but_certain_target():
+    hidden = torch.tensor([[1.0]], requires_grad=True)
+    linear_log_probs(hidden, torch.tensor([[18.0], [0.0]]), torch.tensor([0])).backward()
+    exact = 18 * torch.sigmoid(torch.tensor(-18.0, dtype=torch.float64))
+    torch.testing.assert_close(hidden.grad.double()[0, 0], exact, rtol=1e-6, atol=0)
+
+
+def test_what_is_not_finite_reaches_only_its_own_rows_of_a_frozen_head():
+    hidden, weight, bias, target = make(torch.float32)
+    hidden[1, 2, 0] = torch.nan
+    hidden.requires_grad_()
+    mask = torch.ones(B, T, dtype=torch.bool)
+    mask[0] = False
+    out = linear_log_probs(hidden, weight, target, bias=bias, layout=mask)
+    torch.where(out.isnan(), 0, out).sum().backward()
+    assert hidden.grad.isfinite().all()
+    assert (hidden.grad[0] == 0).all() and (hidden.grad[1, 2] == 0).all()
+
+
+def held(function):
+    """Whether hidden states stay in memory although hooks have taken all that is saved."""
+    base = torch.randn(1, 16, 8, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.detach().clone(), lambda x: x):
+        hidden = base * 1.0
+        alive = weakref.ref(hidden.untyped_storage())
+        out = function(hidden)
+    del hidden
+    gc.collect()
+    freed = alive() is None
+    out.sum().backward()
+    assert base.grad.abs().sum() > 0
+    return not freed
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_what_a_gradient_needs_can_be_moved_elsewhere(trained):
+    weight = torch.randn(32, 8, requires_grad=trained)
+    target = torch.randint(32, (1, 16))
+    assert not held(lambda hidden: hidden @ weight.T)
+    assert not held(lambda hidden: linear_log_probs(hidden, weight, target))
 
 
 def test_a_transposed_weight_gets_its_own_gradient():
@@ -418,6 +488,6 @@ def test_bad_input_names_the_argument(case):
 def test_float32_output_and_upcast_agree_on_a_gpu(dtype, monkeypatch):
     hidden, weight, bias, target = (x.cuda() for x in make(dtype))
     wide_output = linear_log_probs(hidden, weight, target, bias=bias)
-    monkeypatch.setattr(reader_module, "WIDE_OUTPUT", False)
+    monkeypatch.setattr(reader_module, "leaves_float32", lambda *_: False)
     upcast = linear_log_probs(hidden, weight, target, bias=bias)
     torch.testing.assert_close(wide_output, upcast, rtol=1e-5, atol=1e-5)

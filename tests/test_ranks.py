@@ -687,7 +687,7 @@ def logits_that_hang(*args, **kwargs):
 
 def a_head_with(product):
     if dist.get_rank() == 1:
-        reader_module._product = product
+        reader_module.product = product
     ic.linear_log_probs(
         torch.zeros(2, 3, 4), torch.zeros(3, 4), torch.zeros(2, 3, dtype=torch.long),
         vocabulary_group=dist.group.WORLD,

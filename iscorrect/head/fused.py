@@ -7,14 +7,14 @@ states and weights can be made while a chunk's exponentials are still there.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from iscorrect.errors import input_error
+from iscorrect.errors import InputError, input_error
+from iscorrect.gradients import giving_gradients_away
 from iscorrect.head.inputs import prepare
-from iscorrect.head.linear import check_first_order, log_probs_of
+from iscorrect.head.linear import log_probs_of
+from iscorrect.head.node import Settings, log_probs_in_graph
 from iscorrect.head.onepass import in_one_pass
 from iscorrect.head.reader import default_step
 from iscorrect.head.support import Support
@@ -50,6 +50,7 @@ def fused_policy_loss(
     vocabulary_group: Group = None,
     vocabulary_size: int | None = None,
     sequence_parallel: bool = False,
+    compile_kernels: bool = False,
 ) -> LossOutput:
     """A policy loss of a linear head's log-probs, its gradients made in the forward pass.
 
@@ -87,6 +88,7 @@ def fused_policy_loss(
             :func:`linear_log_probs`; groups of ``mask`` leave them out. All get the same loss.
         vocabulary_size: v, where the rows of the head are padded to more.
         sequence_parallel: ``hidden`` is "b t/R d", this rank's part of the tokens.
+        compile_kernels: as in :func:`linear_log_probs`.
 
     Returns:
         loss "" and metrics. The gradients are kept once: backward runs once.
@@ -118,13 +120,26 @@ def fused_policy_loss(
         unknown, rollout_log_probs, per_token_advantages(advantages, layout), layout,
         old_log_probs, ref_log_probs, extra,
     )
+    if torch.compiler.is_compiling() and vocabulary_group is None:
+        loss_fn.check("fused_policy_loss", batch, normalizer, gradient=("extra",))
+        settings = Settings(
+            temperature, softcap, None, head_dtype, vocabulary_size, compile_kernels
+        )
+        (log_probs,) = log_probs_in_graph(
+            hidden, weight, bias, target, layout.mask, support, settings, spread=False
+        )
+        return loss_fn.evaluate(batch._replace(log_probs=log_probs), normalizer)
+    facts: dict[str, object] | InputError = {"old_log_probs": old_log_probs is not None}
+    try:
+        loss_fn.check("fused_policy_loss", batch, normalizer, gradient=("extra",))
+    except InputError as error:
+        facts = error
     head, tokens = prepare(
         "fused_policy_loss", hidden=hidden, weight=weight, target=target, bias=bias,
         temperature=temperature, softcap=softcap, chunk_size=chunk_size, head_dtype=head_dtype,
         support=support, layout=layout, vocabulary_group=vocabulary_group,
         vocabulary_size=vocabulary_size, sequence_parallel=sequence_parallel,
-        also=lambda: loss_fn.check("fused_policy_loss", batch, normalizer, gradient=("extra",)),
-        old_log_probs=old_log_probs is not None,
+        compile_kernels=compile_kernels, facts=facts,
     )
     inputs = (hidden, head.weight, head.bias, extra)
     wanted = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in inputs]
@@ -139,7 +154,9 @@ def fused_policy_loss(
             loss, metrics = loss_fn.evaluate(
                 batch._replace(log_probs=log_probs, extra=constant), normalizer
             )
-            loss = _Ready.apply(loss, ready, *inputs)  # type: ignore[no-untyped-call]
+            loss = giving_gradients_away(
+                "fused_policy_loss", loss, *zip(inputs, ready, strict=True)
+            )
             return LossOutput(loss, metrics)
     (log_probs,) = log_probs_of(head, tokens, default_step(head))
     return loss_fn.evaluate(batch._replace(log_probs=log_probs), normalizer)
@@ -209,7 +226,7 @@ def fp32_head_loss(
     ...     mask=torch.tensor([[True, True]]),
     ... )
     >>> loss
-    tensor(1.3863, grad_fn=<_ReadyBackward>)
+    tensor(1.3863, grad_fn=<_GivingAwayBackward>)
     """
     loss_fn = PolicyLoss(correction=correction, objective=objective, aggregation=aggregation)
     return fused_policy_loss(
@@ -219,34 +236,3 @@ def fp32_head_loss(
         vocabulary_group=vocabulary_group, vocabulary_size=vocabulary_size,
         sequence_parallel=sequence_parallel,
     )
-
-
-class _Ready(torch.autograd.Function):
-    """A loss whose gradients have been made."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, loss: Tensor, gradients: list[Tensor | None], *inputs: Tensor | None
-    ) -> Tensor:
-        ctx.gradients = gradients
-        ctx.like = [None if x is None else (x.shape, x.dtype) for x in inputs]
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        check_first_order("fused_policy_loss")
-        if ctx.gradients is None:
-            raise RuntimeError(
-                "fused_policy_loss: its gradients were handed over by the first backward and are"
-                " not kept twice; compute the loss again for another backward"
-            )
-        gradients, ctx.gradients = ctx.gradients, None
-        ready: list[Tensor | None] = []
-        for made, like in zip(gradients, ctx.like, strict=True):
-            if made is None:
-                ready.append(None)
-                continue
-            shape, dtype = like
-            # The loss scale is multiplied in before a float16 gradient is rounded.
-            ready.append(made.mul_(grad).view(shape).to(dtype))
-        return (None, None, *ready)

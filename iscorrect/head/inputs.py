@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from iscorrect.errors import InputError, describe, input_error
-from iscorrect.head.support import Support, as_rows, select
+from iscorrect.head.support import Support, as_rows, check_target, select
 from iscorrect.layout import Layout, as_layout
-from iscorrect.ranks import Group, objects_over, sum_over
-
-T = TypeVar("T")
-
-_Facts = tuple[int, dict[str, object]]
+from iscorrect.ranks import Group, agree, sum_over
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +25,9 @@ class Head:
         bias: "v", or None.
         group: the ranks that hold the other rows; None: nobody does.
         start: which row of the whole head is the first one here.
+        vocabulary: how many rows the whole head has, padding left out.
+        rounded_to: what products take the weight in; None: as it is.
+        compile_kernels: whether torch.compile fuses what happens to the logits, on a GPU.
     """
 
     weight: Tensor
@@ -38,6 +37,9 @@ class Head:
     head_dtype: torch.dtype = torch.float32
     group: Group = None
     start: int = 0
+    vocabulary: int = 0
+    rounded_to: torch.dtype | None = None
+    compile_kernels: bool = False
 
     def wide(self, hidden: Tensor) -> torch.dtype:
         """What logits, sums and gradients are held in: float32 or wider."""
@@ -54,10 +56,11 @@ class Head:
     def placed(self, start: int, vocabulary: int) -> Head:
         """These rows as those of the whole head from ``start`` on, padding left out."""
         kept = max(0, min(len(self.weight), vocabulary - start))
+        head = replace(self, start=start, vocabulary=vocabulary)
         if kept == len(self.weight):
-            return replace(self, start=start)
+            return head
         bias = None if self.bias is None else self.bias[:kept]
-        return replace(self, weight=self.weight[:kept], bias=bias, start=start)
+        return replace(head, weight=self.weight[:kept], bias=bias)
 
     def check(self, caller: str) -> None:
         """Raise unless weights, bias and numbers can be used."""
@@ -125,8 +128,10 @@ class Tokens:
         return cls(states, target.shape, index, flat[index], support, part, start)
 
     def check(self, caller: str, vocabulary: int) -> None:
-        """Raise on a token id that the vocabulary does not have."""
-        # On a GPU an index out of range ends in a device assertion; on a CPU a look is free.
+        """Raise on a token id that the vocabulary does not have, where a look costs nothing.
+
+        On a GPU it would make the host wait; there such a token's log-prob is NaN.
+        """
         if self.target.device.type != "cpu":
             return
         kept = None if self.support is None else self.support.ids
@@ -140,6 +145,16 @@ class Tokens:
                     got=str(ids[outside][0].item()),
                     fix="mask ignored positions, and give the head's full vocabulary",
                 )
+
+    def in_shape(self, values: Tensor) -> Tensor:
+        """Values "n" at the target's positions, and 0 where nothing counts."""
+        x = values.new_zeros(self.shape)
+        x.view(-1).index_copy_(0, self.index, values)
+        return x
+
+    def outside(self, vocabulary: int) -> Tensor:
+        """Bool "n", targets that the vocabulary does not have."""
+        return (self.target < 0) | (self.target >= vocabulary)
 
     def here(self) -> tuple[slice | Tensor, slice | Tensor]:
         """The tokens whose hidden states are on this rank, and in which rows."""
@@ -200,59 +215,53 @@ def prepare(
     caller: str, *, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None,
     temperature: float, softcap: float | None, chunk_size: int | None, head_dtype: torch.dtype,
     support: Tensor | Support | None, layout: Tensor | Layout | None, vocabulary_group: Group,
-    vocabulary_size: int | None, sequence_parallel: bool, also: Callable[[], None] = lambda: None,
-    **alike: object,
+    vocabulary_size: int | None, sequence_parallel: bool, compile_kernels: bool,
+    facts: Mapping[str, object] | InputError,
 ) -> tuple[Head, Tokens]:
     """The head and the tokens that count, once all inputs are checked.
 
-    The arguments are those of the caller. Where ranks share the head, ``also`` is checked on each
-    before anything is sent, and ``alike`` has to be the same on all.
+    The arguments are those of the caller. Where ranks share the head, ``facts`` are what else has
+    to be the same on all, or what the caller's own checks found wrong on this one.
     """
     weight, bias, group = _as_shard(caller, weight, bias, vocabulary_group)
-    head = Head(weight, bias, temperature, softcap, head_dtype, group)
+    head = Head(
+        weight, bias, temperature, softcap, head_dtype, group,
+        rounded_to=autocast_to(hidden, weight), compile_kernels=compile_kernels,
+    )
     rank, ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-
-    def check() -> Tokens:
-        head.check(caller)
-        if chunk_size is not None and not _is_count(chunk_size):
-            raise input_error(
-                caller, "chunk_size", expected="an int > 0, or None", got=repr(chunk_size),
-                fix="leave it out, or pass chunk_size=256",
+    tokens, checksum = None, torch.zeros((), dtype=torch.int64, device=hidden.device)
+    if not isinstance(facts, InputError):
+        try:
+            head.check(caller)
+            _check_counts(caller, chunk_size=chunk_size, vocabulary_size=vocabulary_size)
+            mask = None if layout is None else as_layout(caller, layout).mask
+            cut = ranks if sequence_parallel else 1
+            _check_tokens(caller, head, hidden, target, mask, cut)
+            part = None
+            if cut > 1:
+                width = hidden.shape[-2]
+                part = Part(group, rank * width, width, ranks * width)
+            tokens = Tokens.of(
+                caller, hidden=hidden, target=target, mask=mask, support=support, part=part
             )
-        if vocabulary_size is not None and not _is_count(vocabulary_size):
-            raise input_error(
-                caller, "vocabulary_size", expected="an int > 0, or None",
-                got=repr(vocabulary_size), fix="pass the size of the tokenizer's vocabulary",
-            )
-        mask = None if layout is None else as_layout(caller, layout).mask
-        cut = ranks if sequence_parallel else 1
-        _check_tokens(caller, head, hidden, target, mask, cut)
-        part = None
-        if cut > 1:
-            width = hidden.shape[-2]
-            part = Part(group, rank * width, width, ranks * width)
-        tokens = Tokens.of(
-            caller, hidden=hidden, target=target, mask=mask, support=support, part=part
-        )
-        also()
-        return tokens
-
-    def facts(tokens: Tokens) -> _Facts:
-        wanted = [x is not None and x.requires_grad for x in (hidden, weight, bias)]
-        return len(weight), alike | {
-            "target": f"{tuple(target.shape)}, {_fingerprint(tokens)}",
-            "hidden": describe(hidden), "weight": f"{weight.dtype}, {weight.shape[1]} wide",
-            "bias": bias is not None, "requires_grad": torch.is_grad_enabled() and wanted,
-            "temperature": temperature, "softcap": softcap, "head_dtype": head_dtype,
-            "chunk_size": chunk_size,
-            "support": None if tokens.support is None else f"{len(tokens.support.ids)} ids",
-            "vocabulary_size": vocabulary_size, "sequence_parallel": sequence_parallel,
-        }
-
-    if group is None:
-        tokens, rows = check(), [len(weight)]
-    else:
-        tokens, rows = _unanimous(caller, group, check, facts)
+            checksum = ((tokens.target + 1) * (tokens.index + 1)).sum()
+            wanted = [x is not None and x.requires_grad for x in (hidden, weight, bias)]
+            facts = {
+                **facts, "target": f"{tuple(target.shape)}, {len(tokens)} of them counted",
+                "hidden": describe(hidden), "weight": f"{weight.dtype}, {weight.shape[1]} wide",
+                "bias": bias is not None, "requires_grad": torch.is_grad_enabled() and wanted,
+                "temperature": temperature, "softcap": softcap, "head_dtype": head_dtype,
+                "chunk_size": chunk_size,
+                "support": tokens.support and f"{len(tokens.support.ids)} ids",
+                "vocabulary_size": vocabulary_size, "sequence_parallel": sequence_parallel,
+            }
+        except InputError as error:
+            facts = error
+    rows = agree(
+        caller, group, facts, argument="vocabulary_group", each=len(weight),
+        checksums={"target": checksum},
+    )
+    assert tokens is not None
     vocabulary = sum(rows) if vocabulary_size is None else vocabulary_size
     if vocabulary > sum(rows):
         raise input_error(
@@ -260,12 +269,27 @@ def prepare(
             got=str(vocabulary), fix="pass the size of the tokenizer's vocabulary",
         )
     tokens.check(caller, vocabulary)
-    start = sum(rows[:rank])
-    return head.placed(start, vocabulary), tokens
+    return head.placed(sum(rows[:rank]), vocabulary), tokens
 
 
-def _is_count(x: object) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool) and x > 0
+def autocast_to(hidden: Tensor, weight: Tensor) -> torch.dtype | None:
+    """What autocast rounds a wider weight to, where hidden states come rounded to the same."""
+    device = hidden.device.type
+    if not torch.is_autocast_enabled(device):
+        return None
+    narrow = torch.get_autocast_dtype(device)
+    wider = weight.is_floating_point() and weight.dtype.itemsize > narrow.itemsize
+    return narrow if wider and hidden.dtype == narrow else None
+
+
+def _check_counts(caller: str, **counts: int | None) -> None:
+    for name, value in counts.items():
+        count = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        if value is not None and not count:
+            raise input_error(
+                caller, name, expected="an int > 0, or None", got=repr(value),
+                fix=f"leave {name} out, or pass {name}=4096",
+            )
 
 
 def _check_tokens(
@@ -282,24 +306,13 @@ def _check_tokens(
             caller, "hidden", expected=f"a floating-point tensor `... {width}`, wide as `weight`",
             got=describe(hidden), fix="pass the last hidden states, after the final norm",
         )
-    if target.is_floating_point() or target.dtype == torch.bool:
-        raise input_error(
-            caller, "target", expected="an integer tensor `...`", got=describe(target),
-            fix="pass token ids",
-        )
     *rows, columns = hidden.shape[:-1]
-    shape = (*rows, cut * columns)
-    if target.shape != shape:
-        hint = "pass one token id per position of the hidden states"
-        if target.shape == (*rows, cut * columns + 1):
-            hint = "hidden states at t predict token t + 1: pass target[..., 1:]"
-        elif cut > 1:
-            hint = f"pass the targets of all {cut} ranks, padded so that each holds as many"
-        elif target.shape[:-1] == hidden.shape[:-2] and head.group is not None:
-            hint = "pass sequence_parallel=True where ranks hold the hidden states of some tokens"
-        raise input_error(
-            caller, "target", expected=f"of shape {shape}", got=describe(target), fix=hint,
-        )
+    hint = None
+    if cut > 1:
+        hint = f"pass the targets of all {cut} ranks, padded so that each holds as many"
+    elif target.shape[:-1] == hidden.shape[:-2] and head.group is not None:
+        hint = "pass sequence_parallel=True where ranks hold the hidden states of some tokens"
+    check_target(caller, target, (*rows, cut * columns), of="hidden states", hint=hint)
     if mask is not None and mask.shape != target.shape:
         raise input_error(
             caller, "layout", expected=f"of shape {tuple(target.shape)} like `target`",
@@ -348,41 +361,3 @@ def _as_shard(
     if group is not None and dist.get_world_size(group) == 1:
         group = None
     return weight, bias, group
-
-
-def _unanimous(
-    caller: str, group: Group, check: Callable[[], T], facts: Callable[[T], _Facts]
-) -> tuple[T, list[int]]:
-    """What a check returns, and the rows on each rank, once all ranks have passed theirs.
-
-    All raise where one does or where other facts differ, before anything else is sent.
-    """
-    try:
-        checked = check()
-        mine = facts(checked)
-    except InputError as error:
-        objects_over((0, {"error": str(error)}), group)
-        raise
-    every = objects_over(mine, group)
-    for rank, (_, theirs) in enumerate(every):
-        if "error" in theirs:
-            raise input_error(
-                caller, "vocabulary_group", expected="ranks that all accept their own input",
-                got=f"from rank {rank} of the group: {theirs['error']}", fix="see that rank",
-            )
-    first = every[0][1]
-    for rank, (_, theirs) in enumerate(every):
-        for name, value in first.items():
-            if theirs[name] != value:
-                raise input_error(
-                    caller, name, expected="the same on all ranks of vocabulary_group",
-                    got=f"{value} on the first and {theirs[name]} on rank {rank}",
-                    fix="give them the same tokens and settings; only the rows of the head differ",
-                )
-    return checked, [rows for rows, _ in every]
-
-
-def _fingerprint(tokens: Tokens) -> str:
-    """Enough to tell that ranks do not hold the same tokens."""
-    mixed = ((tokens.target + 1) * (tokens.index + 1)).sum()
-    return f"{len(tokens)} of them counted, checksum {int(mixed)}"

@@ -10,10 +10,11 @@ from einops import rearrange
 from torch import Tensor
 
 from iscorrect.errors import describe, input_error
-from iscorrect.head.support import Support
+from iscorrect.gradients import differentiates_once
+from iscorrect.head.support import Support, check_support, check_target
 
-CPU_BLOCK, GPU_BLOCK = 1 << 19, 1 << 26
-"""Logits that are upcast at a time: on a CPU they stay in cache."""
+CPU_BLOCK, GPU_BLOCK = 1 << 19, 1 << 23
+"""Logits that are upcast at a time, so that they stay in a cache."""
 
 
 def log_probs_from_logits(
@@ -53,7 +54,7 @@ def log_probs_from_logits(
     >>> log_probs_from_logits(torch.zeros(1, 4), torch.tensor([3]), support=torch.tensor([[3, 1]]))
     tensor([-0.6931])
     """
-    _check(logits, target, temperature)
+    _check(logits, target, temperature, support)
     target = target.long()
     if support is None and not torch.compiler.is_compiling():
         result: Tensor = _LogProbs.apply(logits, target, temperature, inplace_backward)  # type: ignore[no-untyped-call]
@@ -81,50 +82,64 @@ class _LogProbs(torch.autograd.Function):
         wide = torch.promote_types(logits.dtype, torch.float32)
         log_probs = torch.empty(target.numel(), dtype=wide, device=logits.device)
         normalizer = torch.empty_like(log_probs)
+        scratch = _scratch(logits, wide)
+        # a CPU is slow at mixed dtypes, a GPU at another pass over memory
+        upcast = logits.device.type == "cpu" and logits.dtype != wide
         for rows, part in _blocks(logits):
-            z = part.to(wide, copy=True)
+            index = rearrange(target.flatten()[rows], "n -> n 1")
+            z = scratch[: len(part)]
+            read = z.copy_(part) if upcast else part
+            largest = read.amax(-1, keepdim=True).to(wide)
+            torch.sub(read, largest, out=z)
             if temperature != 1:
                 z.div_(temperature)
-            index = rearrange(target.flatten()[rows], "n -> n 1")
-            largest = z.amax(-1, keepdim=True)
-            own = z.gather(-1, index) - largest
+            own = z.gather(-1, index)
             # The sum less 1, taken without the target, has digits left where p is all but 1.
-            z.sub_(largest).exp_().scatter_(-1, index, 0)
-            log_total = torch.log1p(z.sum(-1, keepdim=True) + torch.expm1(own))
+            total = z.exp_().scatter_(-1, index, 0).sum(-1, keepdim=True)
+            log_total = torch.log1p(total + torch.expm1(own))
             log_probs[rows] = rearrange(own - log_total, "n 1 -> n")
-            normalizer[rows] = rearrange(largest + log_total, "n 1 -> n")
+            normalizer[rows] = rearrange(largest + temperature * log_total, "n 1 -> n")
         ctx.save_for_backward(logits, target, log_probs, normalizer)
         ctx.temperature, ctx.inplace = temperature, inplace
         return log_probs.view(target.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "log_probs_from_logits: differentiating twice (create_graph=True) is not supported"
-            )
+        differentiates_once("log_probs_from_logits")
         logits, target, log_probs, normalizer = ctx.saved_tensors
         logits = logits.detach()
         fresh = None if ctx.inplace else torch.empty(
             target.numel(), logits.shape[-1], dtype=logits.dtype, device=logits.device
         )
+        scratch = _scratch(logits, log_probs.dtype)
         for rows, part in _blocks(logits):
             scale = rearrange(grad.flatten()[rows] / ctx.temperature, "n -> n 1")
-            z = part.to(log_probs.dtype, copy=True)
+            z = scratch[: len(part)]
+            torch.sub(part, rearrange(normalizer[rows], "n -> n 1"), out=z)
             if ctx.temperature != 1:
                 z.div_(ctx.temperature)
-            z.sub_(rearrange(normalizer[rows], "n -> n 1")).exp_().mul_(-scale)
+            # rounded by the kernel that multiplies
+            out = part if fresh is None else fresh[rows]
+            torch.mul(z.exp_(), -scale, out=out)
             own = -torch.expm1(rearrange(log_probs[rows], "n -> n 1")) * scale
-            z.scatter_(-1, rearrange(target.flatten()[rows], "n -> n 1"), own)
-            (part if fresh is None else fresh[rows]).copy_(z)
+            out.scatter_(-1, rearrange(target.flatten()[rows], "n -> n 1"), own.to(out.dtype))
         return logits if fresh is None else fresh.view(logits.shape), None, None, None
+
+
+def _scratch(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Room for the rows of a block."""
+    n = min(_step(logits), logits.numel() // max(1, logits.shape[-1]))
+    return torch.empty(n, logits.shape[-1], dtype=dtype, device=logits.device)
+
+
+def _step(logits: Tensor) -> int:
+    block = CPU_BLOCK if logits.device.type == "cpu" else GPU_BLOCK
+    return max(1, block // max(1, logits.shape[-1]))
 
 
 def _blocks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Views "n v" of a few rows, in order, and which rows they are."""
-    vocabulary = logits.shape[-1]
-    step = max(1, (CPU_BLOCK if logits.device.type == "cpu" else GPU_BLOCK) // max(1, vocabulary))
-    start = 0
+    start, step = 0, _step(logits)
     for rows in _matrices(logits):
         for part in torch.split(rows, step):
             yield slice(start, start + len(part)), part
@@ -143,12 +158,6 @@ def _matrices(logits: Tensor) -> Iterator[Tensor]:
 def _over_padded(
     logits: Tensor, target: Tensor, support: Tensor, wide: torch.dtype, temperature: float
 ) -> Tensor:
-    if support.is_floating_point() or support.shape[:-1] != target.shape:
-        raise input_error(
-            "log_probs_from_logits", "support",
-            expected=f"int {(*target.shape, 'k')}, −1 in unused places", got=describe(support),
-            fix="pad the kept ids of each position with −1, or pass Support(ids, offsets)",
-        )
     own = rearrange(target, "... -> ... 1")
     # one gather for target and support: its gradient is one copy of the logits
     both = logits.gather(-1, torch.cat([own, support.clamp(min=0)], -1)).to(wide) / temperature
@@ -163,18 +172,15 @@ def _over_rows(
     logits: Tensor, target: Tensor, support: Support, wide: torch.dtype, temperature: float
 ) -> Tensor:
     ids, offsets = support
-    if offsets.shape != (target.numel() + 1,) or ids.ndim != 1:
-        raise input_error(
-            "log_probs_from_logits", "support",
-            expected=f"ids `m` and offsets `{target.numel() + 1}`",
-            got=f"ids {describe(ids)}, offsets {describe(offsets)}",
-            fix="give one more offset than there are target positions",
-        )
-    n, own = target.numel(), target.flatten()
+    n, own, vocabulary = target.numel(), target.flatten(), logits.shape[-1]
     every = torch.arange(n, device=ids.device)
     position = every.repeat_interleave(offsets.diff(), output_size=ids.numel())
-    flat = logits.reshape(-1, logits.shape[-1])
-    both = flat[torch.cat([every, position]), torch.cat([own, ids])].to(wide) / temperature
+    flat = logits.reshape(-1, vocabulary)
+    column = torch.cat([own, ids])
+    both = flat[torch.cat([every, position]), column.clamp(0, vocabulary - 1)].to(wide)
+    # an index from the end would be another token's
+    outside = (column < 0) | (column >= vocabulary)
+    both = both.masked_fill(outside, torch.nan) / temperature
     chosen, kept = both[:n], both[n:]
     with torch.no_grad():
         lowest = kept.new_full((n,), -torch.inf)
@@ -184,28 +190,21 @@ def _over_rows(
     hit = (ids == own[position]).to(wide)
     member = kept.new_zeros(n).scatter_add(0, position, hit) > 0
     normalizer = torch.where(member, total, 1).log() + largest
-    return torch.where(member, chosen - normalizer, -torch.inf).view(target.shape)
+    out = torch.where(member | outside[:n], chosen - normalizer, -torch.inf)
+    return out.view(target.shape)
 
 
-def _check(logits: Tensor, target: Tensor, temperature: float) -> None:
+def _check(
+    logits: Tensor, target: Tensor, temperature: float, support: Tensor | Support | None
+) -> None:
     if not logits.is_floating_point() or logits.ndim == 0:
         raise input_error(
             "log_probs_from_logits", "logits", expected="a floating-point tensor `... v`",
             got=describe(logits), fix="pass the model's logits",
         )
-    if target.is_floating_point() or target.dtype == torch.bool:
-        raise input_error(
-            "log_probs_from_logits", "target", expected="an integer tensor `...`",
-            got=describe(target), fix="pass token ids",
-        )
-    if target.shape != logits.shape[:-1]:
-        hint = "pass one token id per position of the logits"
-        if target.ndim == logits.ndim - 1 and target.shape[-1] == logits.shape[-2] + 1:
-            hint = "logits at t predict token t + 1: pass target[..., 1:]"
-        raise input_error(
-            "log_probs_from_logits", "target", expected=f"of shape {tuple(logits.shape[:-1])}",
-            got=describe(target), fix=hint,
-        )
+    check_target("log_probs_from_logits", target, logits.shape[:-1], of="logits")
+    if support is not None:
+        check_support("log_probs_from_logits", support, target)
     if not temperature > 0:
         raise input_error(
             "log_probs_from_logits", "temperature", expected="a number > 0", got=repr(temperature),

@@ -1,6 +1,6 @@
 """Log-probs of a batch and the gradients of its loss, the logits computed once.
 
-A chunk's exponentials are kept until the loss has said what its derivative is. Where the loss of a
+A chunk's logits are kept until the loss has said what its derivative is. Where the loss of a
 token depends on log-probs outside its chunk, two passes are needed.
 """
 
@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor
 
 from iscorrect.head.inputs import Head, Tokens
-from iscorrect.head.reader import Gradients, Reader, default_step
+from iscorrect.head.reader import GPU_TOKENS, Gradients, Reader, default_step
 from iscorrect.layout import Layout, masked
 from iscorrect.loss.aggregate import Aggregation, Normalizer
 from iscorrect.loss.batch import Batch
@@ -75,7 +75,10 @@ def in_one_pass(
             reading = reader.score(tokens[rest], room.step)
             log_probs[tokens[rest].index] = reading.log_probs
             coefficient = derivative(rest, reading.log_probs)
-            reader.differentiate_all(tokens[rest], reading, coefficient, into, room.step)
+            busy_rest = reader.busy(coefficient)
+            reader.differentiate_all(
+                tokens[rest][busy_rest], reading[busy_rest], coefficient[busy_rest], into, room.step
+            )
     if known and loss_fn.correction.scope != "token" and not bool(log_probs.isfinite().all()):
         # A token that is not finite takes its sequence with it, which was not known beforehand.
         return None
@@ -110,24 +113,28 @@ def _scope(loss_fn: PolicyLoss, *, known: bool) -> Scope:
 
 
 def default_chunk_size(tokens: int, device: torch.device, *, weight: bool) -> int:
-    """Tokens whose exponentials a buffer holds: one in 40, so that memory stays in the background.
+    """Tokens whose logits a buffer holds: one in 40, so that memory stays in the background.
 
-    At least 80 on a CPU and 1024 on a GPU, at most 4096. No buffer where computing logits twice is
-    faster than reading and writing the gradient of the weight for fewer than 192 tokens at a time.
+    At least 80 and at most 4096; no buffer where computing logits twice is faster than reading and
+    writing the gradient of the weight for fewer than 192 tokens at a time. On a GPU always 4096.
 
     >>> default_chunk_size(16384, torch.device("cpu"), weight=True)
     409
     """
-    size = min(max(tokens // 40, 80 if device.type == "cpu" else 1024), 4096)
+    if device.type != "cpu":
+        return min(GPU_TOKENS, max(tokens, 1))
+    size = min(max(tokens // 40, 80), 4096)
     return 0 if weight and size < 192 else size
 
 
 class _Room:
-    """Where the exponentials "v c" of a chunk are kept until its derivative is known.
+    """Where the logits of a chunk, or their exponentials, are kept until its derivative is known.
 
-    The gradient of the weight, "v d", is not needed before the first chunk is differentiated, so
-    the first chunk's exponentials lie in its memory. Later chunks use a buffer of ``size`` tokens;
-    if ``size`` is 0 there are no later chunks. With two chunks:
+    On a GPU that is a buffer of ``size`` tokens, for one chunk after the other.
+
+    On a CPU the gradient of the weight, "v d", is not needed before the first chunk is
+    differentiated, so the first chunk's exponentials, "v c", lie in its memory. Later chunks use a
+    buffer of ``size`` tokens; if ``size`` is 0 there are no later chunks. With two chunks:
 
                     gradient of the weight         buffer
         read 1      exponentials of chunk 1        –
@@ -139,14 +146,15 @@ class _Room:
     """
 
     def __init__(self, reader: Reader, into: Gradients, size: int):
-        self.reader, self.into, self.size = reader, into, size
+        self.reader, self.size = reader, size
         self.step = default_step(reader.head)
+        self._shared = into.weight if reader.on_cpu else None
+        self._into = into
         self._buffer: Tensor | None = None
 
     def at(self, i: int) -> int:
         """The largest number of tokens that the i-th chunk may have."""
-        gradient = self.into.weight
-        return self.size if i or gradient is None else max(self.size, gradient.shape[1])
+        return self.size if i or self._shared is None else max(self.size, self._shared.shape[1])
 
     def parts(self, n: int) -> list[slice]:
         """The first n tokens in chunks, or as many of them as there is room for."""
@@ -159,13 +167,12 @@ class _Room:
 
     def take(self, n: int) -> Tensor:
         """Room for n tokens."""
-        gradient = self.into.weight
-        if gradient is not None and self.into.fresh and n <= gradient.shape[1]:
-            return gradient[:, :n]
+        shared = self._shared
+        if shared is not None and self._into.fresh and n <= shared.shape[1]:
+            return self.reader.part(shared, n)
         if self._buffer is None:
-            weight = self.reader.head.weight
-            self._buffer = weight.new_empty(len(weight), self.size, dtype=self.reader.dtype)
-        return self._buffer[:, :n]
+            self._buffer = self.reader.room(self.size)
+        return self.reader.part(self._buffer, n)
 
 
 def _whole_sequences(layout: Layout, tokens: Tokens, room: _Room) -> list[slice]:

@@ -1,36 +1,44 @@
 """One pass over the rows of the LM head, for log-probs, and one for their gradients.
 
-Blocks of rows give logits "v c" of a chunk of tokens. A running maximum and sum make log-probs of
-them; probabilities, from logits that were kept or are computed again, make gradients.
+Blocks of rows v give logits of a chunk of tokens c. A running maximum and sum make log-probs of
+them; probabilities, from logits that were kept or are computed again, make gradients:
+
+    log p_y = z_y − log Σ exp(z),  ∂ log p_y / ∂ z_j = [j = y] − p_j
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor
 
+from iscorrect.head.block import EAGER, Allowed, Entry, Moments, compiled
 from iscorrect.head.inputs import Head, Tokens
-from iscorrect.head.support import Support
-from iscorrect.ranks import Group, max_over, sum_over
+from iscorrect.head.products import add_product, leaves_float32, product
+from iscorrect.ranks import max_over, sum_over
 
 CPU_ROWS, GPU_ROWS = 2048, 16384
 """Rows of the head that are worked on at a time: on a CPU what comes of them stays in cache."""
 
-WIDE_OUTPUT = hasattr(torch.ops.aten.mm, "dtype")
-"""Whether products of 16-bit matrices can leave the accumulator in float32 (torch 2.8, CUDA)."""
+GPU_TOKENS = 4096
+"""Tokens at a time on a GPU: with fewer, the gradient of the weight is read and written so often
+that it costs more than the logits."""
+
+TILE = 64
+"""Tokens and rows that a GPU's products work on come in multiples of it."""
 
 
 def default_step(head: Head) -> int:
-    """Tokens that go through the head at a time: as many as it is wide, and 1024 or more.
+    """Tokens that go through the head at a time: on a CPU its width, and 1024 or more.
 
     Fewer, and reading the weight takes longer than multiplying by it.
     """
-    return max(head.weight.shape[1], 1024)
+    return max(head.weight.shape[1], 1024) if head.weight.device.type == "cpu" else GPU_TOKENS
 
 
 def chunks(n: int, step: int) -> Iterator[slice]:
@@ -48,12 +56,15 @@ class Gradients:
         weight: "v d", without any meaning as long as it is ``fresh``.
         bias: "v".
         fresh: nothing has been added to ``weight``.
+        exponent: int "", where ``weight`` is to be multiplied by 2^exponent.
     """
 
     hidden: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
     fresh: bool = True
+    exponent: Tensor | None = None
+    _late: tuple[dist.Work, Callable[[], None]] | None = None
 
     @classmethod
     def of(cls, head: Head, tokens: Tokens, *, hidden: bool, weight: bool, bias: bool) -> Gradients:
@@ -66,10 +77,28 @@ class Gradients:
             torch.zeros(len(head.weight), dtype=dtype, device=device) if bias else None,
         )
 
+    def reduce(self, sums: Tensor, group: dist.ProcessGroup, then: Callable[[], None]) -> None:
+        """Sum a chunk's rows of ``hidden`` over ranks while the next chunk is worked on."""
+        self.settle()
+        work = dist.all_reduce(sums, group=group, async_op=True)
+        self._late = (work, then)
+
+    def settle(self) -> None:
+        """Wait for what other ranks add to the rows of ``hidden``."""
+        if self._late is not None:
+            work, then = self._late
+            work.wait()
+            then()
+            self._late = None
+
     def total(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Of hidden, weight and bias, once all chunks are through."""
+        self.settle()
         if self.fresh and self.weight is not None:
             self.weight.zero_()
+        if self.exponent is not None and self.weight is not None:
+            self.weight.mul_(_power(self.exponent))
+            self.exponent = None
         return self.hidden, self.weight, self.bias
 
 
@@ -106,75 +135,121 @@ class Reading:
 
 
 class Kept(NamedTuple):
-    """exp(z − reference) "v c" but for the targets, with a reference "c" for each block of rows."""
+    """What the reading of a chunk leaves behind, but for the targets.
 
-    exponentials: Tensor
-    references: list[Tensor]
+    Attributes:
+        values: "v c" or "c v", logits z, or exp(z − reference).
+        references: "c" for each block of rows; None where the values are logits.
+        hidden: "c d".
+    """
+
+    values: Tensor
+    references: list[Tensor] | None
     hidden: Tensor
 
 
 class Reader:
-    """The head over chunks of tokens and, for each, over blocks of rows of the vocabulary."""
+    """The head over chunks of tokens and, for each, over blocks of rows of the vocabulary.
+
+    On a CPU a block of logits is "v c" and small enough for the cache, and tokens whose coefficient
+    is 0 are left out of the gradient. On a GPU it is "c v", so that a token's logits lie together
+    for the kernel that sums them, and all tokens of a chunk take part: leaving some out would make
+    the host wait for their number. So hidden states that are not finite are read as zeros there,
+    and their log-probs are NaN.
+    """
 
     def __init__(self, head: Head, tokens: Tokens):
         self.head = head
         self.dtype = head.wide(tokens.hidden)
+        device, self._weights = head.weight.device, head.weight.detach()
+        if head.rounded_to is not None:
+            self._weights = self._weights.to(head.rounded_to)
+        narrow = tokens.hidden.dtype
         self._native = (
-            WIDE_OUTPUT and head.weight.device.type == "cuda" and self.dtype == torch.float32
-            and head.weight.dtype == tokens.hidden.dtype in (torch.bfloat16, torch.float16)
+            self.dtype == torch.float32 and narrow == self._weights.dtype
+            and leaves_float32(device, narrow)
         )
-        # bfloat16 has the range for any coefficient; float16 has not
-        narrow = self._native and head.weight.dtype == torch.bfloat16
-        self._operand = torch.bfloat16 if narrow else self.dtype
-        rows = CPU_ROWS if head.weight.device.type == "cpu" else GPU_ROWS
-        self._rows = max(1, min(rows, len(head.weight)))
+        self._operand = narrow if self._native else self.dtype
+        self.on_cpu = device.type == "cpu"
+        self._axis = 0 if self.on_cpu else 1
+        self._rows = max(1, min(CPU_ROWS if self.on_cpu else GPU_ROWS, len(head.weight)))
         self._upcast: Tensor | None = None
+        eager = not head.compile_kernels or head.softcap is not None or self.dtype != torch.float32
+        self._kernels = EAGER if eager else compiled(device)
 
-    def read(self, chunk: Tokens, *, keep: Tensor | None = None, spread: bool = False) -> Reading:
+    def room(self, n: int) -> Tensor:
+        """Memory for the logits of n tokens."""
+        v, new = len(self.head.weight), self.head.weight.new_empty
+        if self._axis == 0:
+            return new(v, n, dtype=self.dtype)
+        return new(n, -(-v // TILE) * TILE, dtype=self.dtype)[:, :v]
+
+    def part(self, room: Tensor, n: int) -> Tensor:
+        """The part of it that n tokens take."""
+        return room.narrow(1 - self._axis, 0, n)
+
+    def read(
+        self, chunk: Tokens, *, keep: Tensor | None = None, spread: bool = False,
+        mean: Tensor | None = None,
+    ) -> Reading:
         """Log-probs of the targets, from a running maximum and sum over the blocks.
 
         Args:
             chunk: the tokens.
-            keep: "v c", where the exponentials stay.
+            keep: memory where logits or exponentials stay.
             spread: ask for the moments.
+            mean: zeros "c d", where Σ p_j ∂z_j/∂h comes, over this rank's rows but the target's.
         """
-        head, hidden = self.head, self._operands(chunk)
-        largest = hidden.new_full((len(chunk),), torch.finfo(self.dtype).min, dtype=self.dtype)
+        head, states = self.head, chunk.states()
+        hidden, unknown = self._operands(states), self._unknown(states, chunk)
+        lowest = torch.finfo(self.dtype).min
+        largest = hidden.new_full((len(chunk),), lowest, dtype=self.dtype)
         others, own = torch.zeros_like(largest), torch.zeros_like(largest)
-        moments = _Moments(own) if spread else None
-        allowed = _Allowed.of(chunk.support, head)
+        moments = Moments(largest, self._axis) if spread else None
+        allowed = Allowed.of(chunk.support, head)
         room = self._scratch(len(chunk)) if keep is None else keep
         references = []
         for rows in self._blocks():
-            z = self._logits(hidden, rows, allowed, room if keep is None else room[rows])
-            target = _Entry.of(chunk.target, rows, head)
-            own = target.read(z, own)
-            before, largest = largest, torch.maximum(largest, z.amax(0))
-            z.sub_(largest)
+            z = self._logits(hidden, rows, allowed, room if keep is None else self._of(room, rows))
             if moments is not None:
-                moments.add(z, before - largest)
-            # The sum less 1, taken without the target, has digits left where p is all but 1.
-            target.write(z.exp_(), torch.zeros_like(own))
-            others = others * (before - largest).exp() + z.sum(0)
+                moments.add(z)
+            # The sum over the others has digits left where p of the target is all but 1.
+            own = Entry.of(chunk.target, rows, head, self._axis).replace(z, -torch.inf, own)
+            slope = None if mean is None or head.softcap is None else head.slope(z)
+            before = largest
+            largest, total = self._kernels.total(z, largest, self._axis)
+            fade = (before - largest).exp()
+            others = others * fade + total
             references.append(largest)
+            if mean is not None:
+                mean.mul_(rearrange(fade, "c -> c 1"))
+                self._add_rows(z, largest, slope, rows, mean)
         top = max_over(largest, head.group)
         others = others * (largest - top).exp()
         if head.group is not None:
             others, own = sum_over(torch.stack([others, own]), head.group)
-        own = own - top
+        largest = torch.maximum(top, own)
+        others, own = others * (top - largest).exp(), own - largest
         if allowed is not None:
             own = own.masked_fill(allowed.nothing, -torch.inf)
         log_total = torch.log1p(others + torch.expm1(own))
+        if allowed is not None:
+            unknown = unknown | allowed.outside
+        log_probs = (own - log_total).masked_fill(unknown, torch.nan)
+        if mean is not None:
+            mean.mul_(rearrange((references[-1] - largest - log_total).exp(), "c -> c 1"))
+        kept = None
+        if keep is not None:
+            kept = Kept(keep, references if self._kernels.exponentials else None, hidden)
         return Reading(
-            own - log_total, top, log_total,
-            () if moments is None else moments.over(largest - top, log_total, head.group),
-            None if keep is None else Kept(keep, references, hidden),
+            log_probs, largest, log_total,
+            () if moments is None else moments.over(largest, log_total, head.group), kept,
         )
 
     def differentiate(
         self, chunk: Tokens, reading: Reading, coefficient: Tensor, into: Gradients
     ) -> None:
-        """Add Σ_i c_i ∂ log p_i; what has c_i = 0 costs nothing.
+        """Add Σ_i c_i ∂ log p_i.
 
         Args:
             chunk: the tokens.
@@ -183,55 +258,97 @@ class Reader:
             into: sums that grow; rows of ``hidden`` are set, for each token comes once.
         """
         # what the support excludes has no gradient; NaN is not hidden
-        rows = (coefficient * (reading.log_probs != -torch.inf)).nonzero().squeeze(-1)
-        if not len(rows):
-            return
-        head, kept, every = self.head, reading.kept, len(rows) == len(chunk)
-        chunk = chunk if every else chunk[rows]
+        coefficient = torch.where(reading.log_probs == -torch.inf, 0, coefficient)
+        kept, busy = reading.kept, self._busy(coefficient)
+        if busy is not None:
+            if not len(busy):
+                return
+            chunk, reading, coefficient = chunk[busy], reading[busy], coefficient[busy]
         if kept is None:
-            hidden = self._operands(chunk)
+            hidden = self._operands(chunk.states())
         else:
-            hidden = kept.hidden if every else kept.hidden[rows]
-        allowed = _Allowed.of(chunk.support, head) if kept is None else None
-        reading = reading[rows]
-        scale = coefficient[rows] / head.temperature
-        # 1 − p of the target itself: expm1 keeps its digits where p is near 1
-        own = -torch.expm1(reading.log_probs) * scale
-        if head.softcap is not None:
-            own *= head.slope(reading.log_probs + reading.log_total + reading.largest)
+            hidden = kept.hidden if busy is None else kept.hidden[busy]
+        scale, power = coefficient / self.head.temperature, None
+        if self._operand == torch.float16:
+            scale, power = _normal(scale)
+        idle = None
+        if not self.on_cpu:
+            # a coefficient of 0 may stand for a log-prob that is not finite, and 0 · NaN is no 0
+            idle = coefficient == 0
+        states = hidden if into.weight is None or power is None else _in_unit(hidden, power, into)
         here, places = chunk.here()
         sums = None
         if into.hidden is not None:
             whole = isinstance(places, slice)
-            sums = into.hidden[places] if whole else own.new_zeros(len(rows), hidden.shape[1])
-        scratch = self._scratch(len(rows))
-        for i, block in enumerate(self._blocks()):
-            grad = scratch[: block.stop - block.start]
-            if kept is None:
-                reference = reading.largest
-                exponentials = self._logits(hidden, block, allowed, grad).sub_(reference).exp_()
-            else:
-                reference, exponentials = kept.references[i], kept.exponentials[block]
-                if not every:
-                    reference, exponentials = reference[rows], exponentials.index_select(1, rows)
-            slope = None
-            if head.softcap is not None:
-                slope = head.slope(exponentials.log().add_(reference))
-            factor = (reference - reading.largest - reading.log_total).exp_().mul_(-scale)
-            torch.mul(exponentials, factor, out=grad)
-            if slope is not None:
-                grad *= slope
-            _Entry.of(chunk.target, block, head).write(grad, own)
+            sums = into.hidden[places] if whole else scale.new_zeros(len(chunk), hidden.shape[1])
+        scratch = self._scratch(len(chunk), self._operand)
+        values = self._kept(kept, busy) if kept else self._again(chunk, hidden, scratch)
+        for block, grad in self._derivatives(chunk, reading, scale, idle, values, scratch):
             if into.bias is not None:
-                into.bias[block] += grad.sum(1)
-            operand = grad.to(self._operand)
+                wide = grad if power is None else grad * rearrange(_power(power), "c -> c 1")
+                into.bias[block] += wide.sum(0, dtype=self.dtype)
             if sums is not None:
-                _accumulate(operand.T, self._weight(block), sums)
+                add_product(grad, self._weight(block), sums)
             if into.weight is not None:
-                (_product if into.fresh else _accumulate)(operand, hidden, into.weight[block])
-        if into.hidden is not None and sums is not None:
-            into.hidden[places] = sum_over(sums, head.group)[here]
+                write = product if into.fresh else add_product
+                write(grad.T, states, into.weight[block])
+        if sums is not None:
+            if power is not None:
+                sums.mul_(rearrange(_power(power), "c -> c 1"))
+            self._place(sums, into, here, places)
         into.fresh = False
+
+    def _derivatives(
+        self, chunk: Tokens, reading: Reading, scale: Tensor, idle: Tensor | None,
+        values: Iterator[tuple[Tensor, Tensor | None]], scratch: Tensor,
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Blocks of scale · ∂ log p / ∂ z, "c v", in the dtype of the products.
+
+        Args:
+            chunk: the tokens.
+            reading: of them.
+            scale: "c".
+            idle: "c", tokens whose derivative is 0 whatever else is there.
+            values: blocks of logits, or of exp(z − reference) with the reference "c".
+            scratch: where each block is written, after the other.
+        """
+        head, axis = self.head, self._axis
+        # 1 − p of the target itself: expm1 keeps its digits where p is near 1
+        own = -torch.expm1(reading.log_probs) * scale
+        if head.softcap is not None:
+            own *= head.slope(reading.log_probs + reading.log_total + reading.largest)
+        if idle is not None:
+            own = own.masked_fill(idle, 0)
+        for block, (z, subtracted) in zip(self._blocks(), values, strict=True):
+            grad = self._of(scratch, slice(0, block.stop - block.start))
+            reference = reading.largest if subtracted is None else subtracted
+            subtract = reference if subtracted is None else None
+            if head.softcap is not None:
+                self._steepen(z, reference, exponentials=subtract is None)
+                subtract = None
+            factor = (reference - reading.largest - reading.log_total).exp_().mul_(-scale)
+            if idle is not None:
+                factor = factor.masked_fill(idle, 0)
+            grad = self._kernels.derivative(z, subtract, factor, axis, grad)
+            Entry.of(chunk.target, block, head, axis).replace(grad, own, own)
+            yield block, grad.T if axis == 0 else grad
+
+    def _kept(self, kept: Kept, busy: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+        for i, block in enumerate(self._blocks()):
+            z = self._of(kept.values, block)
+            reference = None if kept.references is None else kept.references[i]
+            if busy is not None:
+                z = z.index_select(1 - self._axis, busy)
+                reference = None if reference is None else reference[busy]
+            yield z, reference
+
+    def _again(
+        self, chunk: Tokens, hidden: Tensor, scratch: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        allowed = Allowed.of(chunk.support, self.head)
+        room = scratch if scratch.dtype == self.dtype else self._scratch(len(chunk))
+        for block in self._blocks():
+            yield self._logits(hidden, block, allowed, room), None
 
     def score(self, tokens: Tokens, step: int, *, spread: bool = False) -> Reading:
         """Read any number of tokens, so many at a time, without keeping anything."""
@@ -245,41 +362,122 @@ class Reader:
         self, tokens: Tokens, reading: Reading, coefficient: Tensor, into: Gradients, step: int
     ) -> None:
         """The same for any number of tokens, whose logits are computed again."""
-        rows = coefficient.nonzero().squeeze(-1)
-        if len(rows) < len(tokens):
-            tokens, reading, coefficient = tokens[rows], reading[rows], coefficient[rows]
+        busy = self._busy(coefficient)
+        if busy is not None:
+            tokens, reading, coefficient = tokens[busy], reading[busy], coefficient[busy]
         for part in chunks(len(tokens), step):
             self.differentiate(tokens[part], reading[part], coefficient[part], into)
 
-    def _operands(self, chunk: Tokens) -> Tensor:
-        hidden = chunk.states()
-        return hidden if self._native else hidden.to(self.dtype)
+    def busy(self, coefficient: Tensor) -> Tensor:
+        """Tokens whose coefficient is not 0, on a GPU as many as fill whole tiles.
+
+        The host waits for their number.
+        """
+        if self.on_cpu:
+            return coefficient.nonzero().squeeze(-1)
+        idle = coefficient == 0
+        count = len(idle) - int(torch.count_nonzero(idle))
+        return idle.int().argsort(stable=True)[: -(-count // TILE) * TILE]
+
+    def with_gradients(
+        self, tokens: Tokens, step: int, *, spread: bool = False
+    ) -> tuple[Reading, Tensor]:
+        """Read tokens, and ∂ log p / ∂ h "m d" of each, whatever a loss makes of log p.
+
+            ∂ log p_y / ∂ h = (1 − p_y) W_y − Σ_{j ≠ y} p_j W_j
+
+        With a frozen head this is all that a gradient takes. The mean of the rows is summed beside
+        the running sum and fades with it, so each logit is computed once and none is kept.
+        """
+        head, readings = self.head, []
+        into = Gradients.of(head, tokens, hidden=True, weight=False, bias=False)
+        for part in chunks(len(tokens), step):
+            chunk = tokens[part]
+            here, places = chunk.here()
+            mean = self._weights.new_zeros(len(chunk), self._weights.shape[1], dtype=self.dtype)
+            reading = self.read(chunk, spread=spread, mean=mean)
+            row = chunk.target - head.start
+            held = (row >= 0) & (row < len(self._weights))
+            own = -torch.expm1(reading.log_probs)
+            if head.softcap is not None:
+                own *= head.slope(reading.log_probs + reading.log_total + reading.largest)
+            rows = self._weights[torch.where(held, row, 0)].to(self.dtype)
+            own = rearrange(torch.where(held, own, 0), "c -> c 1")
+            sums = rows.mul_(own).sub_(mean).div_(head.temperature)
+            # what the support excludes has no gradient
+            nothing = rearrange(reading.log_probs == -torch.inf, "c -> c 1")
+            self._place(sums.masked_fill_(nothing, 0), into, here, places)
+            readings.append(reading)
+        gradients, _, _ = into.total()
+        assert gradients is not None
+        reading = Reading.joined(readings) if readings else self.score(tokens, step, spread=spread)
+        return reading, gradients
+
+    def _add_rows(
+        self, z: Tensor, largest: Tensor, slope: Tensor | None, rows: slice, mean: Tensor
+    ) -> None:
+        """Add Σ exp(z − largest) ∂z/∂h of a block, from what its total left of it."""
+        if slope is not None:
+            z.mul_(slope)
+        if z.dtype != self._operand:
+            reference = None if self._kernels.exponentials else largest
+            out = self._of(self._scratch(len(mean), self._operand), slice(0, z.shape[self._axis]))
+            z = self._kernels.derivative(z, reference, torch.ones_like(largest), self._axis, out)
+        add_product(z.T if self._axis == 0 else z, self._weight(rows), mean)
+
+    def _busy(self, coefficient: Tensor) -> Tensor | None:
+        """The tokens that are worked on; None: all."""
+        if not self.on_cpu:
+            return None
+        busy = coefficient.nonzero().squeeze(-1)
+        return None if len(busy) == len(coefficient) else busy
+
+    def _unknown(self, states: Tensor, chunk: Tokens) -> Tensor:
+        """Tokens whose log-prob is NaN whatever their logits are."""
+        unknown = chunk.outside(self.head.vocabulary)
+        return unknown if self.on_cpu else unknown | ~states.isfinite().all(-1)
+
+    def _operands(self, states: Tensor) -> Tensor:
+        """Hidden states in the dtype of the products."""
+        if not self.on_cpu:
+            finite = rearrange(states.isfinite().all(-1), "c -> c 1")
+            states = torch.where(finite, states, 0)
+        return states if self._native else states.to(self.dtype)
 
     def _blocks(self) -> Iterator[slice]:
         every = len(self.head.weight)
         for start in range(0, every, self._rows):
             yield slice(start, min(start + self._rows, every))
 
-    def _scratch(self, n: int) -> Tensor:
-        return self.head.weight.new_empty(self._rows, n, dtype=self.dtype)
+    def _scratch(self, n: int, dtype: torch.dtype | None = None) -> Tensor:
+        shape = (self._rows, n) if self._axis == 0 else (n, self._rows)
+        return self.head.weight.new_empty(shape, dtype=dtype or self.dtype)
+
+    def _of(self, room: Tensor, rows: slice) -> Tensor:
+        """Some rows of the vocabulary."""
+        return room.narrow(self._axis, rows.start, rows.stop - rows.start)
 
     def _weight(self, rows: slice) -> Tensor:
         """Some rows of the weight, in the dtype of the products."""
-        weight = self.head.weight.detach()[rows]
+        weight = self._weights[rows]
         if self._native or weight.dtype == self.dtype:
             return weight
         if self._upcast is None:
-            self._upcast = self._scratch(weight.shape[1])
+            self._upcast = weight.new_empty(self._rows, weight.shape[1], dtype=self.dtype)
         return self._upcast[: len(weight)].copy_(weight)
 
     def _logits(
-        self, hidden: Tensor, rows: slice, allowed: _Allowed | None, room: Tensor
+        self, hidden: Tensor, rows: slice, allowed: Allowed | None, room: Tensor
     ) -> Tensor:
-        """"v c", of some rows of the head, at the start of ``room``."""
-        head, z = self.head, room[: rows.stop - rows.start]
-        _product(self._weight(rows), hidden.T, z)
+        """Logits of some rows of the head, at the start of ``room``."""
+        head, z = self.head, self._of(room, slice(0, rows.stop - rows.start))
+        weight = self._weight(rows)
+        if self._axis == 0:
+            product(weight, hidden.T, z)
+        else:
+            product(hidden, weight.T, z)
         if head.bias is not None:
-            z += rearrange(head.bias.detach()[rows], "v -> v 1")
+            z += head.bias.detach()[rows].unsqueeze(1 - self._axis)
         if head.head_dtype.itemsize < 4:
             z.copy_(z.to(head.head_dtype))
         if head.softcap is not None:
@@ -287,103 +485,53 @@ class Reader:
         if head.temperature != 1:
             z.div_(head.temperature)
         if allowed is not None:
-            allowed.restrict(z, rows)
+            allowed.restrict(z, rows, self._axis)
         return z
 
+    def _steepen(self, z: Tensor, reference: Tensor, *, exponentials: bool) -> None:
+        """Make logits or exponentials into exp(z − reference) times the slope of the soft cap."""
+        reference = reference.unsqueeze(self._axis)
+        slope = self.head.slope(z.log().add_(reference) if exponentials else z)
+        if not exponentials:
+            z.sub_(reference).exp_()
+        z.mul_(slope)
 
-class _Entry(NamedTuple):
-    """One entry of each column of "v c": its target's, where that is in these rows."""
+    def _place(
+        self, sums: Tensor, into: Gradients, here: slice | Tensor, places: slice | Tensor
+    ) -> None:
+        """Put rows of the gradient of the hidden states where they belong."""
+        group, hidden = self.head.group, into.hidden
+        assert hidden is not None
 
-    row: Tensor
-    held: Tensor
+        def put() -> None:
+            hidden[places] = sums[here]
 
-    @classmethod
-    def of(cls, target: Tensor, rows: slice, head: Head) -> _Entry:
-        row = target - (head.start + rows.start)
-        last = rows.stop - rows.start - 1
-        return cls(rearrange(row.clamp(0, last), "c -> 1 c"), (row >= 0) & (row <= last))
-
-    def read(self, z: Tensor, otherwise: Tensor) -> Tensor:
-        return torch.where(self.held, z.gather(0, self.row)[0], otherwise)
-
-    def write(self, z: Tensor, value: Tensor) -> None:
-        z.scatter_(0, self.row, torch.where(self.held, value, z.gather(0, self.row)))
-
-
-class _Allowed(NamedTuple):
-    """What the support allows: which token, which row of the head; and tokens without a support."""
-
-    token: Tensor
-    row: Tensor
-    nothing: Tensor
-
-    @classmethod
-    def of(cls, support: Support | None, head: Head) -> _Allowed | None:
-        if support is None:
-            return None
-        counts = support.offsets.diff()
-        token = torch.arange(len(counts), device=counts.device)
-        token = token.repeat_interleave(counts, output_size=len(support.ids))
-        return cls(token, support.ids - head.start, counts == 0)
-
-    def restrict(self, z: Tensor, rows: slice) -> None:
-        """Other logits become −inf; those of tokens without a support stay."""
-        row = self.row - rows.start
-        # one row more, for those of other blocks
-        allowed = torch.zeros(len(z) + 1, z.shape[1], dtype=torch.bool, device=z.device)
-        allowed[torch.where((row >= 0) & (row < len(z)), row, len(z)), self.token] = True
-        z.masked_fill_(~(allowed[:-1] | self.nothing), -torch.inf)
+        if group is None:
+            put()
+        else:
+            into.reduce(sums, group, put)
 
 
-class _Moments:
-    """Of u, the logits less their running maximum, under weights e^u; merged block by block.
+def _power(exponent: Tensor) -> Tensor:
+    return torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent)
 
-    weight = Σ e^u,  first = Σ e^u u,  second = Σ e^u (u − first/weight)²
+
+def _normal(scale: Tensor) -> tuple[Tensor, Tensor]:
+    """``scale`` as m · 2^e, so that float16 holds m · p, and e waits for the float32 sums."""
+    mantissa, exponent = torch.frexp(scale)
+    return mantissa, torch.where(mantissa == 0, -126, exponent)
+
+
+def _in_unit(hidden: Tensor, power: Tensor, into: Gradients) -> Tensor:
+    """Rows times 2^power, over the unit in which the weight's gradient is summed.
+
+    The unit is the largest 2^power there has been, so float16 holds the rows.
     """
-
-    def __init__(self, zero: Tensor):
-        self.weight = self.first = self.second = zero
-
-    def add(self, u: Tensor, shift: Tensor) -> None:
-        """A block "v c" of u, by ``shift`` lower than those before."""
-        self.lower(shift)
-        # what has probability 0 adds nothing
-        u = u.clamp(min=-(torch.finfo(u.dtype).max ** 0.25))
-        e = u.exp()
-        weight, first = e.sum(0), (e * u).sum(0)
-        mean = first / _positive(weight)
-        apart = mean - self.first / _positive(self.weight)
-        both = self.weight * weight / _positive(self.weight + weight)
-        self.second = self.second + (e * (u - mean).square_()).sum(0) + apart.square() * both
-        self.weight, self.first = self.weight + weight, self.first + first
-
-    def lower(self, shift: Tensor) -> None:
-        fade = shift.exp()
-        self.first = fade * (self.first + self.weight * shift)
-        self.weight, self.second = fade * self.weight, fade * self.second
-
-    def over(self, shift: Tensor, log_total: Tensor, group: Group) -> tuple[Tensor, Tensor]:
-        """Entropy and variance of the surprisal, of the rows on all ranks."""
-        self.lower(shift)
-        mean = sum_over(self.first, group) / log_total.exp()
-        apart = self.first / _positive(self.weight) - mean
-        second = sum_over(self.second + self.weight * apart.square(), group)
-        return log_total - mean, second / log_total.exp()
-
-
-def _positive(x: Tensor) -> Tensor:
-    return x.clamp(min=torch.finfo(x.dtype).tiny)
-
-
-def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    if a.dtype == out.dtype:
-        torch.mm(a, b, out=out)
-    else:
-        torch.mm(a, b, out.dtype, out=out)
-
-
-def _accumulate(a: Tensor, b: Tensor, total: Tensor) -> None:
-    if a.dtype == total.dtype:
-        total.addmm_(a, b.to(total.dtype))
-    else:
-        total += torch.mm(a, b, total.dtype)
+    unit = power.amax()
+    if into.exponent is not None:
+        assert into.weight is not None
+        unit = torch.maximum(unit, into.exponent)
+        into.weight.mul_(_power(into.exponent - unit))
+    into.exponent = unit
+    rows = rearrange(_power(power - unit), "c -> c 1")
+    return torch.mul(hidden, rows, out=torch.empty_like(hidden))

@@ -23,8 +23,27 @@ class Support(NamedTuple):
     offsets: Tensor
 
 
-def as_rows(caller: str, support: Tensor | Support, target: Tensor) -> Support:
-    """Either form of a support as rows of different lengths."""
+def check_target(
+    caller: str, target: Tensor, shape: tuple[int, ...], *, of: str, hint: str | None = None
+) -> None:
+    """Raise unless there is one token id for each position of ``of``."""
+    if target.is_floating_point() or target.dtype == torch.bool:
+        raise input_error(
+            caller, "target", expected="an integer tensor `...`", got=describe(target),
+            fix="pass token ids",
+        )
+    if target.shape == shape:
+        return
+    if shape and target.shape == (*shape[:-1], shape[-1] + 1):
+        hint = f"{of} at t predict token t + 1: pass target[..., 1:]"
+    raise input_error(
+        caller, "target", expected=f"of shape {tuple(shape)}", got=describe(target),
+        fix=hint or f"pass one token id per position of the {of}",
+    )
+
+
+def check_support(caller: str, support: Tensor | Support, target: Tensor) -> None:
+    """Raise unless either form is of as many positions as the target."""
     if isinstance(support, Support):
         if support.offsets.shape != (target.numel() + 1,) or support.ids.ndim != 1:
             raise input_error(
@@ -32,12 +51,19 @@ def as_rows(caller: str, support: Tensor | Support, target: Tensor) -> Support:
                 got=f"ids {describe(support.ids)}, offsets {describe(support.offsets)}",
                 fix="give one more offset than there are target positions",
             )
-        return support
-    if support.is_floating_point() or support.shape[:-1] != target.shape:
+    elif support.is_floating_point() or support.shape[:-1] != target.shape:
         raise input_error(
             caller, "support", expected=f"int {(*target.shape, 'k')}, −1 in unused places",
-            got=describe(support), fix="pad the kept ids of each position with −1",
+            got=describe(support),
+            fix="pad the kept ids of each position with −1, or pass Support(ids, offsets)",
         )
+
+
+def as_rows(caller: str, support: Tensor | Support, target: Tensor) -> Support:
+    """Either form of a support as rows of different lengths."""
+    check_support(caller, support, target)
+    if isinstance(support, Support):
+        return support
     kept = support.reshape(target.numel(), support.shape[-1])
     used = kept >= 0
     return Support(kept[used], torch.nn.functional.pad(used.sum(1).cumsum(0), (1, 0)))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from iscorrect.ranks import Group, gather_over, objects_over, sum_over
+from iscorrect.ranks import Group, accumulator, gather_over, objects_over, sum_over
 
 SHORTEST_TAIL = 5
 
@@ -57,7 +57,7 @@ def pareto_tail(log_weights: Tensor, units: Tensor, *, group: Group = None) -> T
     >>> bool((tail.k - 0.4).abs() < 0.1)
     True
     """
-    here = torch.where(units, log_weights, -torch.inf).flatten().double()
+    here = torch.where(units, log_weights, -torch.inf).flatten().to(accumulator(units.device))
     top = torch.topk(here, _longest(here.numel(), group))
     sample, first = gather_over(top.values, group)
     positions = top.indices
@@ -72,7 +72,7 @@ def pareto_tail(log_weights: Tensor, units: Tensor, *, group: Group = None) -> T
     largest = sample.amax()
     relative = sample[order] - largest
     cutoff = relative.gather(0, length.long().clamp(max=longest).view(1)).clamp(
-        min=math.log(torch.finfo(torch.float64).tiny)
+        min=math.log(torch.finfo(here.dtype).tiny)
     )
     members = (torch.arange(longest + 1, device=here.device) < length) & (relative > cutoff)
     n = torch.count_nonzero(members).to(here.dtype)
@@ -112,7 +112,7 @@ def _fit(excess: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
     index = torch.log1p(-b[:, None] * excess).sum(1) / n
     likelihood = n * ((-b / index).log() - index - 1)
     weight = torch.where(i <= m, likelihood, -torch.inf).softmax(0)
-    weight = torch.where(weight >= 10 * torch.finfo(torch.float64).eps, weight, 0)
+    weight = torch.where(weight >= 10 * torch.finfo(excess.dtype).eps, weight, 0)
     b = (weight * torch.where(weight > 0, b, 0)).sum() / weight.sum()
     k = torch.log1p(-b * excess).sum() / n
     return (n * k + prior_weight * prior_index) / (n + prior_weight), -k / b
