@@ -255,7 +255,7 @@ def test_the_smallest_example_is_the_one_shown():
         check_identity_when_equal, loss_fn,
         PolicyLoss(correction=uncorrected(), aggregation="sum"),
     )
-    assert "layout = [[True]]" in message
+    assert "mask = [[True]]" in message
 
 
 def test_errors_of_the_loss_come_through():
