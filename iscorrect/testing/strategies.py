@@ -117,7 +117,7 @@ def log_prob_pairs(
 
 def masks(rows: int, length: int) -> st.SearchStrategy[Tensor]:
     """Bool masks "b t" with holes, empty rows, and now and then nothing at all."""
-    row = st.lists(st.booleans(), min_size=length, max_size=length)
+    row = st.lists(st.booleans(), min_size=length, max_size=length) | st.just([True] * length)
     return st.lists(row, min_size=rows, max_size=rows).map(
         lambda rows: torch.tensor(rows, dtype=torch.bool)
     )
@@ -128,7 +128,11 @@ def layouts(draw: st.DrawFn, max_rows: int = 3, max_length: int = 4) -> Layout:
     """Padded and packed rows, with and without segments."""
     rows, length = draw(st.integers(1, max_rows)), draw(st.integers(1, max_length))
     mask = draw(masks(rows, length))
-    starts = masks(rows, length).map(lambda starts: starts.long().cumsum(-1))
+    start = st.integers(0, 3).map(lambda i: i == 3)
+    row = st.lists(start, min_size=length, max_size=length)
+    starts = st.lists(row, min_size=rows, max_size=rows).map(
+        lambda rows: torch.tensor(rows).long().cumsum(-1)
+    )
     return Layout(
         mask,
         sequence_ids=draw(st.none() | starts),
