@@ -48,6 +48,26 @@ from iscorrect.loss.rules import (
 )
 from iscorrect.testing.tabular import TabularPolicy, sequences
 
+__all__ = [
+    "Case",
+    "LossInputs",
+    "batches",
+    "bounds",
+    "cases",
+    "corrections",
+    "layouts",
+    "levels",
+    "log_prob_pairs",
+    "log_probs",
+    "losses",
+    "masks",
+    "objectives",
+    "padded_batches",
+    "policies",
+    "rules",
+    "tensors",
+]
+
 
 class LossInputs(NamedTuple):
     """What a loss is given.
