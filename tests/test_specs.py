@@ -36,7 +36,8 @@ def through_yaml(config):
 
 
 def through_omegaconf(config):
-    return omegaconf.OmegaConf.create(omegaconf.OmegaConf.to_yaml(omegaconf.OmegaConf.create(config)))
+    text = omegaconf.OmegaConf.to_yaml(omegaconf.OmegaConf.create(config))
+    return omegaconf.OmegaConf.create(text)
 
 
 def through_json(config):
@@ -151,7 +152,7 @@ def test_every_part_of_the_library_has_a_name():
                          (ic.loss.caps, "caps"), (ic.loss.objectives, "objectives")):
         for value in vars(module).values():
             part = isinstance(value, type) and value.__module__ == f"iscorrect.loss.{base}"
-            if part and hasattr(value, "__call__") and hasattr(value, "__dataclass_fields__"):
+            if part and callable(value) and hasattr(value, "__dataclass_fields__"):
                 assert value in named, value
 
 
@@ -159,7 +160,7 @@ def test_every_part_of_the_library_has_a_name():
     ("call", "words"),
     [
         (lambda: parse("token-tsi"), ("did you mean 'token-tis'",)),
-        (lambda: parse("token-tis:capp=2"), ("argument of token-tis", "cap", "'capp'")),
+        (lambda: parse("token-tis:capp=2"), ("argument of token-tis", "cap", "'capp=2'")),
         (lambda: parse("token-tis:cap"), ("key=value", "'cap'")),
         (lambda: parse("token-tis:cap=ioniedes"), ("did you mean 'ionides'", "cap")),
         (lambda: parse("icepop:low=abc"), ("low", "'abc'")),
@@ -167,7 +168,7 @@ def test_every_part_of_the_library_has_a_name():
         (lambda: parse(2), ("text, a dictionary, or a Correction", "got 2")),
         (lambda: parse({"level": "sequnce"}), ("level", "'sequnce'")),
         (lambda: parse_loss("token-tis icepop"), ("correction", "given once")),
-        (lambda: parse_loss("token-tis overr=kept"), ("argument of PolicyLoss", "'overr'")),
+        (lambda: parse_loss("token-tis overr=kept"), ("argument of PolicyLoss", "'overr=kept'")),
         (lambda: parse_loss("token-tis seq-mean-token-sum-norm"), ("horizon",)),
         (
             lambda: to_dict(ic.Correction(bound=lambda ratio, evidence: ratio)),
@@ -180,3 +181,19 @@ def test_messages_say_what_there_is(call, words):
         call()
     for word in words:
         assert word in str(error.value), error.value
+
+
+def test_hydra_reads_a_loss_from_its_configuration():
+    instantiate = pytest.importorskip("hydra.utils").instantiate
+    loss = PolicyLoss(
+        correction=ic.Correction(level="sequence", reject=(ic.Veto(low=1e-4),)),
+        objective=ic.PPOClip(high=1.28), aggregation="sum",
+    )
+    for config in (to_dict(loss), to_text(loss)):
+        target = {"_target_": "iscorrect.parse_loss", "config": config}
+        assert instantiate(omegaconf.OmegaConf.create(target)) == loss
+    parts = {
+        "_target_": "iscorrect.Correction", "level": "sequence", "_convert_": "all",
+        "reject": [{"_target_": "iscorrect.Veto", "low": 1e-4}],
+    }
+    assert instantiate(omegaconf.OmegaConf.create(parts)) == loss.correction

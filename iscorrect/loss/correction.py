@@ -76,8 +76,8 @@ class Correction:
                 "Correction", "bound", expected="None or a callable (ratio, evidence) -> weights",
                 got=repr(self.bound), fix="pass Truncate(cap=2.0)",
             )
-        if isinstance(self.reject, Sequence) and not isinstance(self.reject, str):
-            object.__setattr__(self, "reject", tuple(self.reject))  # YAML has lists only
+        if isinstance(self.reject, Sequence):  # YAML has lists only
+            object.__setattr__(self, "reject", tuple(self.reject))
         if not isinstance(self.reject, tuple) or not all(map(callable, self.reject)):
             raise input_error(
                 "Correction", "reject", expected="a tuple of callables (evidence) -> keep",

@@ -8,12 +8,13 @@ A part is its name with its arguments: ``{"name": "truncate", "cap": 2.0}`` in a
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from iscorrect.errors import InputError, check_choice, input_error
+from iscorrect.errors import InputError, input_error
 from iscorrect.loss.aggregate import AGGREGATIONS
 from iscorrect.loss.bounds import (
     Clip,
@@ -52,7 +53,7 @@ RULES: Table = {
     "binary-kl": BinaryKL, "probability-shift": ProbabilityShift,
     "off-policy-negative": OffPolicyNegative,
 }
-CORRECTIONS: Table = {"correction": Correction, **PRESETS}
+CORRECTIONS: Table = {**PRESETS, "correction": Correction}
 REFERENCE: Table = {"reference-kl": ReferenceKL}
 INSIDE: Mapping[str, Table] = {
     "correction": CORRECTIONS, "objective": OBJECTIVES, "aggregation": AGGREGATIONS,
@@ -105,32 +106,33 @@ def parse_loss(config: str | Mapping[str, Any] | PolicyLoss) -> PolicyLoss:
     """
     if isinstance(config, PolicyLoss):
         return config
-    if isinstance(config, str):
-        words, config = _split(config, " "), {}
-        for word in filter(None, words):
-            name = re.split(r"[:(=]", word, maxsplit=1)[0]
-            key = next((key for key in _PARTS_OF_A_LOSS if name in INSIDE[key]), None)
-            key, value = (name, word.partition("=")[2]) if key is None else (key, word)
-            if key in config:
-                raise input_error(
-                    "parse_loss", key, expected="given once", got=f"{config[key]!r} and {value!r}",
-                    fix="leave one of them out",
-                )
-            config[key] = value
-    config = {_snake(key): value for key, value in config.items()}
-    check_keys("parse_loss", "PolicyLoss", config, inspect.signature(PolicyLoss).parameters)
-    arguments = {
+    given = _words_of_a_loss(config) if isinstance(config, str) else config
+    given = {_snake(key): value for key, value in given.items()}
+    check_keys("parse_loss", "PolicyLoss", given, inspect.signature(PolicyLoss).parameters)
+    arguments: dict[str, Any] = {}
+    for key, value in given.items():
         # The name of an aggregation alone: its horizon may stand beside it.
-        key: value if key == "aggregation" and isinstance(value, str) and value in AGGREGATIONS
-        else _value("parse_loss", key, value)
-        for key, value in config.items()
-    }
+        alone = key == "aggregation" and isinstance(value, str) and value in AGGREGATIONS
+        arguments[key] = value if alone else _value("parse_loss", key, value)
     if isinstance(arguments.get("horizon"), float):
         arguments["horizon"] = int(arguments["horizon"])
     return PolicyLoss(**{key: x for key, x in arguments.items() if x is not None})
 
 
-_PARTS_OF_A_LOSS = ("correction", "objective", "aggregation", "reference_kl")
+def _words_of_a_loss(text: str) -> dict[str, str]:
+    config: dict[str, str] = {}
+    for word in filter(None, _split(text, " ")):
+        name = re.split(r"[:(=]", word, maxsplit=1)[0]
+        parts = ("correction", "objective", "aggregation", "reference_kl")
+        key = next((key for key in parts if name in INSIDE[key]), None)
+        key, value = (name, word.partition("=")[2]) if key is None else (key, word)
+        if key in config:
+            raise input_error(
+                "parse_loss", key, expected="given once", got=f"{config[key]!r} and {value!r}",
+                fix="leave one of them out",
+            )
+        config[key] = value
+    return config
 
 
 def to_dict(spec: Correction | PolicyLoss) -> dict[str, Any]:
@@ -193,7 +195,12 @@ def _built(caller: str, key: str, config: Any) -> Any:
     arguments = {_snake(name): value for name, value in config.items()}
     unnamed = {"correction": "correction", "reference_kl": "reference-kl"}.get(key)
     name = arguments.pop("name", unnamed)
-    check_choice(caller, "preset" if key == "correction" else key, name, list(table))
+    if name not in table:
+        near = difflib.get_close_matches(str(name), table, n=1)
+        raise input_error(
+            caller, "preset" if key == "correction" else key, expected="one of " + ", ".join(table),
+            got=repr(name), fix=f"did you mean {near[0]!r}?" if near else "choose one of these",
+        )
     make, everywhere = table[str(name)], {}
     if make in PRESETS.values():
         everywhere = {k: arguments.pop(k) for k in OF_ANY_PRESET if k in arguments}
@@ -240,12 +247,12 @@ def check_keys(
     caller: str, name: str, given: Mapping[str, Any], known: Mapping[str, Any]
 ) -> None:
     """Raise unless a part has all the arguments that it is given."""
-    for key in given:
+    for key, value in given.items():
         if key not in known:
             raise input_error(
                 caller, f"argument of {name}",
                 expected="key=value with key one of " + (", ".join(known) or "none at all"),
-                got=repr(key), fix=f"see help(iscorrect.{_snake(name)})",
+                got=repr(f"{key}={value}"), fix=f"see help(iscorrect.{_snake(name)})",
             )
 
 
