@@ -300,7 +300,7 @@ class Family:
 
     def normalizer(self, mask):
         if self.total is token_mean:
-            return global_normalizer(mask, gradients="summed")
+            return global_normalizer(mask, group=None, gradients="summed")
         return mask.any(-1).sum()
 
 
