@@ -120,7 +120,6 @@ from iscorrect.loss.presets import (
     kpop as kpop,
     off_policy_negative as off_policy_negative,
     pareto_is as pareto_is,
-    parse as parse,
     sequence_is as sequence_is,
     sequence_mis as sequence_mis,
     sequence_tis as sequence_tis,
@@ -143,6 +142,12 @@ from iscorrect.loss.rules import (
     ProbabilityShift as ProbabilityShift,
     RatioOutside as RatioOutside,
     Veto as Veto,
+)
+from iscorrect.loss.specs import (
+    parse as parse,
+    parse_loss as parse_loss,
+    to_dict as to_dict,
+    to_text as to_text,
 )
 from iscorrect.loss.terms import (
     ReferenceKL as ReferenceKL,

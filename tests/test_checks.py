@@ -1,5 +1,6 @@
 """The ready checks pass what is right and catch each planted mistake."""
 
+import re
 from functools import partial
 
 import pytest
@@ -27,8 +28,12 @@ from iscorrect.testing.checks import (
     check_invariant_to_microbatching,
     check_invariant_to_packing,
     check_invariant_to_padding,
+    check_monotone,
     check_no_gradient_outside_mask,
+    check_same_as,
+    check_sign,
     check_unbiased,
+    check_weights,
 )
 
 tokens_of_the_batch = partial(global_normalizer, group=None, gradients="summed")
@@ -255,9 +260,64 @@ def test_the_smallest_example_is_the_one_shown():
         check_identity_when_equal, loss_fn,
         PolicyLoss(correction=uncorrected(), aggregation="sum"),
     )
-    assert "layout = [[True]]" in message
+    assert "mask = [[True]]" in message
 
 
 def test_errors_of_the_loss_come_through():
     with pytest.raises(InputError, match="`mask` must be"):
         check_finite(lambda log_probs, *, mask, **_: Layout(mask.float()))
+
+
+def test_a_failure_shows_the_smallest_case_once_with_the_difference():
+    right = PolicyLoss(correction=token_tis())
+
+    def loss_fn(log_probs, **tensors):
+        return right(log_probs, **tensors).loss * (1 + 1e-6)
+
+    message = fails(check_same_as, loss_fn, right)
+    first, *example = message.splitlines()
+    assert "apart" in first
+    assert "(tolerance 1e-09)" in first
+    # The two numbers differ in print too.
+    found, expected = re.search(r": (?:loss|gradient) (\S+), expected (\S+), ", first).groups()
+    assert found != expected
+    assert [line.split(" = ")[0].strip() for line in example] == [
+        "log_probs", "rollout_log_probs", "advantages", "mask",
+    ]
+    assert "Layout object" not in message
+
+
+def test_what_float64_agrees_to_is_no_demand_on_float32_nor_forgiven_by_it():
+    right = PolicyLoss(correction=token_tis())
+
+    def in_float32(log_probs, **tensors):
+        tensors = {k: x.float() if x.is_floating_point() else x for k, x in tensors.items()}
+        return right(log_probs.float(), **tensors)
+
+    check_same_as(in_float32, right)
+    assert "tolerance 1e-12" in fails(check_same_as, in_float32, right, tolerance=1e-12)
+    check_same_as(lambda *a, **k: right(*a, **k).loss * (1 + 1e-4), right, tolerance=1e-3)
+
+
+def test_a_message_names_three_policies_only_where_there_are_three():
+    right = PolicyLoss(correction=token_tis(), objective=PPOClip())
+    wrong = PolicyLoss(correction=token_tis(cap=3.0), objective=PPOClip())
+    assert "old_log_probs" in fails(check_same_as, wrong, right, old=True)
+    assert "old_log_probs" not in fails(check_same_as, wrong, right)
+    assert "weights are others" in fails(check_weights, wrong, token_tis(), old=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_has_its_own_weights_and_pushes_the_right_way(preset):
+    correction = PRESETS[preset]()
+    check_weights(PolicyLoss(correction=correction), correction)
+    check_sign(PolicyLoss(correction=correction))
+
+
+@pytest.mark.parametrize("correction", [token_is(), token_tis(), sequence_tis()])
+def test_truncation_is_monotone_and_masking_is_not(correction):
+    check_monotone(PolicyLoss(correction=correction))
+    assert "so that every ratio is larger" in fails(
+        check_monotone, PolicyLoss(correction=sequence_mis())
+    )

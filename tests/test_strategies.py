@@ -1,8 +1,10 @@
 """What the strategies draw is what they promise, and every drawn loss keeps the library's rules."""
 
+import math
+
 import pytest
 import torch
-from hypothesis import find, given
+from hypothesis import Phase, find, given, settings
 
 from iscorrect import Correction, Layout, uncorrected
 from iscorrect.testing.strategies import (
@@ -68,10 +70,58 @@ def test_pairs_are_log_probs_and_no_farther_apart_than_asked(pair):
 
 
 @given(padded_batches())
-def test_padded_batches_have_a_token_in_every_row_and_padding_on_the_right(batch):
+def test_padded_batches_have_a_token_in_every_row_and_zeros_on_the_right(batch):
     mask = batch.layout.mask
-    assert mask[:, 0].all()
-    assert (mask[:, 1:] <= mask[:, :-1]).all()
+    assert mask.any(-1).all()
+    behind = mask.flip(-1).cumsum(-1).flip(-1) == 0
+    assert not behind[:, 0].any()
+    assert (batch.advantages == batch.advantages[:, :1]).all()
+
+
+BRANCHES = {
+    "a ratio above every usual cap": lambda d, u, a, i: (d > math.log(5)).any(),
+    "a ratio below every usual floor": lambda d, u, a, i: (d < math.log(0.2)).any(),
+    "a ratio between": lambda d, u, a, i: ((d != 0) & (d.abs() < math.log(2))).any(),
+    "a sequence above the cap of whose tokens none is": lambda d, u, a, i: (
+        (i.layout.sequence_total(d) > math.log(2)) & (i.layout.sequence_max(d) < math.log(2))
+    ).any(),
+    "clipped above with a positive advantage": lambda d, u, a, i: ((u > 0.25) & (a > 0)).any(),
+    "clipped below with a negative advantage": lambda d, u, a, i: ((u < -0.25) & (a < 0)).any(),
+    "beyond the clip, where the minimum is the ratio's": lambda d, u, a, i: (
+        (u.abs() > 0.25) & (u * a < 0)
+    ).any(),
+    "moved but not clipped": lambda d, u, a, i: ((u != 0) & (u.abs() < 0.18)).any(),
+    "two signs in a batch": lambda d, u, a, i: (a > 0).any() & (a < 0).any(),
+    "no advantage": lambda d, u, a, i: (a == 0).all(),
+    "sequences of two lengths": lambda d, u, a, i: (
+        i.layout.sequence_count(d.dtype)[i.layout.mask].unique().numel() > 1
+    ),
+    "log-probs that bfloat16 cannot hold": lambda d, u, a, i: (
+        i.old_log_probs != i.old_log_probs.bfloat16()
+    ).any(),
+    "a hole with numbers in it": lambda d, u, a, i: (
+        ~i.layout.mask & (i.rollout_log_probs != 0) & (i.advantages != 0)
+    ).any(),
+}
+
+
+@pytest.mark.parametrize("strategy", [padded_batches(), batches()], ids=["padded", "any"])
+def test_every_branch_of_a_loss_is_reached_many_times_in_a_hundred_examples(strategy):
+    reached = dict.fromkeys(BRANCHES, 0)
+
+    @settings(max_examples=100, derandomize=True, phases=[Phase.generate])
+    @given(strategy)
+    def count(inputs):
+        mask = inputs.layout.mask
+        d = torch.where(mask, inputs.old_log_probs - inputs.rollout_log_probs, 0)
+        u = torch.where(mask, inputs.log_probs - inputs.old_log_probs, 0)
+        a = torch.where(mask, inputs.advantages, 0)
+        for name, holds in BRANCHES.items():
+            reached[name] += bool(holds(d, u, a, inputs))
+
+    count()
+    print(reached)
+    assert {name for name, times in reached.items() if times < 5} == set()
 
 
 @given(policies(), cases(eos=1))

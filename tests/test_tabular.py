@@ -238,7 +238,7 @@ def test_a_fault_is_in_one_context():
         ),
         (
             lambda: mismatch.temperature(TabularPolicy.random(2, 2), 0.9, report="both"),
-            ("`report`", "'processed' or 'raw'", "'both'"),
+            ("`report`", "'processed', 'raw'", "'both'"),
         ),
         (lambda: mismatch.noise(TabularPolicy.random(2, 2), 5.0), ("noise", "`sigma`", "5.0")),
         (lambda: mismatch.noise(TabularPolicy.random(2, 2), -1), ("noise", "`sigma`", "-1")),
@@ -270,3 +270,16 @@ def test_parsed_mismatches_are_the_makers():
     }
     for text, expected in pairs.items():
         assert torch.equal(mismatch.parse_mismatch(text)(policy).logits, expected.logits)
+
+
+@pytest.mark.parametrize(
+    ("maker", "value"),
+    [
+        (mismatch.temperature, 0), (mismatch.temperature, -1.0), (mismatch.temperature, math.nan),
+        (mismatch.top_p, 0.0), (mismatch.top_p, 1.5), (mismatch.top_k, 0), (mismatch.min_p, 2.0),
+        (mismatch.repetition_penalty, 0.0), (mismatch.noise, -0.1),
+    ],
+)
+def test_a_mismatch_that_would_make_no_policy_is_refused(maker, value):
+    with pytest.raises(InputError, match="Fix: pass"):
+        maker(TabularPolicy.random(2, 2), value)

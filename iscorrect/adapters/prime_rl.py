@@ -7,7 +7,7 @@ from typing import Any
 from iscorrect.errors import input_error
 from iscorrect.layout import masked
 from iscorrect.loss.policy_loss import PolicyLoss
-from iscorrect.loss.presets import parse
+from iscorrect.loss.specs import parse
 
 
 def loss(inputs: Any, *, correction: str = "token-tis:cap=2") -> Any:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from iscorrect.errors import InputError, input_error
 from iscorrect.loss.policy_loss import PolicyLoss
-from iscorrect.loss.presets import PRESETS, parse
+from iscorrect.loss.presets import PRESETS
+from iscorrect.loss.specs import parse
 from iscorrect.testing.audit import Audit, audit
 from iscorrect.testing.mismatch import parse_mismatch, token_sigma
 from iscorrect.testing.tabular import TabularPolicy, chi2, kl

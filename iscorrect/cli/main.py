@@ -15,7 +15,8 @@ from iscorrect.cli.fp16_check import add_fp16_check_arguments, run_fp16_check
 from iscorrect.cli.report import add_report_arguments, run_report
 from iscorrect.dumps import read_dump
 from iscorrect.errors import InputError
-from iscorrect.loss.presets import PRESETS, parse
+from iscorrect.loss.presets import PRESETS
+from iscorrect.loss.specs import parse
 from iscorrect.report.effects import HEADER, effect_row, effects
 from iscorrect.text import number, show
 

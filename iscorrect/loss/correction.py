@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -75,6 +76,8 @@ class Correction:
                 "Correction", "bound", expected="None or a callable (ratio, evidence) -> weights",
                 got=repr(self.bound), fix="pass Truncate(cap=2.0)",
             )
+        if isinstance(self.reject, Sequence):  # YAML has lists only
+            object.__setattr__(self, "reject", tuple(self.reject))
         if not isinstance(self.reject, tuple) or not all(map(callable, self.reject)):
             raise input_error(
                 "Correction", "reject", expected="a tuple of callables (evidence) -> keep",

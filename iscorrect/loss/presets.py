@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 from collections.abc import Callable
 from typing import Literal
 
-from iscorrect.errors import input_error
 from iscorrect.loss.bounds import (
     ConfidenceCap,
     Ignore,
@@ -145,45 +142,3 @@ PRESETS: dict[str, Callable[..., Correction]] = {
     )
 }
 """Presets by the names that the command line and configuration files use."""
-
-
-def parse(text: str) -> Correction:
-    """A correction from ``name`` or ``name:key=value,key=value``.
-
-    Args:
-        text: a preset's kebab-case name and its arguments; "none" stands for None.
-
-    Raises:
-        InputError: an unknown preset or argument, or a value that the preset refuses.
-
-    >>> parse("sequence-mis:high=3").bound
-    Mask(low=0.0, high=3.0)
-    """
-    name, _, arguments = text.partition(":")
-    if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1)
-        raise input_error(
-            "parse", "preset", expected="one of " + ", ".join(PRESETS), got=repr(name),
-            fix=f"did you mean {near[0]!r}?" if near else "choose one of these names",
-        )
-    known = inspect.signature(PRESETS[name]).parameters
-    values: dict[str, object] = {}
-    for argument in filter(None, arguments.split(",")):
-        key, equals, value = argument.partition("=")
-        if key not in known or not equals:
-            raise input_error(
-                "parse", f"argument of {name}",
-                expected="key=value with key one of " + (", ".join(known) or "none at all"),
-                got=repr(argument), fix=f"see help(iscorrect.{name.replace('-', '_')})",
-            )
-        values[key] = _value(value)
-    return PRESETS[name](**values)
-
-
-def _value(text: str) -> float | str | None:
-    if text == "none":
-        return None
-    try:
-        return float(text)
-    except ValueError:
-        return text

@@ -21,8 +21,9 @@ from iscorrect.layout import Layout, masked
 from iscorrect.loss.correction import Correction
 from iscorrect.loss.metrics import Metrics
 from iscorrect.loss.pareto import pareto_tail
-from iscorrect.loss.presets import parse, uncorrected
+from iscorrect.loss.presets import uncorrected
 from iscorrect.loss.ratios import at_level, ratio, units
+from iscorrect.loss.specs import parse
 
 SAMPLE = 2**20
 

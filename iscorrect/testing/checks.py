@@ -1,8 +1,13 @@
 """Ready checks of a loss, for anybody's test suite; each fails with the smallest example found.
 
-A loss is called as ``loss_fn(log_probs, *, rollout_log_probs, advantages, mask)``, all "b t"; see
-:func:`iscorrect.testing.renamed` for one with other names. How many examples are tried is up to
-hypothesis' profile.
+A loss is called as ``loss_fn(log_probs, *, rollout_log_probs, advantages, mask)``, all "b t", and
+with ``old_log_probs`` where a check is told ``old=True``; see :func:`iscorrect.testing.renamed` for
+one with other names. It is given float64. What it returns must agree with what is expected to
+
+    |found − expected| ≤ tolerance · max(1, |expected|)
+
+where the tolerance is that of the dtype the loss returns, :data:`TOLERANCES`, if it is not told.
+How many examples are tried is up to hypothesis' profile.
 """
 
 from __future__ import annotations
@@ -19,11 +24,201 @@ from torch.nn.functional import pad
 from iscorrect.layout import Layout
 from iscorrect.loss.advantages import Baseline
 from iscorrect.testing.audit import LossFn, audit
-from iscorrect.testing.strategies import Batch, Case, cases, padded_batches, policies
+from iscorrect.testing.strategies import (
+    Case,
+    LossInputs,
+    batches,
+    cases,
+    padded_batches,
+    policies,
+)
 from iscorrect.testing.tabular import TabularPolicy
 
-TOLERANCE = 1e-9
+__all__ = [
+    "TOLERANCES",
+    "check_finite",
+    "check_identity_when_equal",
+    "check_invariant_to_microbatching",
+    "check_invariant_to_packing",
+    "check_invariant_to_padding",
+    "check_monotone",
+    "check_no_gradient_outside_mask",
+    "check_same_as",
+    "check_sign",
+    "check_unbiased",
+    "check_weights",
+]
+
+TOLERANCES = {
+    torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 2e-2
+}
+"""Relative to the larger of 1 and the number expected, by the dtype of the loss."""
+
 OUTSIDE = (torch.nan, torch.inf, -torch.inf, 1e4)
+
+
+def check_same_as(
+    loss_fn: LossFn,
+    reference: LossFn,
+    *,
+    old: bool = False,
+    packed: bool = False,
+    tolerance: float | None = None,
+) -> None:
+    """A loss has the value and the gradient of another.
+
+    The inputs reach every branch: ratios far beyond the usual caps on both sides, both signs of
+    the advantage, update ratios inside and outside the clip, holes in the mask, three policies
+    apart, log-probs that 16 bits cannot hold.
+
+    Args:
+        loss_fn: the loss under test.
+        reference: a :class:`iscorrect.PolicyLoss`, or any other callable.
+        old: whether both take ``old_log_probs``.
+        packed: whether both take a :class:`iscorrect.Layout` as their mask; it then also has
+            several sequences in a row, and rows without any.
+        tolerance: see :mod:`iscorrect.testing.checks`.
+
+    Raises:
+        AssertionError: with the inputs.
+
+    >>> from iscorrect import PolicyLoss, token_tis
+    >>> def mine(log_probs, *, rollout_log_probs, advantages, mask):
+    ...     weights = (log_probs - rollout_log_probs).detach().exp().clamp(max=2)
+    ...     return -(weights * advantages * log_probs)[mask].mean()
+    >>> check_same_as(mine, PolicyLoss(correction=token_tis(cap=2.0)))
+    """
+
+    def same(inputs: LossInputs) -> None:
+        mask = inputs.layout if packed else inputs.layout.mask
+        _agree(
+            "check_same_as", "it differs from the reference",
+            _evaluate(loss_fn, inputs, old=old, mask=mask),
+            _evaluate(reference, inputs, old=old, mask=mask), inputs, old, tolerance,
+        )
+
+    _run(same, batches() if packed else padded_batches())
+
+
+def check_weights(
+    loss_fn: LossFn,
+    weight_fn: Callable[..., Any],
+    *,
+    old: bool = False,
+    tolerance: float | None = None,
+) -> None:
+    """The importance weights of a loss, seen from outside, are those of a correction.
+
+        w_t = (∂loss/∂log π_t) / (∂loss/∂log π_t where μ = π_old)
+
+    Denominators and the objective cancel, so only the weights must be known. Tokens without a
+    gradient where the policies agree, such as clipped ones, must have none elsewhere.
+
+    Args:
+        loss_fn: the loss under test.
+        weight_fn: a :class:`iscorrect.Correction`, or a callable with its arguments; returns
+            weights "b t", or a tuple that begins with them.
+        old: whether the loss takes ``old_log_probs``; otherwise π_old is π.
+        tolerance: see :mod:`iscorrect.testing.checks`.
+
+    Raises:
+        AssertionError: with the inputs.
+
+    >>> from iscorrect import PolicyLoss, PPOClip, sequence_mis
+    >>> check_weights(PolicyLoss(correction=sequence_mis()), sequence_mis())
+    >>> def weights(*, old_log_probs, rollout_log_probs, mask, advantages):
+    ...     d = torch.where(mask, old_log_probs - rollout_log_probs, 0).sum(-1, keepdim=True)
+    ...     return torch.where(d.exp() <= 3, d.exp(), 0)
+    >>> check_weights(PolicyLoss(correction=sequence_mis(high=3.0)), weights)
+    """
+
+    def weighted(inputs: LossInputs) -> None:
+        mask = inputs.layout.mask
+        before = inputs.old_log_probs if old else inputs.log_probs
+        loss, gradient = _evaluate(loss_fn, inputs, old=old)
+        _, plain = _evaluate(loss_fn, inputs._replace(rollout_log_probs=before), old=old)
+        weights = weight_fn(
+            old_log_probs=before, rollout_log_probs=inputs.rollout_log_probs, mask=mask,
+            advantages=inputs.advantages,
+        )
+        weights = weights[0] if isinstance(weights, tuple) else weights
+        shares = plain.double()
+        expected = torch.where(mask & (shares != 0), weights, 0).double()
+        found = gradient.double() / torch.where(shares != 0, shares, 1)
+        limit = _tolerance(loss, tolerance)
+        _close("check_weights", "weights", "the weights are others", found, expected, limit,
+               _named(inputs, old))
+
+    _run(weighted, padded_batches())
+
+
+def check_sign(loss_fn: LossFn, *, old: bool = False, tolerance: float | None = None) -> None:
+    """No token with A > 0 is made less likely, none with A < 0 more, and none with A = 0 either.
+
+    Holds for importance weights of any kind and for clipped objectives; not for a loss with a
+    penalty or a bonus beside.
+
+    Args:
+        loss_fn: the loss under test.
+        old: whether it takes ``old_log_probs``.
+        tolerance: see :mod:`iscorrect.testing.checks`.
+
+    Raises:
+        AssertionError: with the inputs.
+
+    >>> from iscorrect import PolicyLoss, PPOClip, token_tis
+    >>> check_sign(PolicyLoss(correction=token_tis(), objective=PPOClip()), old=True)
+    """
+
+    def pushes(inputs: LossInputs) -> None:
+        loss, gradient = _evaluate(loss_fn, inputs, old=old)
+        gradient = gradient.double()
+        wrong = torch.where(
+            inputs.advantages == 0, gradient.abs(), gradient * inputs.advantages.sign()
+        )
+        limit = _tolerance(loss, tolerance) * max(1.0, _largest(gradient))
+        if not wrong.amax() <= limit:
+            _fail(
+                "check_sign",
+                f"the gradient of the loss is {_shown(gradient)}, and −gradient · A < 0 at"
+                f" {_place(wrong)}, or the gradient is not 0 where A is", **_named(inputs, old),
+            )
+
+    _run(pushes, padded_batches())
+
+
+def check_monotone(loss_fn: LossFn, *, old: bool = False, tolerance: float | None = None) -> None:
+    """A token that the engine found less likely gets no smaller a weight.
+
+    Holds for truncation and plain importance sampling at every level; not for corrections that
+    mask or reject.
+
+    Args:
+        loss_fn: the loss under test.
+        old: whether it takes ``old_log_probs``.
+        tolerance: see :mod:`iscorrect.testing.checks`.
+
+    Raises:
+        AssertionError: with the inputs.
+
+    >>> from iscorrect import PolicyLoss, sequence_tis
+    >>> check_monotone(PolicyLoss(correction=sequence_tis()))
+    """
+
+    def monotone(inputs: LossInputs, step: float) -> None:
+        lower = inputs._replace(rollout_log_probs=inputs.rollout_log_probs - step)
+        loss, gradient = _evaluate(loss_fn, inputs, old=old)
+        _, raised = _evaluate(loss_fn, lower, old=old)
+        fall = gradient.double().abs() - raised.double().abs()
+        if not fall.amax() <= _tolerance(loss, tolerance) * max(1.0, _largest(gradient)):
+            _fail(
+                "check_monotone",
+                f"with rollout_log_probs {step:g} lower, so that every ratio is larger, the"
+                f" gradient falls from {_shown(gradient)} to {_shown(raised)} at {_place(fall)}",
+                **_named(inputs, old),
+            )
+
+    _run(monotone, padded_batches(), st.sampled_from([0.125, 1.0]))
 
 
 def check_unbiased(
@@ -33,8 +228,12 @@ def check_unbiased(
     group: Baseline | None = None,
     old: bool = False,
     scale: float = 1.0,
+    tolerance: float | None = None,
 ) -> None:
     """The expected −∇loss is ∇J, exactly, whatever the policies and the reward.
+
+    Truncated, masked and clipped losses are biased by design: compare those with
+    :func:`check_same_as` or :func:`check_weights`.
 
     Args:
         loss_fn: sums over tokens and averages over sequences.
@@ -42,6 +241,8 @@ def check_unbiased(
         group: see :func:`iscorrect.testing.audit`.
         old: whether the loss takes ``old_log_probs``, here those of a third policy.
         scale: what multiple of ∇J is expected, such as 1 − 1/G with a group's mean as baseline.
+        tolerance: see :mod:`iscorrect.testing.checks`; relative to the standard deviation of −∇loss
+            where that is larger than 1.
 
     Raises:
         AssertionError: with the policies and the reward.
@@ -53,12 +254,17 @@ def check_unbiased(
     def unbiased(case: Case, third: TabularPolicy) -> None:
         old_policy = third if old else None
         found = audit(loss_fn, *case, batch=batch, group=group, old_policy=old_policy)
-        error = found.expected - scale * found.target
-        if not error.norm() <= TOLERANCE * max(1.0, found.std):
+        expected = scale * found.target
+        error = found.expected - expected
+        limit = tolerance
+        if limit is None:
+            limit = _tolerance(_one_call(loss_fn, case, batch, old), None)
+        if not error.norm() <= limit * max(1.0, found.std):
             _fail(
                 "check_unbiased",
-                f"the expected gradient is {_shown(found.expected)}, not {scale:g} times ∇J ="
-                f" {_shown(found.target)} (nearest multiple {found.scale:.6g}, cosine"
+                f"the expected gradient is {_shown(found.expected, expected)}, not {scale:g} times"
+                f" ∇J = {_shown(expected, found.expected)} (‖difference‖"
+                f" {float(error.norm()):.3g}, nearest multiple {found.scale:.6g}, cosine"
                 f" {found.cosine:.6g})",
                 logits=case.policy.logits, rollout_logits=case.rollout_policy.logits,
                 reward=case.reward, **({"old_logits": third.logits} if old else {}),
@@ -67,15 +273,23 @@ def check_unbiased(
     _run(unbiased, cases(vocab=2, length=2), policies(vocab=2, length=2))
 
 
-def check_identity_when_equal(loss_fn: LossFn, uncorrected_loss_fn: LossFn) -> None:
-    """Where both policies agree, the correction changes neither loss nor gradient.
+def check_identity_when_equal(
+    loss_fn: LossFn,
+    uncorrected_loss_fn: LossFn,
+    *,
+    old: bool = False,
+    tolerance: float | None = None,
+) -> None:
+    """Where engine and trainer agree, the correction changes neither loss nor gradient.
 
     Args:
         loss_fn: the corrected loss.
         uncorrected_loss_fn: the same loss with every weight 1.
+        old: whether both take ``old_log_probs``; those are then what the engine agrees with.
+        tolerance: see :mod:`iscorrect.testing.checks`.
 
     Raises:
-        AssertionError: with the batch.
+        AssertionError: with the inputs.
 
     >>> from iscorrect import PolicyLoss, icepop, uncorrected
     >>> check_identity_when_equal(
@@ -83,81 +297,102 @@ def check_identity_when_equal(loss_fn: LossFn, uncorrected_loss_fn: LossFn) -> N
     ... )
     """
 
-    def identity(batch: Batch) -> None:
-        batch = batch._replace(rollout_log_probs=batch.log_probs)
-        _same(
+    def identity(inputs: LossInputs) -> None:
+        before = inputs.old_log_probs if old else inputs.log_probs
+        inputs = inputs._replace(rollout_log_probs=before)
+        _agree(
             "check_identity_when_equal", "the corrected loss differs from the uncorrected one",
-            _evaluate(loss_fn, batch), _evaluate(uncorrected_loss_fn, batch), batch,
+            _evaluate(loss_fn, inputs, old=old), _evaluate(uncorrected_loss_fn, inputs, old=old),
+            inputs, old, tolerance,
         )
 
     _run(identity, padded_batches())
 
 
-def check_invariant_to_padding(loss_fn: LossFn) -> None:
+def check_invariant_to_padding(
+    loss_fn: LossFn, *, old: bool = False, tolerance: float | None = None
+) -> None:
     """Columns outside the mask, on either side, change neither loss nor gradient.
 
+    Args:
+        loss_fn: the loss under test.
+        old: whether it takes ``old_log_probs``.
+        tolerance: see :mod:`iscorrect.testing.checks`.
+
     Raises:
-        AssertionError: with the batch before padding.
+        AssertionError: with the inputs before padding.
 
     >>> from iscorrect import PolicyLoss, sequence_tis
     >>> check_invariant_to_padding(PolicyLoss(correction=sequence_tis()))
     """
 
-    def invariant(batch: Batch, left: int, right: int) -> None:
-        mask, width = batch.layout.mask, batch.layout.mask.shape[1]
-        wider = batch.each(
+    def invariant(inputs: LossInputs, left: int, right: int) -> None:
+        mask, width = inputs.layout.mask, inputs.layout.mask.shape[1]
+        wider = inputs.each(
             lambda x: pad(x, (left, right), value=-1.0), Layout(pad(mask, (left, right)))
         )
-        loss, gradient = _evaluate(loss_fn, wider)
-        _same(
+        loss, gradient = _evaluate(loss_fn, wider, old=old)
+        _agree(
             "check_invariant_to_padding",
             f"{left} columns before and {right} after change the loss",
-            (loss, gradient[:, left : left + width]), _evaluate(loss_fn, batch), batch,
+            (loss, gradient[:, left : left + width]), _evaluate(loss_fn, inputs, old=old), inputs,
+            old, tolerance,
         )
 
     _run(invariant, padded_batches(), st.integers(0, 2), st.integers(0, 2))
 
 
-def check_invariant_to_packing(loss_fn: LossFn) -> None:
+def check_invariant_to_packing(
+    loss_fn: LossFn, *, old: bool = False, tolerance: float | None = None
+) -> None:
     """Sequences one behind the other in a single row give the loss and gradient of padded ones.
 
     Args:
         loss_fn: takes a :class:`iscorrect.Layout` as its mask. One that takes cumulative lengths
             can read them off ``layout.sequence_starts()``.
+        old: whether it takes ``old_log_probs``.
+        tolerance: see :mod:`iscorrect.testing.checks`.
 
     Raises:
-        AssertionError: with the padded batch.
+        AssertionError: with the padded inputs.
 
     >>> from iscorrect import PolicyLoss, sequence_tis
     >>> check_invariant_to_packing(PolicyLoss(correction=sequence_tis()))
     """
 
-    def invariant(batch: Batch) -> None:
-        mask = batch.layout.mask
+    def invariant(inputs: LossInputs) -> None:
+        mask = inputs.layout.mask
         rows = torch.arange(len(mask))[:, None].expand(mask.shape)[mask]
         ids = rearrange(rows, "n -> 1 n")
-        packed = batch.each(
+        packed = inputs.each(
             lambda x: rearrange(x[mask], "n -> 1 n"),
             Layout(torch.ones_like(ids).bool(), sequence_ids=ids),
         )
-        loss, gradient = _evaluate(loss_fn, packed, mask=packed.layout)
-        back = torch.zeros_like(batch.log_probs).masked_scatter(mask, gradient)
-        _same(
+        loss, gradient = _evaluate(loss_fn, packed, old=old, mask=packed.layout)
+        back = torch.zeros_like(inputs.log_probs).masked_scatter(mask, gradient)
+        _agree(
             "check_invariant_to_packing", "the packed loss differs from the padded one",
-            (loss, back), _evaluate(loss_fn, batch, mask=batch.layout), batch,
+            (loss, back), _evaluate(loss_fn, inputs, old=old, mask=inputs.layout), inputs, old,
+            tolerance,
         )
 
     _run(invariant, padded_batches())
 
 
 def check_invariant_to_microbatching(
-    loss_fn: LossFn, normalizer: Callable[[Tensor], Tensor | float]
+    loss_fn: LossFn,
+    normalizer: Callable[[Tensor], Tensor | float],
+    *,
+    old: bool = False,
+    tolerance: float | None = None,
 ) -> None:
     """Row by row, with the whole batch's denominator, the loss adds up to that of the batch.
 
     Args:
         loss_fn: takes ``normalizer=``.
         normalizer: the denominator of a whole batch, from its bool mask "b t".
+        old: whether the loss takes ``old_log_probs``.
+        tolerance: see :mod:`iscorrect.testing.checks`.
 
     Raises:
         AssertionError: with the whole batch.
@@ -168,99 +403,177 @@ def check_invariant_to_microbatching(
     >>> check_invariant_to_microbatching(PolicyLoss(correction=token_tis()), whole)
     """
 
-    def invariant(batch: Batch) -> None:
-        whole = normalizer(batch.layout.mask)
+    def invariant(inputs: LossInputs) -> None:
+        whole = normalizer(inputs.layout.mask)
         parts = [
-            _evaluate(loss_fn, batch.row(i), normalizer=whole) for i in range(len(batch.log_probs))
+            _evaluate(loss_fn, inputs.row(i), old=old, normalizer=whole)
+            for i in range(len(inputs.log_probs))
         ]
         losses, gradients = zip(*parts, strict=True)
-        _same(
+        _agree(
             "check_invariant_to_microbatching", "the parts do not add up to the whole",
-            (torch.stack(losses).sum(), torch.cat(gradients)), _evaluate(loss_fn, batch), batch,
+            (torch.stack(losses).sum(), torch.cat(gradients)),
+            _evaluate(loss_fn, inputs, old=old), inputs, old, tolerance,
         )
 
     _run(invariant, padded_batches())
 
 
-def check_no_gradient_outside_mask(loss_fn: LossFn) -> None:
+def check_no_gradient_outside_mask(
+    loss_fn: LossFn, *, old: bool = False, tolerance: float | None = None
+) -> None:
     """NaN, ±inf and large numbers outside the mask reach neither loss nor gradient.
 
+    Args:
+        loss_fn: the loss under test.
+        old: whether it takes ``old_log_probs``.
+        tolerance: see :mod:`iscorrect.testing.checks`.
+
     Raises:
-        AssertionError: with the batch and what was put outside its mask.
+        AssertionError: with the inputs and what was put outside their mask.
 
     >>> from iscorrect import PolicyLoss, sequence_tis
     >>> check_no_gradient_outside_mask(PolicyLoss(correction=sequence_tis()))
     """
 
-    def nothing(batch: Batch, ours: float, theirs: float) -> None:
-        mask = batch.layout.mask
-        dirty = batch._replace(
-            log_probs=torch.where(mask, batch.log_probs, ours),
-            rollout_log_probs=torch.where(mask, batch.rollout_log_probs, theirs),
+    def nothing(inputs: LossInputs, ours: float, theirs: float) -> None:
+        mask = inputs.layout.mask
+        dirty = inputs._replace(
+            log_probs=torch.where(mask, inputs.log_probs, ours),
+            old_log_probs=torch.where(mask, inputs.old_log_probs, ours),
+            rollout_log_probs=torch.where(mask, inputs.rollout_log_probs, theirs),
         )
-        _same(
+        _agree(
             "check_no_gradient_outside_mask",
             f"log_probs={ours} and rollout_log_probs={theirs} outside the mask change the loss",
-            _evaluate(loss_fn, dirty), _evaluate(loss_fn, batch), batch,
+            _evaluate(loss_fn, dirty, old=old), _evaluate(loss_fn, inputs, old=old), inputs, old,
+            tolerance,
         )
 
     filling = st.sampled_from(OUTSIDE)
     _run(nothing, padded_batches(), filling, filling)
 
 
-def check_finite(loss_fn: LossFn) -> None:
+def check_finite(loss_fn: LossFn, *, old: bool = False) -> None:
     """Log-ratios of up to a thousand nats leave loss and gradient finite, in float32.
 
+    Args:
+        loss_fn: the loss under test.
+        old: whether it takes ``old_log_probs``.
+
     Raises:
-        AssertionError: with the batch.
+        AssertionError: with the inputs.
 
     >>> from iscorrect import PolicyLoss, sequence_tis
     >>> check_finite(PolicyLoss(correction=sequence_tis()))
     """
 
-    def finite(batch: Batch, factor: float) -> None:
-        scaled = batch._replace(
-            log_probs=factor * batch.log_probs.float(), advantages=batch.advantages.float(),
-            rollout_log_probs=factor * batch.rollout_log_probs.float(),
-        )
-        loss, gradient = _evaluate(loss_fn, scaled)
+    def finite(inputs: LossInputs, factor: float) -> None:
+        scaled = inputs.each(lambda x: factor * x.float(), inputs.layout)
+        scaled = scaled._replace(advantages=inputs.advantages.float())
+        loss, gradient = _evaluate(loss_fn, scaled, old=old)
         if not (loss.isfinite() and gradient.isfinite().all()):
             problem = f"the loss is {loss}, its gradient {_shown(gradient)}"
-            _fail("check_finite", problem, **_named(scaled))
+            _fail("check_finite", problem, **_named(scaled, old))
 
     _run(finite, padded_batches(spread=4.0), st.sampled_from([1.0, 25.0, 250.0]))
 
 
 def _run(test: Callable[..., None], *strategies: st.SearchStrategy[Any]) -> None:
     # The message shows the example; no need to search for what varies in it.
-    phases = [phase for phase in Phase if phase is not Phase.explain]
-    settings(deadline=None, database=None, phases=phases)(given(*strategies)(test))()
+    chosen = settings()
+    phases = [phase for phase in chosen.phases if phase is not Phase.explain]
+    run = settings(chosen, deadline=None, database=None, phases=phases)(given(*strategies)(test))
+    try:
+        run()
+    except AssertionError as error:
+        # Hypothesis adds notes that show the example a second time.
+        message = str(error)
+    else:
+        return
+    raise AssertionError(message)
 
 
 def _evaluate(
-    loss_fn: LossFn, batch: Batch, *, mask: Tensor | Layout | None = None, **others: Any
+    loss_fn: LossFn, inputs: LossInputs, *, old: bool, mask: Tensor | Layout | None = None,
+    **others: Any,
 ) -> tuple[Tensor, Tensor]:
-    log_probs = batch.log_probs.clone().requires_grad_()
+    log_probs = inputs.log_probs.clone().requires_grad_()
+    if old:
+        others["old_log_probs"] = inputs.old_log_probs
     result = loss_fn(
-        log_probs, rollout_log_probs=batch.rollout_log_probs, advantages=batch.advantages,
-        mask=batch.layout.mask if mask is None else mask, **others,
+        log_probs, rollout_log_probs=inputs.rollout_log_probs, advantages=inputs.advantages,
+        mask=inputs.layout.mask if mask is None else mask, **others,
     )
     loss: Tensor = result[0] if isinstance(result, tuple) else result
+    if not loss.requires_grad:
+        return loss, torch.zeros_like(log_probs)
     gradient = torch.autograd.grad(loss, log_probs, allow_unused=True, materialize_grads=True)[0]
     return loss.detach(), gradient
 
 
-def _same(
+def _one_call(loss_fn: LossFn, case: Case, batch: int, old: bool) -> Tensor:
+    rows = [0] * batch
+    ours, theirs = case.policy.log_probs[rows], case.rollout_policy.reported_log_probs[rows]
+    inputs = LossInputs(ours, ours, theirs, torch.ones_like(ours),
+                        Layout(case.policy.sequences.mask[rows]))
+    return _evaluate(loss_fn, inputs, old=old)[0]
+
+
+def _tolerance(loss: Tensor, told: float | None) -> float:
+    return TOLERANCES[loss.dtype] if told is None else told
+
+
+def _agree(
     check: str, problem: str, found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor],
-    batch: Batch,
+    inputs: LossInputs, old: bool, tolerance: float | None,
 ) -> None:
-    for name, a, b in zip(("loss", "gradient"), found, expected, strict=True):
-        if not torch.allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE):
-            _fail(check, f"{problem}: {name} {_shown(a)}, expected {_shown(b)}", **_named(batch))
+    limit = _tolerance(found[0], tolerance)
+    for what, a, b in zip(("loss", "gradient"), found, expected, strict=True):
+        _close(check, what, problem, a, b, limit, _named(inputs, old))
 
 
-def _named(batch: Batch) -> dict[str, Tensor]:
-    return batch._asdict() | {"layout": batch.layout.mask}
+def _close(
+    check: str, what: str, problem: str, found: Tensor, expected: Tensor, limit: float,
+    example: dict[str, Tensor],
+) -> None:
+    found, expected = found.double(), expected.double()
+    difference = (found - expected).abs()
+    excess = difference - limit * expected.abs().clamp(min=1)
+    if excess.numel() and not excess.amax() <= 0:
+        at = _place(excess)
+        _fail(
+            check,
+            f"{problem}: {what} {_shown(found, expected)}, expected {_shown(expected, found)},"
+            f" {float(difference[_argmax(excess)]):.3g} apart{at and ' at ' + at}"
+            f" (tolerance {limit:g})",
+            **example,
+        )
+
+
+def _argmax(x: Tensor) -> tuple[int, ...]:
+    """Where the largest entry is, NaN counting as largest."""
+    flat = int(torch.where(x.isnan(), torch.inf, x).argmax())
+    return tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), x.shape))
+
+
+def _place(x: Tensor) -> str:
+    where = _argmax(x)
+    return f"row {where[0]}, token {where[1]}" if where else ""
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.double().abs().amax()) if x.numel() else 0.0
+
+
+def _named(inputs: LossInputs, old: bool) -> dict[str, Tensor]:
+    names = inputs._asdict()
+    names["mask"] = names.pop("layout").mask
+    if len(set(inputs.layout.sequence_starts().sum(-1).tolist()) - {0, 1}) > 0:
+        names["sequence_starts"] = inputs.layout.sequence_starts()
+    if not old:
+        del names["old_log_probs"]
+    return names
 
 
 def _fail(check: str, problem: str, **example: Tensor) -> None:
@@ -268,5 +581,11 @@ def _fail(check: str, problem: str, **example: Tensor) -> None:
     raise AssertionError("\n".join([f"{check}: {problem}, on", *lines]))
 
 
-def _shown(x: Tensor) -> str:
-    return str(x.tolist() if x.dtype == torch.bool else torch.round(x, decimals=6).tolist())
+def _shown(x: Tensor, other: Tensor | None = None) -> str:
+    """Six decimals, or all of them where six do not tell two tensors apart."""
+    if x.dtype == torch.bool:
+        return str(x.tolist())
+    short = torch.round(x, decimals=6)
+    if other is not None and torch.equal(short, torch.round(other, decimals=6)):
+        return str(x.tolist())
+    return str(short.tolist())

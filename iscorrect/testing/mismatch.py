@@ -11,15 +11,34 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from iscorrect.errors import check_number, input_error
+from iscorrect.errors import check_choice, check_number, input_error
 from iscorrect.testing.tabular import TabularPolicy
+
+__all__ = [
+    "DTYPES",
+    "MAKERS",
+    "Mismatch",
+    "Report",
+    "fault",
+    "min_p",
+    "noise",
+    "parse_mismatch",
+    "repetition_penalty",
+    "round_logits",
+    "round_reports",
+    "stale",
+    "temperature",
+    "token_sigma",
+    "top_k",
+    "top_p",
+]
 
 Mismatch = Callable[[TabularPolicy], TabularPolicy]
 Report = Literal["processed", "raw"]
@@ -61,7 +80,7 @@ def noise(
     >>> round(token_sigma(policy, noise(policy, 0.25)), 6)
     0.25
     """
-    check_number("noise", "sigma", sigma, "nats per token", least=0)
+    check_number("noise", "sigma", sigma, "a standard deviation in nats per token", least=0)
     if freedom == math.inf:
         generator = torch.Generator().manual_seed(seed)
         draw = torch.randn(policy.logits.shape, generator=generator, dtype=torch.float64)
@@ -106,12 +125,13 @@ def temperature(
     policy: TabularPolicy, value: float, *, report: Report = "processed"
 ) -> TabularPolicy:
     """Sampling from softmax(logits/τ)."""
-    check_number("temperature", "value", value, "the temperature of the sampler", above=0)
+    check_number("temperature", "value", value, "the τ that logits are divided by", above=0)
     return _sampled_from(policy, policy.logits / value, report)
 
 
 def top_p(policy: TabularPolicy, mass: float, *, report: Report = "processed") -> TabularPolicy:
     """Sampling from the fewest likeliest tokens that hold a probability of at least ``mass``."""
+    check_number("top_p", "mass", mass, "a probability", above=0, most=1)
     ordered, order = policy.table.exp().sort(-1, descending=True)
     needed = ordered.cumsum(-1) - ordered < mass
     return _kept(policy, torch.zeros_like(needed).scatter(-1, order, needed), report)
@@ -119,6 +139,7 @@ def top_p(policy: TabularPolicy, mass: float, *, report: Report = "processed") -
 
 def top_k(policy: TabularPolicy, count: int, *, report: Report = "processed") -> TabularPolicy:
     """Sampling from the ``count`` likeliest tokens."""
+    check_number("top_k", "count", count, "a number of tokens", least=1)
     order = policy.logits.argsort(-1, descending=True)
     kept = torch.zeros_like(order, dtype=torch.bool).scatter(-1, order[:, : int(count)], True)
     return _kept(policy, kept, report)
@@ -126,6 +147,7 @@ def top_k(policy: TabularPolicy, count: int, *, report: Report = "processed") ->
 
 def min_p(policy: TabularPolicy, share: float, *, report: Report = "processed") -> TabularPolicy:
     """Sampling from tokens with at least this share of the likeliest token's probability."""
+    check_number("min_p", "share", share, "a share of the largest probability", least=0, most=1)
     probabilities = policy.table.exp()
     return _kept(policy, probabilities >= share * probabilities.amax(-1, keepdim=True), report)
 
@@ -138,6 +160,7 @@ def repetition_penalty(
     References:
         CTRL (arXiv 1909.05858), in the form that engines use.
     """
+    check_number("repetition_penalty", "penalty", penalty, "a factor on logits", above=0)
     z = policy.logits
     penalised = torch.where(z > 0, z / penalty, z * penalty)
     return _sampled_from(policy, torch.where(policy.sequences.seen, penalised, z), report)
@@ -159,11 +182,7 @@ def fault(
 
 
 def _sampled_from(policy: TabularPolicy, logits: Tensor, report: Report) -> TabularPolicy:
-    if report not in ("processed", "raw"):
-        raise input_error(
-            "mismatch", "report", expected="'processed' or 'raw'", got=repr(report),
-            fix="pass report='processed', the log-probs of what is sampled from",
-        )
+    check_choice("mismatch", "report", report, get_args(Report))
     return replace(policy, logits=logits, reported=None if report == "processed" else policy.table)
 
 

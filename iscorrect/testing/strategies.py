@@ -48,28 +48,50 @@ from iscorrect.loss.rules import (
 )
 from iscorrect.testing.tabular import TabularPolicy, sequences
 
+__all__ = [
+    "Case",
+    "LossInputs",
+    "batches",
+    "bounds",
+    "cases",
+    "corrections",
+    "layouts",
+    "levels",
+    "log_prob_pairs",
+    "log_probs",
+    "losses",
+    "masks",
+    "objectives",
+    "padded_batches",
+    "policies",
+    "rules",
+    "tensors",
+]
 
-class Batch(NamedTuple):
+
+class LossInputs(NamedTuple):
     """What a loss is given.
 
     Attributes:
         log_probs: "b t", log π.
+        old_log_probs: "b t", log π_old.
         rollout_log_probs: "b t", log μ.
         advantages: "b t", equal within a sequence.
         layout: which tokens count.
     """
 
     log_probs: Tensor
+    old_log_probs: Tensor
     rollout_log_probs: Tensor
     advantages: Tensor
     layout: Layout
 
-    def each(self, change: Callable[[Tensor], Tensor], layout: Layout) -> Batch:
-        """The batch with every tensor changed alike."""
-        ours, theirs, advantages, _ = self
-        return Batch(change(ours), change(theirs), change(advantages), layout)
+    def each(self, change: Callable[[Tensor], Tensor], layout: Layout) -> LossInputs:
+        """The same with every tensor changed alike."""
+        ours, old, rollout, advantages, _ = self
+        return LossInputs(change(ours), change(old), change(rollout), change(advantages), layout)
 
-    def row(self, i: int) -> Batch:
+    def row(self, i: int) -> LossInputs:
         """One row as a batch of its own."""
         return self.each(lambda x: x[i : i + 1], self.layout.rows(i, i + 1))
 
@@ -115,7 +137,7 @@ def log_prob_pairs(
 
 def masks(rows: int, length: int) -> st.SearchStrategy[Tensor]:
     """Bool masks "b t" with holes, empty rows, and now and then nothing at all."""
-    row = st.lists(st.booleans(), min_size=length, max_size=length)
+    row = st.lists(st.booleans(), min_size=length, max_size=length) | st.just([True] * length)
     return st.lists(row, min_size=rows, max_size=rows).map(
         lambda rows: torch.tensor(rows, dtype=torch.bool)
     )
@@ -126,7 +148,11 @@ def layouts(draw: st.DrawFn, max_rows: int = 3, max_length: int = 4) -> Layout:
     """Padded and packed rows, with and without segments."""
     rows, length = draw(st.integers(1, max_rows)), draw(st.integers(1, max_length))
     mask = draw(masks(rows, length))
-    starts = masks(rows, length).map(lambda starts: starts.long().cumsum(-1))
+    start = st.integers(0, 3).map(lambda i: i == 3)
+    row = st.lists(start, min_size=length, max_size=length)
+    starts = st.lists(row, min_size=rows, max_size=rows).map(
+        lambda rows: torch.tensor(rows).long().cumsum(-1)
+    )
     return Layout(
         mask,
         sequence_ids=draw(st.none() | starts),
@@ -136,31 +162,70 @@ def layouts(draw: st.DrawFn, max_rows: int = 3, max_length: int = 4) -> Layout:
 
 @st.composite
 def batches(
-    draw: st.DrawFn, layout: st.SearchStrategy[Layout] | None = None, spread: float = 1.0
-) -> Batch:
-    """Inputs of a loss: log-ratios of up to ``spread`` nats, one advantage per sequence."""
+    draw: st.DrawFn, layout: st.SearchStrategy[Layout] | None = None, spread: float = 3.0
+) -> LossInputs:
+    """Inputs of a loss: three policies, one advantage per sequence.
+
+    Args:
+        draw: hypothesis passes it.
+        layout: where tokens lie; None: :func:`layouts`, padded and packed, with holes.
+        spread: the largest log π_old/μ, nats; 3 passes a cap of 20. The update moves the policy
+            by up to 1 nat, beyond the usual clips on either side.
+    """
     where = draw(layouts() if layout is None else layout)
-    old, rollout = draw(log_prob_pairs(where.mask.shape, spread))
+    size = where.mask.numel()
+    tokens = draw(st.lists(_tokens(spread), min_size=size, max_size=size))
+    table = torch.tensor(tokens, dtype=torch.float64).view(*where.mask.shape, 3)
+    ours, old, rollout = table.unbind(-1)
     values = draw(tensors(where.mask.shape, low=-2, high=2, step=0.5))
     first = where.with_mask(torch.ones_like(where.mask))
     advantages = first.sequence_total(torch.where(first.sequence_starts(), values, 0.0))
-    return Batch(old, rollout, advantages, where)
+    return LossInputs(ours, old, rollout, advantages, where)
 
 
 @st.composite
 def padded_batches(
-    draw: st.DrawFn, max_rows: int = 3, max_length: int = 4, spread: float = 1.0
-) -> Batch:
-    """Inputs of a loss in which each row is one sequence of at least one token, then padding."""
-    steps = round(spread * 8)
-    token = st.tuples(st.integers(-32, 0), st.integers(-steps, steps))
-    sequence = st.tuples(st.integers(-4, 4), st.lists(token, min_size=1, max_size=max_length))
-    rows = draw(st.lists(sequence, min_size=1, max_size=max_rows))
-    pairs = [torch.tensor(tokens, dtype=torch.float64) / 8 for _, tokens in rows]
-    ours, mask = pad_sequences([pair[:, 0] for pair in pairs])
-    change, _ = pad_sequences([pair[:, 1] for pair in pairs])
+    draw: st.DrawFn, max_rows: int = 3, max_length: int = 4, spread: float = 3.0
+) -> LossInputs:
+    """Inputs of a loss in which each row is one sequence with at least one token, then padding.
+
+    Holes in the mask hold numbers as other tokens do; the padding holds zeros.
+
+    Args:
+        draw: hypothesis passes it.
+        max_rows: sequences at most.
+        max_length: tokens of a sequence at most, holes included.
+        spread: as :func:`batches` has it.
+    """
+    row = st.tuples(
+        st.integers(-4, 4),
+        st.lists(st.tuples(st.booleans(), _tokens(spread)), min_size=1, max_size=max_length).filter(
+            lambda tokens: not all(hole for hole, _ in tokens)
+        ),
+    )
+    rows = draw(st.lists(row, min_size=1, max_size=max_rows))
+    numbers = [torch.tensor([t for _, t in tokens], dtype=torch.float64) for _, tokens in rows]
+    ours, old, rollout = (pad_sequences([x[:, i] for x in numbers])[0] for i in range(3))
+    mask, _ = pad_sequences([torch.tensor([not hole for hole, _ in tokens]) for _, tokens in rows])
     advantages = torch.tensor([[value / 2] for value, _ in rows], dtype=torch.float64)
-    return Batch(ours, (ours - change).clamp(max=0), advantages * mask, Layout(mask))
+    return LossInputs(ours, old, rollout, advantages.expand(mask.shape).clone(), Layout(mask))
+
+
+def _tokens(spread: float) -> st.SearchStrategy[tuple[float, float, float]]:
+    """Log π, log π_old and log μ of one token: multiples of 1/8, now and then of 1/1024.
+
+    The finer ones take more bits than a 16-bit format has; all are exact in float32.
+    """
+    steps = round(8 * spread)
+    old = st.integers(-32, 0).map(lambda i: i / 8) | st.integers(-4096, 0).map(lambda i: i / 1024)
+    small = min(4, steps)
+    # Small ones too: a sequence whose product passes a cap that none of its tokens passes.
+    mismatch = (st.integers(-small, small) | st.integers(-steps, steps)).map(lambda i: i / 8)
+    update = st.integers(-8, 8).map(lambda i: i / 8)
+    return st.builds(
+        lambda old, mismatch, update: (min(old + update, 0.0), old, min(old - mismatch, 0.0)),
+        old, mismatch, update,
+    )
 
 
 @st.composite
