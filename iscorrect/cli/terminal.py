@@ -24,17 +24,19 @@ def say(*blocks: str | Table) -> None:
 
     A reader that closes the pipe has seen enough: the command goes on, and so its exit code stays.
     """
+    if sys.stdout is None:  # it was closed before the program began
+        return
     try:
         for block in blocks:
             if isinstance(block, Table) and sys.stdout.isatty() and _rich():
                 _draw(block)
             else:
                 print(block)
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
     except OSError as error:
         # what is left in the buffer would fail again when the interpreter ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with suppress(io.UnsupportedOperation):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
             raise
 

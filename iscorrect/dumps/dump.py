@@ -28,7 +28,9 @@ PER_TOKEN = {
     "varentropy": np.float32,
 }
 
-PER_CANDIDATE = {"top_k_ids": np.int64, "top_k_log_probs": np.float32}
+TOP = "top_k_log_probs"
+
+PER_CANDIDATE = {"top_k_ids": np.int64, TOP: np.float32}
 
 PER_SEQUENCE = ("step", "policy_version", "group")
 
@@ -150,11 +152,15 @@ def concatenate(dumps: Sequence[LogProbDump]) -> LogProbDump:
     for name in names:
         parts = [getattr(dump, name) for dump in dumps]
         if name not in PER_SEQUENCE:
-            parts = [widen(x, width) for x in parts]
+            deep = max(x.shape[2] for x in parts) if name in PER_CANDIDATE else None
+            sides = (width,) if deep is None else (width, deep)
+            parts = [_widened(x, sides, -torch.inf if name == TOP else 0) for x in parts]
         joined[name] = torch.cat(parts)
     return LogProbDump(**joined)
 
 
-def widen(x: Tensor, width: int) -> Tensor:
-    """"b t …" padded with zeros to a width."""
-    return torch.cat([x, x.new_zeros(len(x), width - x.shape[1], *x.shape[2:])], dim=1)
+def _widened(x: Tensor, sides: tuple[int, ...], fill: float) -> Tensor:
+    """"b t …" filled up to the given sides after the first."""
+    wide = x.new_full((len(x), *sides), fill)
+    wide[tuple(slice(side) for side in x.shape)] = x
+    return wide

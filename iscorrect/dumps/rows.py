@@ -16,6 +16,7 @@ from iscorrect.dumps.dump import (
     PER_SEQUENCE,
     PER_TOKEN,
     REQUIRED,
+    TOP,
     Array,
     LogProbDump,
     Row,
@@ -127,7 +128,7 @@ def values(x: Any, name: str, where: str) -> Array:
             exact = np.abs(array) <= 2**53 if array.dtype.kind == "f" else held >= 0
             good = (held == array) & (exact | (array.dtype.kind == "i"))
             expected = "whole numbers below 2**63"
-        elif name in (*LOG_PROBS, "top_k_log_probs"):
+        elif name in (*LOG_PROBS, TOP):
             return held  # checked where the mask is known, or -inf, which is what it amounts to
         else:
             good, expected = np.isfinite(held) | ~np.isfinite(array), "numbers that float32 holds"
@@ -191,7 +192,7 @@ def padded(rows: Sequence[Row]) -> LogProbDump:
         if name in PER_CANDIDATE:
             deep = (max(row[name].shape[1] for row in rows),)
         batch = np.zeros((len(rows), width, *deep), first.dtype)
-        if name == "top_k_log_probs":
+        if name == TOP:
             batch[:] = -np.inf
         for i, row in enumerate(rows):
             x = row[name]
