@@ -7,8 +7,10 @@ microsecond and never synchronise with the device.
 from __future__ import annotations
 
 import difflib
+import importlib
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,6 +102,30 @@ Fix: pass target as a share of the sample.
         caller, argument, expected=f"{expected}, {what}{', or None' if optional else ''}",
         got=repr(value), fix=fix or f"pass {argument} as {what}",
     )
+
+
+def import_extra(caller: str, module: str, extra: str) -> Any:
+    """A module of an optional package.
+
+    Args:
+        caller: what the message begins with.
+        module: its name.
+        extra: what brings it, as in ``pip install 'iscorrect[extra]'``.
+
+    Raises:
+        InputError: it is not installed.
+
+    >>> import_extra("read_dump", "json", "parquet").__name__
+    'json'
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise input_error(
+            caller, package, expected="an installed package", got="none that can be imported",
+            fix=f"pip install 'iscorrect[{extra}]'",
+        ) from error
 
 
 def check_mask(caller: str, mask: object) -> None:

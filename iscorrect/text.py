@@ -1,57 +1,51 @@
-"""Tables on the terminal: rich where it is installed and somebody looks, aligned text elsewhere."""
+"""Numbers, names and tables as text; nothing here prints."""
 
 from __future__ import annotations
 
-import sys
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 
-def show(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table; the first column is text, the others are numbers.
+@dataclass(frozen=True)
+class Table:
+    """A table; its first column is text, the others are numbers.
 
     Args:
-        title: printed above.
+        title: stands above.
         header: one name per column.
         rows: one text per cell.
 
-    >>> show("Mismatch", ["pair", "k3"], [["bf16", "1e-3"], ["fp16", "2e-5"]])
-    <BLANKLINE>
+    >>> print(Table("Mismatch", ["pair", "k3"], [["bf16", "1e-3"], ["fp16", "2e-5"]]))
     Mismatch
     pair    k3
     bf16  1e-3
     fp16  2e-5
     """
-    if sys.stdout.isatty():
-        try:
-            from rich.console import Console
-            from rich.table import Table
-        except ImportError:
-            pass
-        else:
-            table = Table(title=title, title_justify="left", title_style="bold", box=None)
-            for i, name in enumerate(header):
-                table.add_column(
-                    name, justify="right" if i else "left", no_wrap=bool(i), overflow="fold"
-                )
-            for row in rows:
-                table.add_row(*row)
-            print()
-            Console().print(table)
-            return
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    print(f"\n{title}")
-    for row in [header, *rows]:
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        print("  ".join(cells).rstrip())
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def __str__(self) -> str:
+        widths = [max(map(len, column)) for column in zip(self.header, *self.rows, strict=True)]
+        lines = [self.title]
+        for row in [self.header, *self.rows]:
+            cells = [row[0].ljust(widths[0])]
+            cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+            lines.append("  ".join(cells).rstrip())
+        return "\n".join(lines)
 
 
 def number(x: float, digits: int = 3) -> str:
-    """A number in few characters.
+    """A number in few characters; – where there is none.
 
-    >>> number(0.0012345), number(0.5), number(123456.0), number(0.0)
-    ('1.23e-03', '0.500', '1.23e+05', '0')
+    >>> number(0.0012345), number(0.5), number(123456.0), number(0.0), number(math.nan)
+    ('1.23e-03', '0.500', '1.23e+05', '0', '–')
     """
+    if math.isnan(x):
+        return "–"
     if x == 0:
         return "0"
     if 1e-2 <= abs(x) < 1e4:
@@ -60,11 +54,37 @@ def number(x: float, digits: int = 3) -> str:
 
 
 def percent(x: float) -> str:
-    """A share in percent.
+    """A share in percent; – where there is none.
 
-    >>> percent(0.0123), percent(0.0)
-    ('1.2 %', '0 %')
+    >>> percent(0.0123), percent(0.0), percent(math.nan)
+    ('1.2 %', '0 %', '–')
     """
+    if math.isnan(x):
+        return "–"
     if abs(x) < 1e-12:
         return "0 %"
     return f"{100 * x:.1f} %" if x >= 1e-3 else f"{100 * x:.2g} %"
+
+
+def visible(text: object) -> str:
+    r"""Text from outside on one line, with what a terminal would act on escaped.
+
+    >>> print(visible("a\x1b[31m b"))
+    a\x1b[31m b
+    """
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text)
+    )
+
+
+def finite(x: Any) -> Any:
+    """The same as JSON can hold it: in dicts and lists, None for what is not finite.
+
+    >>> finite({"a": [1.5, math.inf]})
+    {'a': [1.5, None]}
+    """
+    if isinstance(x, dict):
+        return {name: finite(value) for name, value in x.items()}
+    if isinstance(x, list):
+        return [finite(value) for value in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x

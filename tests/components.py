@@ -53,7 +53,7 @@ TABLES = {
     "PRESETS": (ic.PRESETS, {
         value for name, value in vars(presets).items()
         if inspect.isfunction(value) and value.__module__ == presets.__name__
-        and value is not presets.parse and not name.startswith("_")
+        and not name.startswith("_")
     }),
 }
 """Each table of the library, and what its module defines to be in it."""

@@ -10,10 +10,10 @@ from iscorrect import PRESETS, InputError, PolicyLoss, parse, sequence_tis
 from iscorrect.cli.audit import (
     HEADER,
     Setting,
-    add_audit_arguments,
+    add_arguments,
     audit_rows,
     frontier_figure,
-    run_audit,
+    run,
     sweep,
     threshold,
 )
@@ -22,7 +22,7 @@ from iscorrect.testing import audit
 
 def arguments(*words):
     parser = argparse.ArgumentParser()
-    add_audit_arguments(parser)
+    add_arguments(parser)
     return parser.parse_args(words)
 
 
@@ -85,7 +85,7 @@ def test_a_sweep_keeps_the_other_arguments():
 
 @pytest.mark.slow
 def test_the_command_prints_a_row_for_every_preset(capsys):
-    assert run_audit(arguments("--vocab", "2", "--length", "2", "--average", "32")) == 0
+    assert run(arguments("--vocab", "2", "--length", "2", "--average", "32")) == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in PRESETS)
 
@@ -93,7 +93,7 @@ def test_the_command_prints_a_row_for_every_preset(capsys):
 def test_the_command_sweeps_and_draws(capsys, tmp_path):
     file = tmp_path / "frontier.png"
     words = ["token-tis", "icepop", "--length", "2", "--sweep", "cap", "--plot", str(file)]
-    assert run_audit(arguments(*words)) == 0
+    assert run(arguments(*words)) == 0
     printed = capsys.readouterr().out
     assert "token-tis:cap=2 " in printed.replace("│", " ")
     assert "icepop" not in printed
@@ -124,5 +124,5 @@ def test_the_figure_marks_the_least_error_of_all_thresholds(setting):
 )
 def test_messages_say_what_there_is(words, message):
     with pytest.raises(InputError) as error:
-        run_audit(arguments(*words))
+        run(arguments(*words))
     assert message in str(error.value)

@@ -7,11 +7,11 @@ import sys
 import numpy as np
 import pytest
 
-from iscorrect import PRESETS, sequence_mis
+from iscorrect import PRESETS
+from iscorrect.cli.audit import Setting
 from iscorrect.cli.main import main
 from iscorrect.cli.rollouts import MODELS, PAIRS, shipped_rollouts
 from iscorrect.dumps import write_dump
-from iscorrect.report.effects import enumerated
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +36,9 @@ def test_the_demo_ends_with_the_line_to_write(demo):
 def test_the_demo_shows_sequence_is_without_bias(demo):
     (row,) = (line for line in demo.splitlines() if line.startswith("sequence-is "))
     assert row.split()[-3:-1] == ["0", "%"]
-    assert enumerated(sequence_mis(), 0.05).relative_bias < 1e-12
-    assert enumerated(PRESETS["token-is"](), 0.05).relative_bias > 1e-3
+    setting = Setting.of("noise=0.05", length=4)
+    assert setting.audit("sequence-mis").relative_bias < 1e-12
+    assert setting.audit("token-is").relative_bias > 1e-3
 
 
 def test_fp16_on_both_sides_ships_a_tenth_of_the_mismatch_of_bf16():

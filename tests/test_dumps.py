@@ -343,17 +343,17 @@ class TestBrokenDumps:
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, suffix, monkeypatch):
-    from iscorrect.dumps import formats
+    from iscorrect.dumps import writers
 
     path = tmp_path / f"dump{suffix}"
     write_dump(ragged_dump(), path)
     before = path.read_bytes()
 
-    def half(dump, unfinished):
+    def half(rows, unfinished):
         unfinished.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setitem(formats.WRITERS, suffix, half)
+    monkeypatch.setitem(writers.WRITERS, suffix, half)
     with pytest.raises(OSError, match="disk full"):
         write_dump(ragged_dump(seed=1), path)
     assert path.read_bytes() == before

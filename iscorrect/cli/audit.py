@@ -1,4 +1,4 @@
-"""The bias, variance and mean squared error of corrections, as a table and as a figure."""
+"""The exact bias, variance and error of corrections on a small policy, as a table or a figure."""
 
 from __future__ import annotations
 
@@ -13,17 +13,21 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from iscorrect.errors import InputError, input_error
+from iscorrect.cli.arguments import positive, seed
+from iscorrect.cli.terminal import say
+from iscorrect.errors import InputError, import_extra, input_error
 from iscorrect.loss.policy_loss import PolicyLoss
 from iscorrect.loss.presets import PRESETS
 from iscorrect.loss.specs import parse
 from iscorrect.testing.audit import Audit, audit
 from iscorrect.testing.mismatch import parse_mismatch, token_sigma
 from iscorrect.testing.tabular import TabularPolicy, chi2, kl
-from iscorrect.text import show
+from iscorrect.text import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+HELP = "exact bias, variance and error of corrections on a small policy"
 
 THRESHOLDS = ("cap", "high", "limit", "slope", "mean_k3")
 HEADER = ("correction", "bias", "cosine", "std", "rmse", "mean weight", "ESS")
@@ -128,15 +132,15 @@ def threshold(correction: str) -> str | None:
     return next((name for name in THRESHOLDS if name in parameters), None)
 
 
-def add_audit_arguments(parser: ArgumentParser) -> None:
-    """Give a parser the arguments of :func:`run_audit`."""
+def add_arguments(parser: ArgumentParser) -> None:
+    """The arguments of ``iscorrect audit``."""
     parser.add_argument(
         "corrections", nargs="*", metavar="CORRECTION",
         help="presets such as token-tis or sequence-mis:high=2 (default: all)",
     )
-    parser.add_argument("--vocab", type=int, default=3, help="tokens (default: %(default)s)")
+    parser.add_argument("--vocab", type=positive, default=3, help="tokens (default: %(default)s)")
     parser.add_argument(
-        "--length", type=int, default=5, help="tokens per sequence (default: %(default)s)"
+        "--length", type=positive, default=5, help="tokens per sequence (default: %(default)s)"
     )
     parser.add_argument(
         "--mismatch", default="noise=0.2",
@@ -145,10 +149,12 @@ def add_audit_arguments(parser: ArgumentParser) -> None:
         " (default: %(default)s, nats per token)",
     )
     parser.add_argument(
-        "--average", type=int, default=512, metavar="N",
+        "--average", type=positive, default=512, metavar="N",
         help="sequences that one gradient averages over (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the policy (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=seed, default=0, help="of the policy (default: %(default)s)"
+    )
     parser.add_argument(
         "--sweep", choices=THRESHOLDS, metavar="THRESHOLD",
         help="only corrections with this threshold, each at several values: "
@@ -160,15 +166,8 @@ def add_audit_arguments(parser: ArgumentParser) -> None:
     )
 
 
-def run_audit(arguments: Namespace) -> int:
-    """Print the table that the arguments of :func:`add_audit_arguments` ask for.
-
-    Returns:
-        0.
-
-    Raises:
-        InputError: an unknown correction or mismatch, or a sweep over what no correction has.
-    """
+def run(arguments: Namespace) -> int:
+    """0."""
     corrections = arguments.corrections or list(PRESETS)
     setting = Setting.of(
         arguments.mismatch, vocab=arguments.vocab, length=arguments.length,
@@ -191,15 +190,29 @@ def run_audit(arguments: Namespace) -> int:
         f"{arguments.mismatch}: σ {token_sigma(*pair):.3g} nats per token,"
         f" KL(μ‖π) {float(kl(*reversed(pair))):.3g}, χ²(π‖μ) {float(chi2(*pair)):.3g}"
     )
-    show(title, HEADER, audit_rows(setting, rows))
-    print(
+    if arguments.plot is not None:
+        _check_figure(arguments.plot)
+    say(Table(title, HEADER, audit_rows(setting, rows)), (
         f"\nThe gradient of {setting.average} sequences, in units of ‖∇J‖; * the least error."
         f" {arguments.vocab} tokens, {arguments.length} steps: {len(setting.reward)} sequences,"
         " all enumerated; ± where batches were sampled."
-    )
+    ))
     if arguments.plot is not None:
         frontier_figure(setting, corrections).savefig(arguments.plot, bbox_inches="tight")
     return 0
+
+
+def _check_figure(path: Path) -> None:
+    """Raise before minutes of work for a figure that cannot be saved."""
+    import_extra("audit", "matplotlib.figure", "plots")
+    from matplotlib.figure import Figure
+
+    known = Figure().canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".") not in known:
+        raise input_error(
+            "audit", "--plot", expected="a file that ends in one of " + ", ".join(known),
+            got=str(path), fix="pass --plot frontier.png",
+        )
 
 
 def audit_rows(setting: Setting, corrections: Sequence[str]) -> list[list[str]]:

@@ -1,32 +1,36 @@
-"""``iscorrect convert``."""
+"""A dump into another format."""
 
 from __future__ import annotations
 
 import argparse
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-from iscorrect.dumps import (
-    read_dump,
-    write_dump,
-)
-from iscorrect.errors import InputError
+from iscorrect.cli.terminal import tell
+from iscorrect.dumps import LogProbDump, stream_dump, write_dump
+from iscorrect.text import visible
+
+HELP = "a dump into another format"
 
 
-def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``iscorrect convert``."""
     parser.add_argument("source", metavar="SRC", help="file or directory of any known dialect")
     parser.add_argument("target", metavar="DST", type=Path,
                         help="file: .parquet, .jsonl, .npz, .safetensors, or .pt")
 
 
-def run_convert(args: argparse.Namespace) -> int:
-    """``iscorrect convert``: 0 done, 2 input that cannot be used."""
-    try:
-        dump = read_dump(args.source)
-        write_dump(dump, args.target)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(f"{dump!r} -> {args.target}", file=sys.stderr)
+def run(options: argparse.Namespace) -> int:
+    """0."""
+    sequences = tokens = 0
+
+    def counted() -> Iterator[LogProbDump]:
+        nonlocal sequences, tokens
+        for piece in stream_dump(options.source):
+            sequences += len(piece)
+            tokens += piece.num_tokens
+            yield piece
+
+    write_dump(counted(), options.target)
+    tell(f"{sequences} sequences, {tokens} tokens -> {visible(options.target)}")
     return 0

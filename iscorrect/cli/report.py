@@ -1,27 +1,25 @@
-"""``iscorrect report``."""
+"""How large the mismatch of a dump is, where, why, and what to do."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import sys
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from iscorrect.dumps import (
-    LogProbDump,
-    dump_files,
-    read_dump,
-    stream_dump,
-)
-from iscorrect.errors import InputError
+from iscorrect.cli.arguments import positive
+from iscorrect.cli.terminal import progress, say, tell
+from iscorrect.dumps import LogProbDump, Tokens, stream_dump
 from iscorrect.report.gather import CORRECTIONS, summarise
 from iscorrect.report.limits import check_thresholds
-from iscorrect.report.render import print_report, write_report
+from iscorrect.report.render import blocks, write_report
+from iscorrect.text import visible
+
+HELP = "how large the mismatch of a dump is, where, why, and what to do"
 
 
-def add_report_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``iscorrect report``."""
     parser.add_argument("dumps", nargs="+", metavar="DUMP",
                         help="file or directory: .parquet, .jsonl, .npz, .safetensors, .pt; - for"
@@ -33,64 +31,43 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
                              " (default: iscorrect-report; with --json: nowhere)")
     parser.add_argument("--null", metavar="DUMP",
                         help="the same policy scored twice: what is no larger is noise")
-    parser.add_argument("--samples", type=_positive, metavar="N",
+    parser.add_argument("--samples", type=positive, metavar="N",
                         help="sequences in one update (default: all of the dump's)")
-    parser.add_argument("--length", type=_positive, metavar="T",
+    parser.add_argument("--length", type=positive, metavar="T",
                         help="tokens in a sequence (default: the dump's mean)")
     parser.add_argument("--fail-if", action="append", default=[], metavar="CONDITION",
                         help="exit 1 where it holds, such as 'mismatch/kl_k3>0.01'; repeatable")
     parser.add_argument("--json", action="store_true", help="print metrics.json instead of text")
 
 
-def run_report(args: argparse.Namespace) -> int:
-    """``iscorrect report``: 0 done, 1 a --fail-if condition holds, 2 input that cannot be used."""
-    try:
-        report = summarise(
-            _with_progress(args.dumps),
-            source=", ".join(str(path) for path in args.dumps),
-            corrections=tuple(args.correction or CORRECTIONS),
-            null=read_dump(args.null) if args.null else None,
-            samples=args.samples, length=args.length,
-        )
-        broken = check_thresholds(args.fail_if, report.metrics)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    directory = args.out or (None if args.json else Path("iscorrect-report"))
+def run(options: argparse.Namespace) -> int:
+    """0, or 1 where a --fail-if condition holds."""
+    null = None
+    if options.null:
+        null = Tokens.join([Tokens.of(piece) for piece in stream_dump(options.null)])
+    report = summarise(
+        _with_progress(options.dumps), source=", ".join(map(visible, options.dumps)),
+        corrections=tuple(options.correction or CORRECTIONS), null=null,
+        samples=options.samples, length=options.length,
+    )
+    broken = check_thresholds(options.fail_if, report.metrics)
+    directory = options.out or (None if options.json else Path("iscorrect-report"))
     if directory is not None:
         write_report(report, directory)
-    if args.json:
-        print(json.dumps(report.to_json(), indent=2))
+    if options.json:
+        say(json.dumps(report.to_json(), indent=2))
     else:
-        print_report(report)
-        print(f"\nwritten to {directory}/report.html", file=sys.stderr)
+        say(*blocks(report, min(shutil.get_terminal_size().columns, 100)))
+        tell(f"\nwritten to {visible(directory)}/report.html")
     for condition in broken:
-        print(f"fail-if: {condition}", file=sys.stderr)
+        tell(f"fail-if: {condition}")
     return 1 if broken else 0
 
 
 def _with_progress(paths: Sequence[str]) -> Iterator[LogProbDump]:
-    """The pieces of a dump, file after file, with a bar on a terminal."""
-    files = dump_files(*paths)
-    if not (sys.stderr.isatty() and importlib.util.find_spec("rich")):
-        yield from stream_dump(*files)
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("reading", total=len(files))
+    with progress() as show:
         sequences = 0
-        for file in files:
-            for piece in stream_dump(file):
-                sequences += len(piece)
-                progress.update(task, description=f"{file.name}: {sequences:,} sequences so far")
-                yield piece
-            progress.advance(task)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+        for piece in stream_dump(*paths):
+            sequences += len(piece)
+            show(0, f"{sequences:,} sequences so far")
+            yield piece

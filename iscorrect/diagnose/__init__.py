@@ -2,6 +2,6 @@
 
 from iscorrect.diagnose.advice import Advice, advise
 from iscorrect.diagnose.causes import NOISE, Finding, diagnose
-from iscorrect.dumps.tokens import Estimate, Tokens
+from iscorrect.dumps import Estimate, Tokens
 
 __all__ = ["NOISE", "Advice", "Estimate", "Finding", "Tokens", "advise", "diagnose"]

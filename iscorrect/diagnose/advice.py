@@ -5,22 +5,27 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-from iscorrect.diagnose.causes import NOISE, SCALES, Finding, diagnose
-from iscorrect.dumps import LogProbDump
-from iscorrect.dumps.tokens import Tokens
-from iscorrect.errors import input_error
+from iscorrect.diagnose.causes import (
+    HEAD,
+    HEAVY_TAIL,
+    NOISE,
+    QUANTISED,
+    SCALES,
+    STALE_WEIGHTS,
+    UNEXPLAINED,
+    Finding,
+    diagnose,
+)
+from iscorrect.dumps import LogProbDump, Tokens
+from iscorrect.dumps.tokens import as_tokens
+from iscorrect.errors import check_number
 from iscorrect.loss.caps import mse_optimal_cap
-from iscorrect.loss.divergences import k3
 from iscorrect.loss.pareto import pareto_tail
 
 # What a correction is for: hardware, and weights that differ on purpose. The rest is repaired.
-CORRECTABLE = (
-    NOISE, "stale weights", "quantised rollout", "heavy tail", "16-bit LM head",
-    "larger than 16-bit",
-)
+CORRECTABLE = (NOISE, STALE_WEIGHTS, QUANTISED, HEAVY_TAIL, HEAD, UNEXPLAINED)
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class Advice:
 
 
 def advise(
-    dump: LogProbDump,
+    dump: LogProbDump | Tokens,
     *,
     samples: int,
     length: int,
@@ -51,7 +56,7 @@ def advise(
     whose effective sample is exp(−2K) and of whose weight a cap C keeps Φ((log C − K)/√(2K)).
 
     Args:
-        dump: what was measured.
+        dump: what was measured, or its tokens.
         samples: sequences whose gradients are averaged in one update.
         length: tokens that a sequence will have.
         findings: of :func:`diagnose`, where they are at hand.
@@ -69,18 +74,14 @@ def advise(
     >>> advise(same, samples=64, length=1000)[0].action
     'No correction is needed'
     """
-    for name, value in (("samples", samples), ("length", length)):
-        if value < 1:
-            raise input_error(
-                "advise", name, expected="at least 1", got=repr(value),
-                fix="pass what one update of the training run has",
-            )
-    findings = diagnose(dump) if findings is None else findings
-    tokens = Tokens.of(dump)
+    check_number("advise", "samples", samples, "the sequences of one update", least=1)
+    check_number("advise", "length", length, "the tokens of a sequence", least=1)
+    tokens = as_tokens(dump)
+    findings = diagnose(tokens) if findings is None else findings
     d = torch.from_numpy(tokens.d)
-    kappa = float(k3(d).mean())
+    kappa = float(tokens.k3.mean())
     total = kappa * length
-    outside = float((np.abs(tokens.d) > math.log(2)).mean())
+    outside = float(tokens.outside.mean())
     tail = float(pareto_tail(d[None], torch.ones(1, len(d)) > 0).k)
     size = f"KL {kappa:.2g} nats per token × {length:,} tokens = {total:.2g} nats per sequence"
 
@@ -147,7 +148,7 @@ def _precision(
     noise = tokens.logit_noise()
     float16, bfloat16 = sorted(SCALES)[1:]
     advice = []
-    if float16 <= noise < bfloat16 and findings[0].cause.startswith((NOISE, "16-bit")):
+    if float16 <= noise < bfloat16 and findings[0].cause.startswith((NOISE, HEAD)):
         advice.append(Advice(
             "Or switch both sides to float16",
             f"log-odds differ by {noise:.2g}, as bfloat16's do; eight times finer rounding divides"
@@ -155,7 +156,7 @@ def _precision(
             f" {total / 24:.2g}–{total / 14:.2g} nats per sequence of {length:,} tokens. Audit the"
             " checkpoint's range first",
         ))
-    heads = [f for f in findings if f.cause.startswith("16-bit LM head")]
+    heads = [f for f in findings if f.cause.startswith(HEAD)]
     if heads:
         share = min(1.0, sum(head.statistic for head in heads))
         advice.append(Advice(

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from iscorrect.dumps import LogProbDump
-from iscorrect.dumps.tokens import Array, Estimate, Tokens
+from iscorrect.dumps import Estimate, LogProbDump, Tokens
+from iscorrect.dumps.dump import Array
+from iscorrect.dumps.tokens import as_tokens
 from iscorrect.errors import input_error
 from iscorrect.loss.pareto import pareto_tail
 
@@ -48,17 +49,33 @@ SCALES = {
 }
 """Upper ends of the typical difference of log-odds, and what it is the mark of."""
 
+ENVIRONMENT = "environment tokens in the mask"
+WRONG_TOKENS = "wrong tokens"
+STALE_WEIGHTS = "stale weights"
+QUANTISED = "quantised rollout"
+HEAVY_TAIL = "heavy tail"
+HEAD = "16-bit LM head"
+UNEXPLAINED = "larger than 16-bit"
+
+LOOK_AT_TURNS = (
+    "print the masked tokens around a turn's boundary; tool and user text must have mask 0"
+)
+COMPARE_IDS = "compare the token ids that the engine returned with those that the trainer scored"
+
 # Where the other side is below this, a log-prob of exactly 0 is no rounded certainty.
 UNLIKELY = math.log(0.5)
 
 
-def diagnose(dump: LogProbDump, *, null: LogProbDump | None = None) -> list[Finding]:
+def diagnose(
+    dump: LogProbDump | Tokens, *, null: LogProbDump | Tokens | None = None
+) -> list[Finding]:
     """What made trainer and engine disagree, most likely cause first.
 
     Args:
-        dump: optional fields sharpen it: `entropy` shows a sampler that is not what either side
-            reports, `token_ids` repetition penalties and differing weights, `group` stale prefix
-            caches, `step` and `policy_version` staleness, `top_k_log_probs` a 16-bit head.
+        dump: or its tokens; optional fields sharpen it: `entropy` shows a sampler that is not what
+            either side reports, `token_ids` repetition penalties and differing weights, `group`
+            stale prefix caches, `step` and `policy_version` staleness, `top_k_log_probs` a 16-bit
+            head.
         null: the same policy scored twice, one pass as rollout and the other as old, such as the
             trainer under two batch shapes. What is no larger than it is called noise.
 
@@ -79,10 +96,11 @@ def diagnose(dump: LogProbDump, *, null: LogProbDump | None = None) -> list[Find
     ... ))[0].cause
     'nothing beyond numerical noise: bfloat16 scale'
     """
-    tokens = Tokens.of(dump)
+    everything = tokens = as_tokens(dump)
     if len(tokens) == 0:
         raise input_error(
-            "diagnose", "dump", expected="with counted tokens", got=f"{dump!r}",
+            "diagnose", "dump", expected="with counted tokens",
+            got=f"{tokens.count} sequences without any",
             fix="dump the tokens that enter the loss, with their mask",
         )
     misaligned = _misaligned(tokens)
@@ -109,9 +127,9 @@ def diagnose(dump: LogProbDump, *, null: LogProbDump | None = None) -> list[Find
         findings += _hidden_sampler(tokens)
     findings += _stored_in_16_bits(tokens)
     if findings:
-        return findings + _sixteen_bit_head(dump, tokens)
+        return findings + _sixteen_bit_head(everything, tokens)
     # A rounded head is part of what is called noise; it comes first where it is much of it.
-    heads = _sixteen_bit_head(dump, tokens)
+    heads = _sixteen_bit_head(everything, tokens)
     much = [head for head in heads if head.statistic > 0.05]
     return much + [_noise(tokens, null)] + [head for head in heads if head not in much]
 
@@ -158,10 +176,10 @@ def _placeholders(tokens: Tokens) -> tuple[Finding | None, Array]:
     share = n / len(tokens)
     if in_runs > 0.7:
         return Finding(
-            "environment tokens in the mask",
+            ENVIRONMENT,
             f"{n} tokens ({share:.2%}) have log-prob exactly 0 on one side only, {in_runs:.0%} of"
             " them in runs of four or more: the engine did not sample them",
-            "print the masked tokens around a turn's boundary; tool and user text must have mask 0",
+            LOOK_AT_TURNS,
             share,
         ), ~filled
     return Finding(
@@ -190,11 +208,11 @@ def _unsampled(tokens: Tokens) -> tuple[Finding | None, Array]:
         return None, everything
     share = float(foreign.mean())
     return Finding(
-        "environment tokens in the mask",
+        ENVIRONMENT,
         f"{int(foreign.sum())} tokens ({share:.2%}) lie in runs whose surprisal exceeds the"
         f" entropy by {float(both[foreign].mean()):.1f} nats per token on both sides:"
         " nobody sampled them",
-        "print the masked tokens around a turn's boundary; tool and user text must have mask 0",
+        LOOK_AT_TURNS,
         share,
     ), ~foreign
 
@@ -220,8 +238,7 @@ def _diverging(tokens: Tokens) -> tuple[Finding | None, Array]:
         "different tokens from a position on",
         f"{len(rows)} of {tokens.sequences} sequences agree up to a token and then differ by more"
         f" than {limit:.2g} nats on {float(bad[~belongs].mean()):.0%} of those that follow",
-        "compare the token ids that the engine returned with those that the trainer scored; do not"
-        " decode and tokenise again",
+        f"{COMPARE_IDS}; do not decode and tokenise again",
         len(rows) / tokens.sequences,
     ), belongs
 
@@ -245,11 +262,11 @@ def _replaced(tokens: Tokens) -> tuple[Finding | None, Array]:
     first = np.full(tokens.count, np.iinfo(np.int64).max)
     np.minimum.at(first, tokens.row[impossible], tokens.position[impossible])
     return Finding(
-        "wrong tokens",
+        WRONG_TOKENS,
         f"{n} tokens ({n / len(tokens):.2%}) have a ratio below 1/20 amid noise of"
         f" {tokens.typical():.2g} nats; the four tokens after them differ by {ahead:.2g} nats, the"
         f" four before by {behind:.2g}",
-        "compare the token ids that the engine returned with those that the trainer scored",
+        COMPARE_IDS,
         n / len(tokens),
     ), tokens.position < first[tokens.row]
 
@@ -437,7 +454,7 @@ def _stale(tokens: Tokens) -> Finding | None:
 
 def _stale_finding(evidence: str, estimate: Estimate) -> Finding:
     return Finding(
-        "stale weights", evidence,
+        STALE_WEIGHTS, evidence,
         "score the same tokens with the trainer's weights at the rollout's version; compare a hash"
         " of the weights on both sides",
         estimate.value, estimate.error,
@@ -449,7 +466,7 @@ def _other_weights(tokens: Tokens) -> Finding | None:
     if repeats is None or not _doubtless(repeats, tokens) or repeats.value < 0.05:
         return None
     return Finding(
-        "quantised rollout",
+        QUANTISED,
         f"log ρ repeats with the token across sequences ({repeats} of its variance) at a typical"
         f" difference of log-odds of {tokens.logit_noise():.2g}: the engine computes with other"
         " weights, less different than a training step would make them",
@@ -466,7 +483,7 @@ def _heavy_tail(tokens: Tokens) -> Finding | None:
     if n >= max(5, 1e-3 * len(d)) and min((d[out] > 0).mean(), (d[out] < 0).mean()) > 0.1:
         k = float(pareto_tail(torch.from_numpy(d)[None], torch.ones(1, len(d)) > 0).k)
         return Finding(
-            "heavy tail, as from MoE routing",
+            f"{HEAVY_TAIL}, as from MoE routing",
             f"{n} tokens ({n / len(d):.2%}) differ by more than {limit:.2g} nats, in both"
             f" directions, amid noise of {tokens.typical():.2g}; Pareto index {k:.2f}",
             "replay the engine's routing in the trainer, or compare both under one expert-parallel"
@@ -514,16 +531,17 @@ def _stored_in_16_bits(tokens: Tokens) -> list[Finding]:
     return findings
 
 
-def _sixteen_bit_head(dump: LogProbDump, tokens: Tokens) -> list[Finding]:
+def _sixteen_bit_head(everything: Tokens, tokens: Tokens) -> list[Finding]:
     """Logits of one position that a 16-bit head rounded differ by multiples of a power of two."""
     sides: list[tuple[str, Array]] = []
-    if dump.top_k_log_probs is not None and dump.top_k_log_probs.shape[-1] > 1:
-        top = dump.top_k_log_probs[dump.mask][:20_000, :2].double().numpy()
-        difference = top[:, 0] - top[:, 1]
-        sides.append(("engine", difference[np.isfinite(difference)]))
-    if dump.group is not None and dump.token_ids is not None:
-        for side, x in (("engine", dump.rollout_log_probs), ("trainer", dump.old_log_probs)):
-            sides.append((side, _first_token_differences(dump, x)))
+    if everything.lead is not None:
+        lead = everything.lead[:20_000]
+        sides.append(("engine", lead[np.isfinite(lead)]))
+    if everything.group is not None and everything.ids is not None:
+        sides += [
+            ("engine", _first_token_differences(everything, everything.rollout)),
+            ("trainer", _first_token_differences(everything, everything.old)),
+        ]
     findings: dict[str, Finding] = {}
     for side, raw in sides:
         difference = np.abs(raw[raw != 0])
@@ -534,7 +552,7 @@ def _sixteen_bit_head(dump: LogProbDump, tokens: Tokens) -> list[Finding]:
         # variance of a rounding error, and of the difference of log-odds
         part = 4.0**-spacing / 12 / max((1.4826 * tokens.logit_noise()) ** 2, 1e-30)
         findings[side] = Finding(
-            f"16-bit LM head in the {side}",
+            f"{HEAD} in the {side}",
             f"{_multiples(difference, 2.0**-spacing):.0%} of {len(difference)} differences between"
             f" two tokens of one position are multiples of 1/{2**spacing} in the {side}; by chance"
             f" {2**spacing * 2 * LATTICE_TOLERANCE:.1%} would be. Its rounding is about"
@@ -554,24 +572,20 @@ def _multiples(x: Array, spacing: float) -> float:
     return float((np.abs(x - np.round(x / spacing) * spacing) < LATTICE_TOLERANCE).mean())
 
 
-def _first_token_differences(dump: LogProbDump, x: torch.Tensor) -> Array:
-    """Log-probs of different first tokens of answers to one prompt, less one of them."""
-    assert dump.group is not None
-    assert dump.token_ids is not None
-    first = dump.mask.int().argmax(1, keepdim=True)
-    ids = dump.token_ids.gather(1, first)[:, 0].numpy()
-    values = x.double().gather(1, first)[:, 0].numpy()
-    some = dump.mask.any(1).numpy()
-    groups = dump.group.numpy()
+def _first_token_differences(tokens: Tokens, x: Array) -> Array:
+    """Log-probs x "n" of different first tokens of answers to one prompt, less one of them."""
+    assert tokens.group is not None
+    assert tokens.ids is not None
+    first = np.flatnonzero(tokens.position == 0)
+    groups, ids, values = tokens.group[tokens.row[first]], tokens.ids[first], x[first]
     order = np.lexsort((ids, groups))
-    order = order[some[order]]
     a, b = order[1:], order[:-1]
     pairs = (groups[a] == groups[b]) & (ids[a] != ids[b])
     difference: Array = values[a[pairs]] - values[b[pairs]]
     return difference
 
 
-def _noise(tokens: Tokens, null: LogProbDump | None) -> Finding:
+def _noise(tokens: Tokens, null: LogProbDump | Tokens | None) -> Finding:
     if not tokens.d.any():
         return Finding(
             IDENTICAL, f"all {len(tokens)} pairs of log-probs are equal",
@@ -580,13 +594,13 @@ def _noise(tokens: Tokens, null: LogProbDump | None) -> Finding:
     noise = tokens.logit_noise()
     evidence = f"log-odds typically differ by {noise:.2g}, log-probs by {tokens.typical():.2g}"
     if null is not None:
-        floor = Tokens.of(null).typical()
+        floor = as_tokens(null).typical()
         evidence += f", those of the null by {floor:.2g}"
         if tokens.typical() <= 1.5 * floor:
             return Finding(NOISE, evidence, "none needed", noise)
     if noise >= max(SCALES):
         return Finding(
-            "larger than 16-bit rounding, without a pattern",
+            f"{UNEXPLAINED} rounding, without a pattern",
             f"{evidence}, where bfloat16 kernels make the former 0.01 to 0.2",
             "score the same tokens twice with each side alone; the side that disagrees with itself"
             " is at fault",

@@ -28,13 +28,17 @@ PER_TOKEN = {
     "varentropy": np.float32,
 }
 
-PER_CANDIDATE = {"top_k_ids": np.int64, "top_k_log_probs": np.float32}
+TOP = "top_k_log_probs"
+
+PER_CANDIDATE = {"top_k_ids": np.int64, TOP: np.float32}
 
 PER_SEQUENCE = ("step", "policy_version", "group")
 
+INTEGERS = ("token_ids", "top_k_ids", *PER_SEQUENCE)
+
 REQUIRED = ("rollout_log_probs", "old_log_probs", "mask")
 
-LOG_PROBS = ("rollout_log_probs", "old_log_probs", "log_probs", "top_k_log_probs")
+LOG_PROBS = ("rollout_log_probs", "old_log_probs", "log_probs")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -83,14 +87,24 @@ class LogProbDump:
 
     def __post_init__(self) -> None:
         check_mask("LogProbDump", self.mask)
+        if self.mask.ndim != 2:
+            raise input_error(
+                "LogProbDump", "mask", expected="of two axes, `b t`", got=describe(self.mask),
+                fix="pad the sequences with iscorrect.pad_sequences, or pass x[None] for one",
+            )
         given = self.given()
         floats: dict[str, Any] = {n: x for n, x in given.items() if PER_TOKEN.get(n) is np.float32}
         check_per_token("LogProbDump", self.mask, **floats)
         for name, x in given.items():
+            if name in INTEGERS and (x.is_floating_point() or x.dtype == torch.bool):
+                raise input_error(
+                    "LogProbDump", name, expected="a tensor of whole numbers", got=describe(x),
+                    fix=f"pass {name}.long()",
+                )
             if name in PER_SEQUENCE:
                 expected = tuple(self.mask.shape[:1])
             elif name in PER_CANDIDATE:
-                expected = (*self.mask.shape, x.shape[-1])
+                expected = (*self.mask.shape, *x.shape[2:3])
             else:
                 expected = tuple(self.mask.shape)
             if tuple(x.shape) != expected:
@@ -138,11 +152,15 @@ def concatenate(dumps: Sequence[LogProbDump]) -> LogProbDump:
     for name in names:
         parts = [getattr(dump, name) for dump in dumps]
         if name not in PER_SEQUENCE:
-            parts = [widen(x, width) for x in parts]
+            deep = max(x.shape[2] for x in parts) if name in PER_CANDIDATE else None
+            sides = (width,) if deep is None else (width, deep)
+            parts = [_widened(x, sides, -torch.inf if name == TOP else 0) for x in parts]
         joined[name] = torch.cat(parts)
     return LogProbDump(**joined)
 
 
-def widen(x: Tensor, width: int) -> Tensor:
-    """"b t …" padded with zeros to a width."""
-    return torch.cat([x, x.new_zeros(len(x), width - x.shape[1], *x.shape[2:])], dim=1)
+def _widened(x: Tensor, sides: tuple[int, ...], fill: float) -> Tensor:
+    """"b t …" filled up to the given sides after the first."""
+    wide = x.new_full((len(x), *sides), fill)
+    wide[tuple(slice(side) for side in x.shape)] = x
+    return wide

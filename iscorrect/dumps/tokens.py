@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from typing import Any, NamedTuple, TypeAlias
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
-from iscorrect.dumps.dump import LogProbDump
-
-Array: TypeAlias = npt.NDArray[Any]
+from iscorrect.dumps.dump import Array, LogProbDump
+from iscorrect.dumps.rows import to_numpy
 
 
 class Estimate(NamedTuple):
@@ -44,6 +43,8 @@ class Tokens:
         gap: "n", surprisal less entropy under the trainer, −log π_old − H; None without entropy.
         ids: int "n", or None.
         seen: bool "n", the same token came earlier in the row; None without ids.
+        lead: "n", how much likelier the engine finds its first candidate than its second, nats;
+            None without two candidates.
         step: int "s", of each sequence, or None; likewise ``version`` and ``group``.
     """
 
@@ -55,6 +56,7 @@ class Tokens:
     gap: Array | None
     ids: Array | None
     seen: Array | None
+    lead: Array | None
     step: Array | None
     version: Array | None
     group: Array | None
@@ -62,8 +64,8 @@ class Tokens:
     @classmethod
     def of(cls, dump: LogProbDump) -> Tokens:
         """The tokens of a dump."""
-        mask = _array(dump.mask)
-        rollout, old = _array(dump.rollout_log_probs), _array(dump.old_log_probs)
+        mask = to_numpy(dump.mask)
+        rollout, old = to_numpy(dump.rollout_log_probs), to_numpy(dump.old_log_probs)
         counted = mask & np.isfinite(rollout) & np.isfinite(old)
         row, column = np.nonzero(counted)
         starts = np.flatnonzero(np.r_[True, row[1:] != row[:-1]])
@@ -71,18 +73,34 @@ class Tokens:
         old = old[row, column].astype(np.float64)
         gap = None
         if dump.entropy is not None:
-            gap = -old - _array(dump.entropy)[row, column]
+            gap = -old - to_numpy(dump.entropy)[row, column]
             gap = gap if np.isfinite(gap).all() else None
-        ids = seen = None
+        ids = seen = lead = None
         if dump.token_ids is not None:
-            ids = _array(dump.token_ids)[row, column]
-            seen = _seen(_array(dump.token_ids))[row, column]
+            ids = to_numpy(dump.token_ids)[row, column]
+            seen = _seen(to_numpy(dump.token_ids))[row, column]
+        if dump.top_k_log_probs is not None and dump.top_k_log_probs.shape[-1] > 1:
+            top = to_numpy(dump.top_k_log_probs)[row, column, :2].astype(np.float64)
+            with np.errstate(invalid="ignore"):
+                lead = top[:, 0] - top[:, 1]
         return cls(
             rollout=rollout[row, column].astype(np.float64), old=old, row=row,
             position=np.arange(len(row)) - np.repeat(starts, lengths), count=len(mask), gap=gap,
-            ids=ids, seen=seen, step=_optional(dump.step), version=_optional(dump.policy_version),
-            group=_optional(dump.group),
+            ids=ids, seen=seen, lead=lead, step=_optional(dump.step),
+            version=_optional(dump.policy_version), group=_optional(dump.group),
         )
+
+    @classmethod
+    def join(cls, parts: Sequence[Tokens]) -> Tokens:
+        """The tokens of several dumps, with what every one of them has."""
+        first = list(accumulate((part.count for part in parts), initial=0))
+        joined: dict[str, Any] = {"count": first[-1]}
+        for name in (*OF_TOKEN, *OF_SEQUENCE):
+            values = [getattr(part, name) for part in parts]
+            if name == "row":
+                values = [row + start for row, start in zip(values, first, strict=False)]
+            joined[name] = None if any(x is None for x in values) else np.concatenate(values)
+        return cls(**joined)
 
     def __len__(self) -> int:
         return len(self.row)
@@ -97,12 +115,40 @@ class Tokens:
         """How many sequences have a token here."""
         return len(np.unique(self.row))
 
+    @property
+    def k3(self) -> Array:
+        """The KL estimate k3 = ρ − 1 − log ρ "n", with log ρ at most 30 so that sums stay finite.
+
+        >>> import torch
+        >>> one = torch.tensor([[-1.0]])
+        >>> dump = LogProbDump(rollout_log_probs=one, old_log_probs=0 * one, mask=one < 0)
+        >>> Tokens.of(dump).k3.round(3)
+        array([0.718])
+        """
+        k3: Array = np.expm1(np.minimum(self.d, 30)) - self.d
+        return k3
+
+    @property
+    def outside(self) -> Array:
+        """Whether the ratio lies outside [1/2, 2]; bool "n"."""
+        outside: Array = np.abs(self.d) > math.log(2)
+        return outside
+
     def where(self, keep: Array) -> Tokens:
-        """Some of the tokens."""
-        named = ("rollout", "old", "row", "position", "gap", "ids", "seen")
-        values = {name: getattr(self, name) for name in named}
-        kept: dict[str, Any] = {n: x if x is None else x[keep] for n, x in values.items()}
-        return replace(self, **kept)
+        """Some of the tokens, bool "n"; sequences keep their numbers."""
+        return replace(self, **self._indexed(OF_TOKEN, keep))
+
+    def of_sequences(self, keep: Array) -> Tokens:
+        """The tokens of some sequences, bool "s", which are numbered anew."""
+        some = self.where(keep[self.row])
+        return replace(
+            some, row=(np.cumsum(keep) - 1)[some.row], count=int(np.count_nonzero(keep)),
+            **self._indexed(OF_SEQUENCE, keep),
+        )
+
+    def _indexed(self, names: Sequence[str], keep: Array) -> dict[str, Any]:
+        values = {name: getattr(self, name) for name in names}
+        return {name: None if x is None else x[keep] for name, x in values.items()}
 
     def mean(self, x: Array) -> Estimate:
         """Mean of "n" over tokens."""
@@ -149,13 +195,17 @@ class Tokens:
         return max(filled) if filled else float(np.median(noise))
 
 
-def _array(x: Tensor) -> Array:
-    array: Array = x.detach().cpu().numpy()
-    return array
+OF_TOKEN = ("rollout", "old", "row", "position", "gap", "ids", "seen", "lead")
+OF_SEQUENCE = ("step", "version", "group")
+
+
+def as_tokens(dump: LogProbDump | Tokens) -> Tokens:
+    """The tokens of a dump; tokens as they are."""
+    return dump if isinstance(dump, Tokens) else Tokens.of(dump)
 
 
 def _optional(x: Tensor | None) -> Array | None:
-    return None if x is None else _array(x)
+    return None if x is None else to_numpy(x)
 
 
 def _seen(ids: Array) -> Array:

@@ -7,10 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from iscorrect.dumps.dump import (
-    REQUIRED,
-    Row,
-)
+from iscorrect.dumps.dump import REQUIRED, Row
 from iscorrect.errors import InputError, input_error
 
 
@@ -58,6 +55,11 @@ def _slime(row: Row, path: Path) -> Row:
     }
 
 
+SLIME_COLUMNS = (
+    "rollout_log_probs", "log_probs", "loss_mask", "loss_masks", "tokens", "advantages",
+    "group_index",
+)
+
 DIALECTS: dict[str, Callable[[Row, Path], Row]] = {
     "inference_logprobs trainer_logprobs": _prime_rl,
     "generation_logprobs prev_logprobs": _nemo_rl,
@@ -73,7 +75,14 @@ def translated(raw: Row, where: str, path: Path) -> Row:
     if "old_log_probs" not in raw:
         for columns, translate in DIALECTS.items():
             if all(raw.get(name) is not None for name in columns.split()):
-                return translate(raw, path)
+                try:
+                    return translate(raw, path)
+                except (TypeError, ValueError, IndexError) as error:
+                    raise input_error(
+                        "read_dump", columns.split()[0], expected="lists, as its trainer writes",
+                        got=f"{type(raw[columns.split()[0]]).__name__} in {where} ({error})",
+                        fix="write one list of numbers for each sequence",
+                    ) from error
     raise unknown_dialect(where, list(raw), [n for n in REQUIRED if n not in raw])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import io
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from iscorrect.errors import describe, input_error
 from iscorrect.fp16.checkpoints import FLOATS, Source, Stored, stored
 from iscorrect.fp16.ranges import OVERFLOW, Kind, Range, measure
-from iscorrect.text import number, percent, show
+from iscorrect.text import Table, finite, number, percent, visible
 
 PLURAL: dict[Kind, str] = {
     "weight": "weights", "activation": "activations", "gradient": "gradients",
@@ -115,7 +115,7 @@ class FP16Audit:
     def ending(self) -> str:
         """The verdict with what it rests on, as one line."""
         if self.harms:
-            names = [row.name for row, _ in self.harms]
+            names = [visible(row.name) for row, _ in self.harms]
             more = f" and {len(names) - MOST} more" if len(names) > MOST else ""
             return f"not safe because of these tensors: {', '.join(names[:MOST])}{more}"
         if self.scale == 1:
@@ -132,55 +132,55 @@ class FP16Audit:
             f" (audit_fp16(model, {how}=…) looks at them)"
         )
 
-    def show(self) -> None:
-        """Print the tables and the verdict."""
+    def blocks(self) -> list[str | Table]:
+        """Tables and lines that say what was found; the last is the verdict."""
+        blocks: list[str | Table] = []
         if self.skipped:
             dtypes = Counter(self.skipped.values())
             skipped = ", ".join(f"{n:,} of {dtype}" for dtype, n in dtypes.items())
-            print(f"Skipped, being no floats of 16 bits or more: {skipped}.")
-        show(
+            blocks.append(f"Skipped, being no floats of 16 bits or more: {skipped}.\n")
+        blocks.append(Table(
             "What FP16 makes of it",
             ["", "entries", "largest", "overflow", "to 0", "subnormal", "error", "in BF16"],
             [[f"{len(self.of(total.kind)):,} {total.name}", f"{total.entries:,}",
               number(total.largest), f"{total.overflow:,}", f"{total.zero:,}",
               f"{total.subnormal:,}", percent(total.fp16_error), percent(total.bf16_error)]
              for total in self.totals],
-        )
+        ))
         if any(row.dtype == "bfloat16" for row in self.of("weight")):
-            print("Weights stored in BF16 are exact in FP16 from 2^-17 to 65504.")
+            blocks.append("Weights stored in BF16 are exact in FP16 from 2^-17 to 65504.")
         if activations := self.of("activation"):
             peak = max(activations, key=lambda row: row.largest)
             room = number(OVERFLOW / peak.largest) if peak.largest else "∞"
-            print(f"Largest activation: {number(peak.largest)} at {peak.name};"
-                  f" FP16 has room for {room} times as much.")
+            blocks.append(f"Largest activation: {number(peak.largest)} at {visible(peak.name)};"
+                          f" FP16 has room for {room} times as much.")
             if first := next((row for row in activations if row.overflow), None):
-                print(f"The first to overflow is {first.name}.")
+                blocks.append(f"The first to overflow is {visible(first.name)}.")
         if self.scales:
-            self._show_scales(self.scales)
+            blocks += self._of_scales(self.scales)
         if harms := self.harms:
-            show(
+            blocks += ["", Table(
                 "Not safe in FP16", ["tensor", "because"],
-                [[row.name, because if row.kind == "weight" else f"{row.kind}: {because}"]
+                [[visible(row.name), because if row.kind == "weight" else f"{row.kind}: {because}"]
                  for row, because in harms[:MOST]],
-            )
+            )]
             if len(harms) > MOST:
-                print(f"… and {len(harms) - MOST:,} more; --json or .harms has all.")
-        print(f"\n{self.ending[0].upper()}{self.ending[1:]}")
+                blocks.append(f"… and {len(harms) - MOST:,} more; --json or .harms has all.")
+        return [*blocks, f"\n{self.ending[0].upper()}{self.ending[1:]}"]
 
-    def _show_scales(self, scales: Scales) -> None:
+    def _of_scales(self, scales: Scales) -> list[str]:
         total = self.total("gradient")
-        print(
+        lines = [
             f"Without loss scaling {percent(total.zero / total.nonzero)} of the gradients' nonzero"
             f" entries become 0, {percent(total.zero_norm)} of their"
             f" norm. At most {percent(self.underflow)} do from a scale of {_power(scales.smallest)}"
             f" on; nothing overflows up to {_power(scales.largest)}."
-        )
-        if self.scale is None:
-            print("So no loss scale will do.")
+        ]
+        return lines if self.scale is not None else [*lines, "So no loss scale will do."]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, for JSON."""
-        return {
+        """Everything, as JSON can hold it."""
+        held: dict[str, Any] = finite({
             "verdict": self.verdict, "ending": self.ending,
             "harms": [
                 {"name": row.name, "kind": row.kind, "because": because}
@@ -189,12 +189,11 @@ class FP16Audit:
             "scale": self.scale, "scales": self.scales and self.scales._asdict(),
             "totals": {total.kind: total.to_dict() for total in self.totals},
             "tensors": [row.to_dict() for row in self.rows], "skipped": dict(self.skipped),
-        }
+        })
+        return held
 
     def __str__(self) -> str:
-        with contextlib.redirect_stdout(io.StringIO()) as text:
-            self.show()
-        return text.getvalue().strip()
+        return "\n".join(map(str, self.blocks()))
 
 
 def _order(row: Range) -> tuple[float, float]:
@@ -270,13 +269,23 @@ def audit_fp16(
             "audit_fp16", "inputs", expected="given where `loss` is", got="None",
             fix="pass what the model is called with",
         )
-    rows, skipped = _weights("audit_fp16", stored("audit_fp16", source))
+    audit = audit_weights("audit_fp16", stored("audit_fp16", source))
+    seen = []
     if isinstance(source, nn.Module) and inputs is not None:
-        rows += _watched(source, inputs, loss)
-    return FP16Audit(tuple(rows), skipped, underflow)
+        seen = _watched(source, inputs, loss)
+    return FP16Audit((*audit.rows, *seen), audit.skipped, underflow)
 
 
-def _weights(caller: str, tensors: Iterable[Stored]) -> tuple[list[Range], dict[str, str]]:
+def audit_weights(caller: str, tensors: Iterable[Stored]) -> FP16Audit:
+    """The audit of weights alone.
+
+    Args:
+        caller: what messages begin with.
+        tensors: of :func:`iscorrect.fp16.checkpoints.stored`.
+
+    Raises:
+        InputError: none of them is a float of 16 bits or more.
+    """
     rows, skipped = [], {}
     for name, dtype, pieces in tensors:
         if dtype in FLOATS.values():
@@ -290,7 +299,7 @@ def _weights(caller: str, tensors: Iterable[Stored]) -> tuple[list[Range], dict[
             got=", ".join(sorted(set(skipped.values()))) or "no tensor",
             fix="pass the checkpoint as it was before quantisation" if skipped else "pass another",
         )
-    return rows, skipped
+    return FP16Audit(tuple(rows), skipped)
 
 
 def _watched(
@@ -305,8 +314,8 @@ def _watched(
         seen[name, kind] = seen[name, kind] + row if (name, kind) in seen else row
 
     def watch(name: str, module: nn.Module) -> None:
-        def before(_: nn.Module, args: Any) -> None:
-            for x in _tensors(args):
+        def before(_: nn.Module, args: Any, named: Any) -> None:
+            for x in _tensors([args, named]):
                 record(f"{name} (input)", "activation", x)
 
         def after(_: nn.Module, args: Any, output: Any) -> None:
@@ -318,7 +327,7 @@ def _watched(
 
         # what functions make between modules, such as gate × up, shows where a leaf takes it
         if not any(True for _ in module.children()):
-            hooks.enter_context(module.register_forward_pre_hook(before))
+            hooks.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
         hooks.enter_context(module.register_forward_hook(after))
 
     modes = {module: module.training for module in model.modules()}
@@ -348,9 +357,13 @@ def _tensors(x: Any) -> Iterator[Tensor]:
     if isinstance(x, Tensor):
         if x.is_floating_point():
             yield x
-    elif isinstance(x, Mapping | list | tuple):
-        for part in x.values() if isinstance(x, Mapping) else x:
+    elif isinstance(x, Mapping):
+        yield from _tensors(list(x.values()))
+    elif isinstance(x, list | tuple):
+        for part in x:
             yield from _tensors(part)
+    elif dataclasses.is_dataclass(x):
+        yield from _tensors(list(vars(x).values()))
 
 
 def _gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:

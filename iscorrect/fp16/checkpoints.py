@@ -6,11 +6,10 @@ file counts as the process's memory.
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
-import pickle
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,10 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from iscorrect.errors import InputError, describe, input_error
+from iscorrect.errors import InputError, describe, import_extra, input_error
+from iscorrect.text import visible
 
 FLOATS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-PIECE = 2**23
+READ_AT_ONCE = 2**23  # entries
 
 Source = nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]
 
@@ -40,7 +40,7 @@ def stored(caller: str, source: Source) -> Iterator[Stored]:
     Args:
         caller: what messages begin with.
         source: a module; a state dict; a `.safetensors`, `.bin` or `.pt` file; a directory with
-            such files, or with an index of `.safetensors` files.
+            such files, or with indices of them, of which every shard must be there.
 
     Raises:
         InputError: what is not there, cannot be read, or holds no tensors.
@@ -53,14 +53,18 @@ def stored(caller: str, source: Source) -> Iterator[Stored]:
     elif isinstance(source, Mapping):
         yield from _of_state_dict(caller, source)
     elif isinstance(source, str | os.PathLike):
+        everywhere: set[str] = set()
         for path, names in _files(caller, Path(source)).items():
             reader = _of_safetensors if path.suffix == ".safetensors" else _of_torch_file
             found = set()
             for tensor in reader(caller, path):
                 found.add(tensor.name)
-                yield tensor
+                # files of two checkpoints in one directory hold tensors of the same names
+                again = tensor.name in everywhere
+                yield tensor._replace(name=f"{path.name}: {tensor.name}") if again else tensor
+            everywhere |= found
             if missing := sorted(names - found):
-                raise _unreadable(caller, path, f"{missing[0]} is not in it, though the index says")
+                raise _damaged(caller, path, f"{missing[0]} is not in it, though the index says")
     else:
         raise input_error(
             caller, "source", expected="a module, a state dict, or a path", got=describe(source),
@@ -70,71 +74,106 @@ def stored(caller: str, source: Source) -> Iterator[Stored]:
 
 def _of_state_dict(caller: str, state: Mapping[str, Any]) -> Iterator[Stored]:
     seen: set[int] = set()
-    for name, x in state.items():
+    for key, x in state.items():
+        name = str(key)
         if id(x) in seen:
             continue
         seen.add(id(x))
         if not isinstance(x, Tensor):
+            if _holds_tensors(x):
+                raise input_error(
+                    caller, "source", expected="a state dict, which maps names to tensors",
+                    got=f"{visible(name)}, {describe(x)} with tensors of its own",
+                    fix=f"pass the state dict of the weights alone, such as state[{name!r}]",
+                )
             yield Stored(name, type(x).__name__, iter(()))
             continue
         if x.is_meta:
             raise input_error(
                 caller, "source", expected="a model whose weights are loaded",
-                got=f"{name} on the meta device", fix="load the weights, or pass their path",
+                got=f"{visible(name)} on the meta device",
+                fix="load the weights, or pass their path",
             )
-        yield Stored(name, str(x.dtype).removeprefix("torch."), iter([x]))
+        dense = x if x.layout == torch.strided else x.detach().to_dense()
+        yield Stored(name, str(x.dtype).removeprefix("torch."), iter([dense]))
+
+
+def _holds_tensors(x: Any) -> bool:
+    if isinstance(x, Mapping):
+        return any(isinstance(part, Tensor) or _holds_tensors(part) for part in x.values())
+    if isinstance(x, list | tuple):
+        return any(isinstance(part, Tensor) or _holds_tensors(part) for part in x)
+    return False
 
 
 def _files(caller: str, path: Path) -> dict[Path, set[str]]:
     """The files of a checkpoint, each with the names that an index says it holds."""
     if not path.exists():
         raise input_error(
-            caller, "source", expected="a path that exists", got=str(path),
+            caller, "source", expected="a path that exists", got=visible(path),
             fix="download the checkpoint first, and pass its directory",
         )
     if not path.is_dir():
-        if path.suffix not in (".safetensors", ".bin", ".pt", ".pth"):
+        if not path.is_file() or path.suffix not in (".safetensors", ".bin", ".pt", ".pth"):
             raise input_error(
                 caller, "source", expected="a directory, or a .safetensors, .bin or .pt file",
-                got=str(path), fix="pass the directory of the checkpoint",
+                got=visible(path), fix="pass the directory of the checkpoint",
             )
         return {path: set()}
-    for index in sorted(path.glob("*.safetensors.index.json")):
-        return _of_index(caller, index)
     # .bin files of other names hold the trainer's state
     for pattern in ("*.safetensors", "pytorch_model*.bin", "*.pt"):
+        if indices := sorted(path.glob(f"{pattern}.index.json")):
+            shards: dict[Path, set[str]] = {}
+            for index in indices:
+                for file, names in _of_index(caller, index).items():
+                    shards[file] = shards.get(file, set()) | names
+            return shards
         if files := sorted(path.glob(pattern)):
+            _check_shards(caller, files)
             return {file: set() for file in files}
     raise input_error(
-        caller, "source", expected="a directory with .safetensors files", got=f"{path} without any",
+        caller, "source", expected="a directory with .safetensors files",
+        got=f"{visible(path)} without any",
         fix="pass the directory that holds the shards themselves",
     )
+
+
+def _check_shards(caller: str, files: Sequence[Path]) -> None:
+    """Raise where files that count themselves, such as x-00001-of-00002, are not all there."""
+    numbered = [re.fullmatch(r"(.*)-(\d+)-of-(\d+)", file.stem) for file in files]
+    for model, total in {(found[1], found[3]) for found in numbered if found}:
+        there = {int(f[2]) for f in numbered if f and (f[1], f[3]) == (model, total)}
+        missing = sorted(set(range(1, int(total) + 1)) - there) if int(total) < 10**5 else [0]
+        if missing:
+            raise input_error(
+                caller, "source", expected=f"all of the {total} files that the names count",
+                got=f"{visible(files[0].parent)} without number {missing[0]}",
+                fix="download the missing shard",
+            )
 
 
 def _of_index(caller: str, index: Path) -> dict[Path, set[str]]:
     try:
         files: dict[Path, set[str]] = {}
-        for name, file in json.loads(index.read_text())["weight_map"].items():
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        for name, file in weight_map.items():
             files.setdefault(index.parent / file, set()).add(name)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise _unreadable(caller, index, "its weight_map cannot be read") from error
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise _damaged(caller, index, "its weight_map cannot be read") from error
+    if not files:
+        raise _damaged(caller, index, "its weight_map is empty")
     for file in files:
-        if not file.exists():
+        if not file.is_file():
             raise input_error(
                 caller, "source", expected="a checkpoint with every shard of its index",
-                got=f"{index} without {file.name}", fix="download the missing shard",
+                got=f"{visible(index)} without {visible(file.name)}",
+                fix="download the missing shard",
             )
     return files
 
 
 def _of_safetensors(caller: str, path: Path) -> Iterator[Stored]:
-    try:
-        safetensors: Any = importlib.import_module("safetensors")
-    except ImportError as error:
-        raise input_error(
-            caller, "source", expected="of a format whose package is installed (safetensors)",
-            got=str(path), fix="pip install 'iscorrect[safetensors]'",
-        ) from error
+    safetensors = import_extra(caller, "safetensors", "safetensors")
 
     def pieces(name: str, shape: list[int]) -> Iterator[Tensor]:
         for box in boxes(shape):
@@ -146,12 +185,12 @@ def _of_safetensors(caller: str, path: Path) -> Iterator[Stored]:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             kinds = {name: (x.get_dtype(), x.get_shape()) for name, x in slices.items()}
     except (safetensors.SafetensorError, OSError) as error:
-        raise _unreadable(caller, path, str(error)) from error
+        raise _damaged(caller, path, str(error)) from error
     for name, (dtype, shape) in kinds.items():
         yield Stored(name, FLOATS.get(dtype, dtype), pieces(name, shape))
 
 
-def boxes(shape: Sequence[int], entries: int = PIECE) -> Iterator[tuple[slice, ...]]:
+def boxes(shape: Sequence[int], entries: int = READ_AT_ONCE) -> Iterator[tuple[slice, ...]]:
     """Indices that cut an array into parts of at most so many entries, in order.
 
     >>> list(boxes([3, 2], entries=4))
@@ -172,18 +211,20 @@ def boxes(shape: Sequence[int], entries: int = PIECE) -> Iterator[tuple[slice, .
 def _of_torch_file(caller: str, path: Path) -> Iterator[Stored]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise _unreadable(caller, path, str(error).split("\n")[0]) from error
+    except Exception as error:  # what it raises on damaged files is not documented
+        raise _damaged(caller, path, str(error).split("\n")[0]) from error
     if not isinstance(state, Mapping) or not any(isinstance(x, Tensor) for x in state.values()):
         raise input_error(
             caller, "source", expected="a state dict, which maps names to tensors",
-            got=f"{describe(state)} in {path}", fix="save model.state_dict() in a file of its own",
+            got=f"{describe(state)} in {visible(path)}",
+            fix="save model.state_dict() in a file of its own",
         )
     yield from _of_state_dict(caller, state)
 
 
-def _unreadable(caller: str, path: Path, reason: str) -> InputError:
+def _damaged(caller: str, path: Path, reason: str) -> InputError:
     return input_error(
-        caller, "source", expected="a checkpoint that can be read", got=f"{path} ({reason})",
+        caller, "source", expected="a checkpoint that can be read",
+        got=f"{visible(path)} ({visible(reason)})",
         fix="download it again, or save it again",
     )

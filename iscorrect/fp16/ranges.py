@@ -20,7 +20,7 @@ Kind = Literal["weight", "activation", "gradient", "activation gradient"]
 
 OVERFLOW = 65520.0
 BF16_ROUNDING = 2**-9  # the largest relative error of rounding to BF16
-PIECE = 2**18
+MEASURED_AT_ONCE = 2**18  # entries
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def measure(name: str, kind: Kind, x: Tensor) -> Range:
     >>> r.overflow, r.subnormal, r.zero
     (1, 1, 1)
     """
-    pieces = torch.split(x.detach().reshape(-1), PIECE)
+    pieces = torch.split(x.detach().reshape(-1), MEASURED_AT_ONCE)
     start = Range(name, kind, str(x.dtype).removeprefix("torch."))
     return sum((_measure_flat(start, piece) for piece in pieces if piece.numel()), start)
 

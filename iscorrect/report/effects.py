@@ -1,92 +1,150 @@
-"""What corrections do to given rollouts, beside what they are worth where it can be enumerated."""
+"""What corrections do to given rollouts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from einops import repeat
 from torch import Tensor
 
 from iscorrect.dumps import LogProbDump
+from iscorrect.errors import InputError
+from iscorrect.layout import Layout, masked
 from iscorrect.loss.bounds import Ignore
-from iscorrect.loss.correction import Correction
+from iscorrect.loss.correction import Correction, Weights
 from iscorrect.loss.metrics import Metrics
-from iscorrect.loss.policy_loss import PolicyLoss
-from iscorrect.testing import Audit, TabularPolicy, audit, mismatch
+from iscorrect.loss.ratios import at_level, log_ratio, ratio, units
 from iscorrect.text import number, percent
 
-HEADER = ["correction", "ESS", "kept weight", "largest weight", "bounded", "rejected"]
+HEADER = (
+    "correction", "ESS", "kept weight", "max weight", "bounded", "rejected", "bias mass",
+)
 
 
-def effects(dump: LogProbDump, corrections: Mapping[str, Correction]) -> dict[str, Metrics]:
-    """The metrics of each correction on the same rollouts.
+@dataclass
+class Effects:
+    """What each of some corrections does to the pieces of a dump, taken in one after the other.
 
     Args:
-        dump: where it holds no advantages, each sequence gets +1 or −1 at random, for corrections
-            that look at the sign.
-        corrections: by name.
-
-    Returns:
-        Metrics by the correction's name, in the order given.
+        corrections: by name. One that looks at a whole batch looks at each piece.
+        seed: of the signs that stand for advantages in a dump without them.
 
     >>> from iscorrect import sequence_tis
     >>> from iscorrect.cli.rollouts import shipped_rollouts
-    >>> dump = shipped_rollouts("sharp", "bfloat16", "bfloat16")
-    >>> 0.5 < effects(dump, {"mine": sequence_tis()})["mine"]["is/ess"] < 0.9
-    tensor(True)
-    """
-    advantages = random_signs(dump.mask) if dump.advantages is None else dump.advantages
-    return {
-        name: correction(
-            old_log_probs=dump.old_log_probs, rollout_log_probs=dump.rollout_log_probs,
-            mask=dump.mask, advantages=advantages,
-        ).metrics
-        for name, correction in corrections.items()
-    }
-
-
-def random_signs(mask: Tensor) -> Tensor:
-    """+1 or −1 for each row of a mask, the same at every call; "b t".
-
-    >>> random_signs(torch.ones(3, 1, dtype=torch.bool)).abs().tolist()
-    [[1.0], [1.0], [1.0]]
-    """
-    generator = torch.Generator().manual_seed(0)
-    signs = 2 * torch.randint(2, (len(mask),), generator=generator) - 1
-    return repeat(signs.float(), "b -> b t", t=mask.shape[1])
-
-
-def effect_row(name: str, correction: Correction, metrics: Metrics) -> list[str]:
-    """A line of the table under :data:`HEADER`."""
-    m = metrics.to_floats()
-    weighs = not isinstance(correction.bound, Ignore)
-    return [
-        name, number(m["is/ess"]), number(m["is/kept_weight"]), number(m["is/weight/max"]),
-        percent(m["is/bounded"]) if weighs else "–", percent(m["is/rejected"]),
-    ]
-
-
-def enumerated(correction: Correction, sigma: float, *, vocab: int = 3, length: int = 4) -> Audit:
-    """Exact bias and standard deviation of a correction's gradient on a small policy.
-
-    Args:
-        correction: looks at no more than a sequence, for batches of one sequence say nothing about
-            a correction that looks at many.
-        sigma: root mean square of the log-ratio per token, nats.
-        vocab: of the policy.
-        length: tokens per sequence.
-
-    Returns:
-        The audit over all vocab^length sequences, of a loss that sums over tokens.
-
-    >>> from iscorrect import sequence_is
-    >>> enumerated(sequence_is(), 0.05).bias < 1e-12
+    >>> effects = Effects({"mine": sequence_tis()})
+    >>> effects.add(shipped_rollouts("sharp", "bfloat16", "bfloat16"))
+    >>> 0.5 < effects.floats()["mine"]["is/ess"] < 0.9
     True
     """
-    policy = TabularPolicy.random(vocab=vocab, length=length)
-    rollout_policy = mismatch.noise(policy, sigma)
-    generator = torch.Generator().manual_seed(0)
-    reward = torch.rand(vocab**length, generator=generator, dtype=torch.float64)
-    loss_fn = PolicyLoss(correction=correction, aggregation="seq-mean-token-sum")
-    return audit(loss_fn, policy, rollout_policy, reward - policy.expected_reward(reward))
+
+    corrections: Mapping[str, Correction]
+    seed: int = 0
+    pieces: int = 0
+    metrics: dict[str, Metrics] = field(default_factory=dict)
+    distance: dict[str, float] = field(default_factory=dict)
+    units: dict[str, int] = field(default_factory=dict)
+    signed: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(self.seed)
+
+    def add(self, dump: LogProbDump) -> None:
+        """Take a piece in."""
+        self.pieces += 1
+        layout = Layout(dump.mask)
+        d = log_ratio(dump.old_log_probs, dump.rollout_log_probs, layout)
+        signs = None if dump.advantages is not None else self._random_signs(dump.mask)
+        for name, correction in self.corrections.items():
+            out = self._weigh(name, dump, signs)
+            level = correction.level
+            ones = units(layout, level)
+            raw = ratio(at_level(d, layout, level))
+            weight = out.weights
+            if level not in ("token", "prefix"):
+                weight = layout.sequence_max(weight)
+            distance = masked((raw - weight).abs(), ones).sum(dtype=torch.float64)
+            self.distance[name] = self.distance.get(name, 0.0) + float(distance)
+            self.units[name] = self.units.get(name, 0) + int(torch.count_nonzero(ones))
+            before = self.metrics.get(name)
+            self.metrics[name] = out.metrics if before is None else before + out.metrics
+
+    def _weigh(self, name: str, dump: LogProbDump, signs: Tensor | None) -> Weights:
+        def weigh(advantages: Tensor | None) -> Weights:
+            return self.corrections[name](
+                old_log_probs=dump.old_log_probs, rollout_log_probs=dump.rollout_log_probs,
+                mask=dump.mask, advantages=advantages,
+            )
+
+        try:
+            return weigh(dump.advantages)
+        except InputError:
+            if signs is None:
+                raise
+        weights = weigh(signs)  # it looks at advantages, which this dump does not have
+        if name not in self.signed:
+            self.signed.append(name)
+        return weights
+
+    def _random_signs(self, mask: Tensor) -> Tensor:
+        """+1 or −1 for each row of a mask; "b t"."""
+        signs = 2 * torch.randint(2, (len(mask),), generator=self.generator) - 1
+        return repeat(signs.float(), "b -> b t", t=mask.shape[1])
+
+    def floats(self) -> dict[str, dict[str, float]]:
+        """The metrics of each correction, and `is/bias_mass`.
+
+        The bias mass is the mean distance between the ratio at the correction's level and the
+        weight that the correction gives in its place.
+        """
+        return {
+            name: metrics.to_floats()
+            | {"is/bias_mass": self.distance[name] / max(self.units[name], 1)}
+            for name, metrics in self.metrics.items()
+        }
+
+    def notes(self) -> list[str]:
+        """What a reader must know of how they were applied."""
+        notes = []
+        if self.signed:
+            notes.append(
+                f"No advantages in the dump: {', '.join(self.signed)} got a sign at random for"
+                " each sequence."
+            )
+        whole = [name for name, c in self.corrections.items() if c.scope == "batch"]
+        if whole and self.pieces > 1:
+            notes.append(
+                f"{', '.join(whole)} looks at a whole batch: here at each of {self.pieces:,} pieces"
+                " of the dump."
+            )
+        return notes
+
+
+def effects(pieces: Iterable[LogProbDump], corrections: Mapping[str, Correction]) -> Effects:
+    """What corrections do to the pieces of a dump.
+
+    Args:
+        pieces: at least one.
+        corrections: by name.
+    """
+    seen = Effects(corrections)
+    for piece in pieces:
+        seen.add(piece)
+    return seen
+
+
+def effect_row(name: str, correction: Correction, values: Mapping[str, float]) -> list[str]:
+    """A line of the table under :data:`HEADER`.
+
+    Args:
+        name: what the line is called.
+        correction: which of its parts the table shows.
+        values: what :meth:`Effects.floats` has for it.
+    """
+    weighs = not isinstance(correction.bound, Ignore)
+    return [
+        name, number(values["is/ess"]), number(values["is/kept_weight"]),
+        number(values["is/weight/max"]), percent(values["is/bounded"]) if weighs else "–",
+        percent(values["is/rejected"]), number(values["is/bias_mass"]),
+    ]

@@ -1,7 +1,8 @@
 """Figures of a dump, each with the numbers it draws.
 
-``plot_x(dump, ax=…)`` draws what ``x(dump)`` tabulates. Nothing is shown or saved here, and no
-global style is touched. Colours are Okabe and Ito's, told apart by every kind of eyesight.
+``plot_x(dump, ax=…)`` draws what ``x(dump)`` tabulates, of a dump or of its tokens. Nothing is
+shown or saved here, and no global style is touched. Colours are Okabe and Ito's, told apart by
+every kind of eyesight.
 """
 
 from __future__ import annotations
@@ -12,19 +13,18 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
-from iscorrect.diagnose import Tokens
-from iscorrect.dumps import LogProbDump
-from iscorrect.errors import input_error
+from iscorrect.dumps import LogProbDump, Tokens
+from iscorrect.dumps.dump import Array
+from iscorrect.dumps.tokens import as_tokens
+from iscorrect.errors import import_extra
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 else:
     Axes = Any
 
-Array: TypeAlias = npt.NDArray[Any]
-Table: TypeAlias = dict[str, Array]
+Columns: TypeAlias = dict[str, Array]
 """Columns of equal length, by name."""
 
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
@@ -32,14 +32,14 @@ CROWDED = 20_000
 BOUNDS = (0.5, 2.0)
 
 
-def probabilities(dump: LogProbDump) -> Table:
+def probabilities(dump: LogProbDump | Tokens) -> Columns:
     """Probability of each token on both sides; at most 20,000 of them, evenly spaced."""
-    tokens = Tokens.of(dump)
+    tokens = as_tokens(dump)
     some = slice(None, None, -(-max(len(tokens), 1) // CROWDED))
     return {"rollout": np.exp(tokens.rollout[some]), "trainer": np.exp(tokens.old[some])}
 
 
-def plot_probabilities(dump: LogProbDump, *, ax: Axes | None = None) -> Axes:
+def plot_probabilities(dump: LogProbDump | Tokens, *, ax: Axes | None = None) -> Axes:
     """Trainer against rollout probability: points, or hexagons above 20,000 tokens.
 
     Args:
@@ -50,7 +50,7 @@ def plot_probabilities(dump: LogProbDump, *, ax: Axes | None = None) -> Axes:
         The axes.
     """
     ax = _axes(ax)
-    tokens = Tokens.of(dump)
+    tokens = as_tokens(dump)
     x, y = np.exp(tokens.rollout), np.exp(tokens.old)
     if len(x) > CROWDED:
         drawn = ax.hexbin(x, y, gridsize=60, bins="log", mincnt=1, cmap="viridis", linewidths=0.1)
@@ -67,15 +67,15 @@ def plot_probabilities(dump: LogProbDump, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def sequences(dump: LogProbDump) -> Table:
+def sequences(dump: LogProbDump | Tokens) -> Columns:
     """Length and log-ratio of each sequence."""
-    tokens = Tokens.of(dump)
+    tokens = as_tokens(dump)
     length = np.bincount(tokens.row, minlength=tokens.count)
     total = np.bincount(tokens.row, weights=tokens.d, minlength=tokens.count)
     return {"length": length[length > 0], "log_ratio": total[length > 0]}
 
 
-def plot_sequences(dump: LogProbDump, *, ax: Axes | None = None) -> Axes:
+def plot_sequences(dump: LogProbDump | Tokens, *, ax: Axes | None = None) -> Axes:
     """Log-ratio of whole sequences against their length, with the slope that KL gives it."""
     ax = _axes(ax)
     table = sequences(dump)
@@ -94,23 +94,23 @@ def plot_sequences(dump: LogProbDump, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def ratios(dump: LogProbDump) -> Table:
+def ratios(dump: LogProbDump | Tokens) -> Columns:
     """Histogram of token log-ratios."""
-    d = Tokens.of(dump).d
+    d = as_tokens(dump).d
     reach = max(1.0, min(10.0, 1.05 * float(np.abs(d).max(initial=0))))
     counts, edges = np.histogram(np.clip(d, -reach, reach), bins=120, range=(-reach, reach))
     return {"log_ratio_from": edges[:-1], "log_ratio_to": edges[1:], "tokens": counts}
 
 
 def plot_ratios(
-    dump: LogProbDump, *, bounds: Sequence[float] = BOUNDS, ax: Axes | None = None
+    dump: LogProbDump | Tokens, *, bounds: Sequence[float] = BOUNDS, ax: Axes | None = None
 ) -> Axes:
     """Histogram of token ratios on log axes, with bounds and the share of tokens beyond them."""
     ax = _axes(ax)
     table = ratios(dump)
     left, right = np.exp(table["log_ratio_from"]), np.exp(table["log_ratio_to"])
     ax.bar(left, table["tokens"], width=right - left, align="edge", color=BLUE)
-    d = Tokens.of(dump).d
+    d = as_tokens(dump).d
     for bound, color in zip(bounds, (ORANGE, RED, GREEN, GREY) * len(bounds), strict=False):
         beyond = (d > math.log(bound)) if bound > 1 else (d < math.log(bound))
         ax.axvline(bound, color=color, linestyle="--",
@@ -124,9 +124,9 @@ def plot_ratios(
     return ax
 
 
-def positions(dump: LogProbDump) -> Table:
+def positions(dump: LogProbDump | Tokens) -> Columns:
     """|Δ log p| by position in the answer, in bins that widen with it."""
-    tokens = Tokens.of(dump)
+    tokens = as_tokens(dump)
     last = int(tokens.position.max(initial=0)) + 1
     edges = np.unique(np.geomspace(1, last + 1, min(last + 1, 33)).astype(int)) - 1
     size = np.abs(tokens.d)
@@ -140,7 +140,7 @@ def positions(dump: LogProbDump) -> Table:
     return dict(zip(names, np.array(rows).T, strict=True))
 
 
-def plot_positions(dump: LogProbDump, *, ax: Axes | None = None) -> Axes:
+def plot_positions(dump: LogProbDump | Tokens, *, ax: Axes | None = None) -> Axes:
     """|Δ log p| by position, with how many sequences are that long."""
     ax = _axes(ax)
     table = positions(dump)
@@ -162,11 +162,11 @@ def plot_positions(dump: LogProbDump, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def weights(dump: LogProbDump) -> Table:
+def weights(dump: LogProbDump | Tokens) -> Columns:
     """Share of tokens and of sequences whose ratio exceeds a value."""
-    tokens = Tokens.of(dump)
+    tokens = as_tokens(dump)
     values = np.concatenate([np.linspace(0, 1, 11)[1:], 1 + np.geomspace(1e-3, 1e4, 120)])
-    whole = sequences(dump)["log_ratio"]
+    whole = sequences(tokens)["log_ratio"]
     return {
         "ratio": values,
         "tokens": 1 - np.searchsorted(np.sort(tokens.d), np.log(values), "right") / len(tokens),
@@ -175,7 +175,7 @@ def weights(dump: LogProbDump) -> Table:
 
 
 def plot_weights(
-    dump: LogProbDump, *, caps: Sequence[float] = (2.0, 5.0), ax: Axes | None = None
+    dump: LogProbDump | Tokens, *, caps: Sequence[float] = (2.0, 5.0), ax: Axes | None = None
 ) -> Axes:
     """How often ratios exceed a value: tokens and whole sequences, on log axes."""
     ax = _axes(ax)
@@ -184,7 +184,7 @@ def plot_weights(
     for name, color in (("tokens", BLUE), ("sequences", ORANGE)):
         share = table[name][large]
         ax.plot(table["ratio"][large][share > 0], share[share > 0], color=color, label=name)
-    d = Tokens.of(dump).d
+    d = as_tokens(dump).d
     for cap, style in zip(caps, (":", "--", "-.") * len(caps), strict=False):
         ax.axvline(cap, color=GREY, linestyle=style,
                    label=f"above {cap:g}: {(d > math.log(cap)).mean():.2%} of tokens")
@@ -197,9 +197,9 @@ def plot_weights(
     return ax
 
 
-def confidence(dump: LogProbDump) -> Table:
+def confidence(dump: LogProbDump | Tokens) -> Columns:
     """Noise of the log-odds by the token's probability."""
-    tokens = Tokens.of(dump)
+    tokens = as_tokens(dump)
     p = np.exp((tokens.old + tokens.rollout) / 2)
     odds = tokens.d / (1 - np.minimum(p, 1 - 1e-4))
     edges = np.array([0, 0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 0.999])
@@ -213,7 +213,7 @@ def confidence(dump: LogProbDump) -> Table:
     return dict(zip(names, np.array(rows).reshape(-1, 6).T, strict=True))
 
 
-def plot_confidence(dump: LogProbDump, *, ax: Axes | None = None) -> Axes:
+def plot_confidence(dump: LogProbDump | Tokens, *, ax: Axes | None = None) -> Axes:
     """Noise of the log-odds by confidence: flat for kernels, not for what differs in meaning."""
     ax = _axes(ax)
     table = confidence(dump)
@@ -230,20 +230,19 @@ def plot_confidence(dump: LogProbDump, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def steps(dump: LogProbDump) -> Table:
+def steps(dump: LogProbDump | Tokens) -> Columns:
     """Mismatch of each training step; all of it as step 0 where steps are not known."""
-    tokens = Tokens.of(dump)
+    tokens = as_tokens(dump)
     of_row = np.zeros(tokens.count, int) if tokens.step is None else tokens.step
     step = of_row[tokens.row]
     rows = []
     for s in np.unique(step):
-        d = tokens.d[step == s]
-        k3 = np.expm1(np.minimum(d, 30)) - d
-        rows.append([s, len(d), -d.mean(), k3.mean(), np.exp(d.max())])
+        d, k3 = tokens.d[step == s], tokens.k3[step == s]
+        rows.append([s, len(d), -d.mean(), k3.mean(), np.exp(min(d.max(), 700))])
     return dict(zip(("step", "tokens", "k1", "k3", "max_ratio"), np.array(rows).T, strict=True))
 
 
-def plot_steps(dump: LogProbDump, *, ax: Axes | None = None) -> Axes:
+def plot_steps(dump: LogProbDump | Tokens, *, ax: Axes | None = None) -> Axes:
     """KL estimates and the largest ratio over training steps."""
     ax = _axes(ax)
     table = steps(dump)
@@ -260,16 +259,16 @@ def plot_steps(dump: LogProbDump, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def worst_sequence(dump: LogProbDump) -> Table:
+def worst_sequence(dump: LogProbDump | Tokens) -> Columns:
     """The sequence with the largest |Δ log p|, token by token."""
-    tokens = Tokens.of(dump)
+    tokens = as_tokens(dump)
     worst = tokens.where(tokens.row == tokens.row[np.abs(tokens.d).argmax()])
     ids = worst.ids if worst.ids is not None else np.full(len(worst), -1)
     return {"position": worst.position, "token_id": ids, "rollout_log_prob": worst.rollout,
             "old_log_prob": worst.old, "log_ratio": worst.d}
 
 
-def plot_worst_sequence(dump: LogProbDump, *, ax: Axes | None = None) -> Axes:
+def plot_worst_sequence(dump: LogProbDump | Tokens, *, ax: Axes | None = None) -> Axes:
     """The worst sequence: both log-probs, the gap, and where it is largest."""
     ax = _axes(ax)
     table = worst_sequence(dump)
@@ -289,7 +288,7 @@ def plot_worst_sequence(dump: LogProbDump, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
-FIGURES: dict[str, tuple[Callable[[LogProbDump], Table], Callable[..., Axes]]] = {
+FIGURES: dict[str, tuple[Callable[[LogProbDump | Tokens], Columns], Callable[..., Axes]]] = {
     "probabilities": (probabilities, plot_probabilities),
     "sequences": (sequences, plot_sequences),
     "ratios": (ratios, plot_ratios),
@@ -305,14 +304,10 @@ FIGURES: dict[str, tuple[Callable[[LogProbDump], Table], Callable[..., Axes]]] =
 def _axes(ax: Axes | None) -> Axes:
     if ax is not None:
         return ax
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise input_error(
-            "plots", "ax", expected="drawn with matplotlib, which is not installed", got="None",
-            fix="pip install 'iscorrect[plots]'",
-        ) from error
+    import_extra("plots", "matplotlib.figure", "plots")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     return figure.add_subplot()

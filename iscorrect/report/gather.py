@@ -1,29 +1,29 @@
-"""One pass over a dump: sums over every token, and a sample of whole sequences."""
+"""One pass over a dump: sums over every token, and a sample of whole sequences.
+
+Sums are taken over every token in one pass, so memory does not grow with the dump. Causes, figures
+and quantiles rest on a uniform sample of whole sequences, of at most ``SAMPLE`` tokens; a longer
+sequence is a sample of its own.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from iscorrect.diagnose import Advice, Finding, Tokens, advise, diagnose
-from iscorrect.dumps import (
-    LogProbDump,
-    concatenate,
-)
+from iscorrect.diagnose import Advice, Finding, advise, diagnose
+from iscorrect.dumps import LogProbDump, Tokens
+from iscorrect.dumps.dump import Array
 from iscorrect.errors import input_error
-from iscorrect.layout import Layout, masked
-from iscorrect.loss.correction import Correction
-from iscorrect.loss.metrics import Metrics
 from iscorrect.loss.pareto import pareto_tail
 from iscorrect.loss.presets import uncorrected
-from iscorrect.loss.ratios import at_level, ratio, units
 from iscorrect.loss.specs import parse
+from iscorrect.report.effects import Effects
+from iscorrect.text import finite
 
 SAMPLE = 2**20
 
@@ -51,20 +51,22 @@ class Report:
         sequences: how many.
         metrics: by flat name; `mismatch/…` and `tail/…` of every token, `batch/…` counts.
         corrections: for each, its `is/…` and `is/bias_mass`.
+        notes: how the corrections were applied, where that is not plain.
         places: where the mismatch is; rows of place, share of tokens, k3, share outside [0.5, 2].
         findings: likely causes.
         advice: what to do.
-        sample: the sequences that findings and figures rest on.
+        sample: the tokens of the sequences that findings and figures rest on.
     """
 
     source: str
     sequences: int
     metrics: dict[str, float]
     corrections: dict[str, dict[str, float]]
+    notes: list[str]
     places: list[dict[str, Any]]
     findings: list[Finding]
     advice: list[Advice]
-    sample: LogProbDump
+    sample: Tokens
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the sample, as JSON can hold it; what is not finite becomes None."""
@@ -73,162 +75,104 @@ class Report:
             "sequences": self.sequences,
             "metrics": self.metrics,
             "corrections": self.corrections,
+            "notes": self.notes,
             "places": self.places,
             "findings": [asdict(finding) for finding in self.findings],
             "advice": [asdict(advice) for advice in self.advice],
-            "sample": {"sequences": len(self.sample), "tokens": self.sample.num_tokens},
+            "sample": {"sequences": self.sample.count, "tokens": len(self.sample)},
         }
-        finite: dict[str, Any] = _finite(content)
-        return finite
+        held: dict[str, Any] = finite(content)
+        return held
 
 
-def _finite(x: Any) -> Any:
-    if isinstance(x, dict):
-        return {name: _finite(value) for name, value in x.items()}
-    if isinstance(x, list):
-        return [_finite(value) for value in x]
-    return None if isinstance(x, float) and not math.isfinite(x) else x
-
-
-@dataclass
 class _Sums:
-    """Sums over one place: tokens, k3, and tokens whose ratio lies outside [0.5, 2]."""
+    """Sums over every token, by place, and over every sequence."""
 
-    tokens: float = 0.0
-    k3: float = 0.0
-    outside: float = 0.0
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.outside = 0.0
+        self.probabilities = np.zeros(5)  # of p, q, p², q², p q
+        self.lengths = np.zeros(5)  # of 1, length, length², log-ratio, length × log-ratio
+        self.places: dict[tuple[str, int], Array] = {}
 
-    def add(self, tokens: float, k3: float, outside: float) -> None:
-        self.tokens += tokens
-        self.k3 += k3
-        self.outside += outside
-
-
-@dataclass
-class _Pass:
-    """What one pass over the pieces of a dump accumulates."""
-
-    corrections: dict[str, Correction]
-    seed: int = 0
-    metrics: dict[str, Metrics] = field(default_factory=dict)
-    distance: dict[str, float] = field(default_factory=dict)
-    units: dict[str, float] = field(default_factory=dict)
-    moments: Any = field(default_factory=lambda: np.zeros(6))
-    outside: float = 0.0
-    lengths: list[Any] = field(default_factory=list)
-    log_ratios: list[Any] = field(default_factory=list)
-    places: dict[tuple[str, int], _Sums] = field(default_factory=dict)
-    kept: list[LogProbDump] = field(default_factory=list)
-    keys: list[Tensor] = field(default_factory=list)
-    chance: float = 1.0
-    sequences: int = 0
-
-    def __post_init__(self) -> None:
-        self.generator = torch.Generator().manual_seed(self.seed)
-
-    def add(self, dump: LogProbDump) -> None:
-        """Take a piece in."""
-        layout = Layout(dump.mask)
-        old, rollout = dump.old_log_probs, dump.rollout_log_probs
-        d = masked(old - rollout, dump.mask)
-        for name, correction in self.corrections.items():
-            out = correction(
-                old_log_probs=old, rollout_log_probs=rollout, mask=layout,
-                advantages=dump.advantages,
-            )
-            level = correction.level
-            ones = units(layout, level)
-            raw = ratio(at_level(d, layout, level))
-            weight = out.weights
-            if level not in ("token", "prefix"):
-                weight = layout.sequence_max(weight)
-            distance = masked((raw - weight).abs(), ones).sum(dtype=torch.float64)
-            self.distance[name] = self.distance.get(name, 0.0) + float(distance)
-            self.units[name] = self.units.get(name, 0.0) + float(torch.count_nonzero(ones))
-            self.metrics[name] = (
-                self.metrics[name] + out.metrics if name in self.metrics else out.metrics
-            )
-        self._sums(dump, d)
-        self._sample(dump)
-
-    def _sums(self, dump: LogProbDump, d: Tensor) -> None:
-        mask = dump.mask
-        counts = torch.count_nonzero(mask, dim=1)
-        some = counts > 0
-        self.sequences += len(mask)
-        self.lengths.append(counts[some].numpy())
-        self.log_ratios.append(d.sum(1, dtype=torch.float64)[some].numpy())
-        p, q = masked(dump.rollout_log_probs, mask).exp(), masked(dump.old_log_probs, mask).exp()
-        p, q = masked(p, mask), masked(q, mask)
-        self.moments += [
-            float(torch.count_nonzero(mask)),
-            *(float(x.sum(dtype=torch.float64)) for x in (p, q, p * p, q * q, p * q)),
+    def add(self, tokens: Tokens) -> None:
+        self.tokens += len(tokens)
+        self.outside += float(np.count_nonzero(tokens.outside))
+        p, q = np.exp(tokens.rollout), np.exp(tokens.old)
+        self.probabilities += [x.sum() for x in (p, q, p * p, q * q, p * q)]
+        length = np.bincount(tokens.row, minlength=tokens.count)
+        total = np.bincount(tokens.row, weights=tokens.d, minlength=tokens.count)
+        x = length.astype(float)
+        self.lengths += [
+            np.count_nonzero(length), x.sum(), (x * x).sum(), total.sum(), (x * total).sum(),
         ]
-        k3 = torch.expm1(d.clamp(max=30)) - d
-        outside = (d.abs() > math.log(2)).float()
-        self.outside += float(outside.sum(dtype=torch.float64))
-        position = dump.mask.cumsum(1) - 1
-        self._bin("position", position, mask=mask, k3=k3, outside=outside)
-        length = counts[:, None].expand_as(mask)
-        self._bin("length", length, mask=mask, k3=k3, outside=outside)
-        self._bin("rollout probability", p, mask=mask, k3=k3, outside=outside)
-        for name in ("step", "policy_version"):
-            values = getattr(dump, name)
-            if values is None:
-                continue
-            for value in values.unique().tolist():
-                rows = values == value
-                self._place(name, value, mask[rows], k3[rows], outside[rows])
+        values = np.stack([np.ones(len(tokens)), tokens.k3, tokens.outside])
+        for name, of_token in (
+            ("position", tokens.position), ("length", length[tokens.row]),
+            ("rollout probability", p),
+        ):
+            self._place(name, np.searchsorted(EDGES[name][1:], of_token, "right"), values)
+        for name, of_sequence in (("step", tokens.step), ("policy_version", tokens.version)):
+            if of_sequence is not None:
+                self._place(name, of_sequence[tokens.row], values)
 
-    def _bin(
-        self, name: str, x: Tensor, *, mask: Tensor, k3: Tensor, outside: Tensor
-    ) -> None:
-        edges = EDGES[name]
-        inner = torch.tensor(edges[1:], dtype=torch.float32)
-        index = torch.bucketize(x.float(), inner, right=True)
-        index = torch.where(mask, index, len(edges)).flatten()
-
-        def total(values: Tensor) -> list[float]:
-            sums = torch.bincount(index, weights=values.flatten().double(), minlength=len(edges))
-            result: list[float] = sums.tolist()
-            return result
-
-        sums = list(zip(total(mask), total(k3), total(outside), strict=True))
-        for i, of_bin in enumerate(sums[: len(edges)]):
-            if of_bin[0]:
-                self.places.setdefault((name, i), _Sums()).add(*of_bin)
-
-    def _place(self, name: str, key: int, mask: Tensor, k3: Tensor, outside: Tensor) -> None:
-        self.places.setdefault((name, key), _Sums()).add(
-            float(torch.count_nonzero(mask)), float(k3.sum(dtype=torch.float64)),
-            float(outside.sum(dtype=torch.float64)),
-        )
-
-    def _sample(self, dump: LogProbDump) -> None:
-        """Keep every sequence whose random key is below a bar that falls as the sample fills."""
-        keys = torch.rand(len(dump), generator=self.generator)
-        self.kept.append(dump.rows(keys < self.chance))
-        self.keys.append(keys[keys < self.chance])
-        while sum(part.mask.numel() for part in self.kept) > SAMPLE and self.chance > 1e-9:
-            self.chance /= 2
-            self.kept = [
-                part.rows(key < self.chance) for part, key in zip(self.kept, self.keys, strict=True)
-            ]
-            self.keys = [key[key < self.chance] for key in self.keys]
+    def _place(self, name: str, keys: Array, values: Array) -> None:
+        found, inverse = np.unique(keys, return_inverse=True)
+        sums = np.stack([np.bincount(inverse, weights=x, minlength=len(found)) for x in values])
+        for key, of_place in zip(found.tolist(), sums.T, strict=True):
+            self.places[name, key] = self.places.get((name, key), np.zeros(3)) + of_place
 
     def pearson(self) -> float:
         """Correlation of the probabilities; NaN where one side is constant."""
-        n, p, q, pp, qq, pq = self.moments
+        n = self.tokens
+        p, q, pp, qq, pq = self.probabilities
         spread = (n * pp - p * p) * (n * qq - q * q)
         return float((n * pq - p * q) / math.sqrt(spread)) if spread > 0 else math.nan
 
+    def mean_length(self) -> float:
+        """Tokens of a sequence that has any."""
+        return float(self.lengths[1] / self.lengths[0])
+
     def slope(self) -> float:
         """Of log-ratio on length, nats per 1,000 tokens; through the origin where lengths agree."""
-        length = np.concatenate(self.lengths).astype(float)
-        total = np.concatenate(self.log_ratios)
-        if len(length) > 2 and length.std() > 0.05 * length.mean():
-            return float(1000 * np.cov(length, total)[0, 1] / length.var(ddof=1))
-        return float(1000 * total.sum() / length.sum())
+        count = self.lengths[0]
+        _, x, xx, y, xy = self.lengths / count
+        variance = xx - x * x
+        if count > 2 and variance > (0.05 * x) ** 2:
+            return float(1000 * (xy - x * y) / variance)
+        return float(1000 * y / x)
+
+
+class _Sample:
+    """Whole sequences with the smallest of random keys, which is a uniform sample."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.generator = np.random.default_rng(seed)
+        self.parts: list[Tokens] = []
+        self.keys: list[Array] = []
+        self.bar = 1.0
+
+    def add(self, tokens: Tokens) -> None:
+        """Take the tokens of a piece in."""
+        keys = self.generator.random(tokens.count)
+        self._keep(tokens, keys)
+        while sum(map(len, self.parts)) > SAMPLE and sum(map(len, self.keys)) > 1:
+            together = np.sort(np.concatenate(self.keys))
+            self.bar = together[(len(together) - 1) // 2]
+            before = zip(self.parts, self.keys, strict=True)
+            self.parts, self.keys = [], []
+            for part, of_part in before:
+                self._keep(part, of_part)
+
+    def _keep(self, tokens: Tokens, keys: Array) -> None:
+        below = keys <= self.bar
+        if below.any():
+            self.parts.append(tokens.of_sequences(below))
+            self.keys.append(keys[below])
+
+    def joined(self) -> Tokens:
+        """The sample; at least one piece was added."""
+        return Tokens.join(self.parts)
 
 
 def summarise(
@@ -236,7 +180,7 @@ def summarise(
     *,
     source: str = "dump",
     corrections: Sequence[str] = CORRECTIONS,
-    null: LogProbDump | None = None,
+    null: Tokens | LogProbDump | None = None,
     samples: int | None = None,
     length: int | None = None,
 ) -> Report:
@@ -256,53 +200,56 @@ def summarise(
     Raises:
         InputError: an unreadable dump, an unknown correction, or no token that counts.
     """
-    specs = {name: parse(name) for name in corrections}
-    gathered = _Pass({"": uncorrected(), **specs})
+    whole = Effects({"uncorrected": uncorrected()})
+    compared = Effects({name: parse(name) for name in corrections})
+    sums, sampled, sequences = _Sums(), _Sample(), 0
     for piece in pieces:
-        gathered.add(piece)
-    sample = concatenate([part for part in gathered.kept if len(part)] or gathered.kept)
-    tokens = gathered.moments[0]
-    if not tokens or not sample.num_tokens:
+        whole.add(piece)
+        compared.add(piece)
+        tokens = Tokens.of(piece)
+        sums.add(tokens)
+        sampled.add(tokens)
+        sequences += len(piece)
+    if not sums.tokens:
         raise input_error(
-            "report", "dump", expected="with counted tokens", got=f"{tokens:.0f} in {source}",
+            "report", "dump", expected="with counted tokens", got=f"none in {source}",
             fix="dump the tokens that enter the loss, with their mask",
         )
-    findings = diagnose(sample, null=null)
-    mean_length = float(np.concatenate(gathered.lengths).mean())
-    d = torch.from_numpy(Tokens.of(sample).d)[None]
-    base = gathered.metrics.pop("").to_floats()
-    metrics = {name: x for name, x in base.items() if not name.startswith("is/")}
+    sample = sampled.joined()
+    d = torch.from_numpy(sample.d)[None]
+    metrics = {n: x for n, x in whole.floats()["uncorrected"].items() if not n.startswith("is/")}
     metrics |= {
-        "batch/sequences": float(gathered.sequences),
-        "batch/length": mean_length,
-        "mismatch/pearson": gathered.pearson(),
-        "mismatch/sequence_slope": gathered.slope(),
-        "tail/outside": gathered.outside / tokens,
+        "batch/sequences": float(sequences),
+        "batch/length": sums.mean_length(),
+        "mismatch/pearson": sums.pearson(),
+        "mismatch/sequence_slope": sums.slope(),
+        "tail/outside": sums.outside / sums.tokens,
         "tail/pareto_k": float(pareto_tail(d, d.isfinite()).k),
     }
-    compared = {}
-    for name in specs:
-        values = gathered.metrics[name].to_floats()
-        compared[name] = {key: x for key, x in values.items() if key.startswith("is/")}
-        compared[name]["is/bias_mass"] = gathered.distance[name] / max(gathered.units[name], 1)
+    findings = diagnose(sample, null=null)
     return Report(
-        source=source, sequences=gathered.sequences, metrics=metrics, corrections=compared,
-        places=_places(gathered.places, tokens) + _worst_groups(sample),
+        source=source, sequences=sequences, metrics=metrics,
+        corrections={
+            name: {key: x for key, x in values.items() if key.startswith("is/")}
+            for name, values in compared.floats().items()
+        },
+        notes=compared.notes(),
+        places=_places(sums) + _worst_groups(sample),
         findings=findings, sample=sample,
         advice=advise(
-            sample, samples=samples or gathered.sequences, length=length or round(mean_length),
+            sample, samples=samples or sequences, length=length or round(sums.mean_length()),
             findings=findings,
         ),
     )
 
 
-def _places(places: dict[tuple[str, int], _Sums], tokens: float) -> list[dict[str, Any]]:
+def _places(sums: _Sums) -> list[dict[str, Any]]:
     rows = []
-    dated = sorted(s.k3 / s.tokens for (name, _), s in places.items() if name not in EDGES)
+    dated = sorted(k3 / n for (name, _), (n, k3, _) in sums.places.items() if name not in EDGES)
     least = dated[-MOST_PLACES - 1] if len(dated) > MOST_PLACES else -1.0
-    for (name, key), sums in sorted(places.items()):
+    for (name, key), (tokens, k3, outside) in sorted(sums.places.items(), key=lambda x: x[0]):
         edges = EDGES.get(name)
-        if edges is None and sums.k3 / sums.tokens <= least:
+        if edges is None and k3 / tokens <= least:
             continue
         if edges is None:
             label = f"{name.replace('_', ' ')} {key}"
@@ -311,24 +258,23 @@ def _places(places: dict[tuple[str, int], _Sums], tokens: float) -> list[dict[st
         else:
             label = f"{name} from {edges[key]:g}"
         rows.append({
-            "place": label, "tokens": sums.tokens / tokens, "kl_k3": sums.k3 / sums.tokens,
-            "outside": sums.outside / sums.tokens,
+            "place": label, "tokens": float(tokens / sums.tokens), "kl_k3": float(k3 / tokens),
+            "outside": float(outside / tokens),
         })
     return rows
 
 
-def _worst_groups(sample: LogProbDump) -> list[dict[str, Any]]:
+def _worst_groups(sample: Tokens) -> list[dict[str, Any]]:
     """The groups of the sample with the largest k3; shares are of the sample."""
-    tokens = Tokens.of(sample)
-    if tokens.group is None:
+    if sample.group is None:
         return []
-    groups, inverse = np.unique(tokens.group[tokens.row], return_inverse=True)
+    groups, inverse = np.unique(sample.group[sample.row], return_inverse=True)
     count = np.bincount(inverse)
-    k3 = np.bincount(inverse, weights=np.expm1(np.minimum(tokens.d, 30)) - tokens.d) / count
-    outside = np.bincount(inverse, weights=np.abs(tokens.d) > math.log(2)) / count
+    k3 = np.bincount(inverse, weights=sample.k3) / count
+    outside = np.bincount(inverse, weights=sample.outside) / count
     return [
         {
-            "place": f"group {groups[i]}", "tokens": float(count[i] / len(tokens)),
+            "place": f"group {groups[i]}", "tokens": float(count[i] / len(sample)),
             "kl_k3": float(k3[i]), "outside": float(outside[i]),
         }
         for i in np.argsort(-k3)[:WORST_GROUPS]

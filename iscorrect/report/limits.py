@@ -35,6 +35,8 @@ def check_thresholds(conditions: Sequence[str], metrics: dict[str, float]) -> li
             if found is None:
                 raise ValueError
             name, comparison, limit = found[1], found[2], float(found[3])
+            if math.isnan(limit):
+                raise ValueError
         except ValueError:
             raise input_error(
                 "report", "fail-if", expected="a name, one of > < >= <=, and a number",

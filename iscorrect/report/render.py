@@ -1,8 +1,4 @@
-"""A page about a dump: how large the mismatch is, where, why, and what to do.
-
-Sums are taken over every token in one pass, so memory does not grow with the dump. Causes, figures
-and quantiles rest on a uniform sample of whole sequences, of at most ``SAMPLE`` tokens.
-"""
+"""A page about a dump: how large the mismatch is, where, why, and what to do."""
 
 from __future__ import annotations
 
@@ -12,38 +8,37 @@ import html
 import importlib.util
 import io
 import json
-import os
-import shutil
+import math
+import re
 import textwrap
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from iscorrect.dumps import (
-    LogProbDump,
-)
+from iscorrect.dumps import Tokens
+from iscorrect.dumps.files import replacing
+from iscorrect.loss.specs import parse
+from iscorrect.report.effects import HEADER, effect_row
 from iscorrect.report.figures import FIGURES
 from iscorrect.report.gather import Report
-from iscorrect.text import show
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table: title, header, rows of text."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+from iscorrect.text import Table
 
 
 def headline(report: Report) -> list[tuple[str, str]]:
     """How big, bulk or tail: the first lines of every form of the report."""
     m = report.metrics
     k = m["tail/pareto_k"]
-    verdict = "reliable below 0.7" if k < 0.7 else "above 0.7: averages of weights are unreliable"
+    if math.isnan(k):
+        tail = "not measured: too few tokens"
+    else:
+        above = "above 0.7: averages of weights are unreliable"
+        tail = f"{k:.2f} ({'reliable below 0.7' if k < 0.7 else above})"
+    pearson = f"{m['mismatch/pearson']:.5f}"
+    if math.isnan(m["mismatch/pearson"]):
+        pearson = "not measured: one side is constant"
     return [
         ("dump", f"{report.source} · {report.sequences:,} sequences ·"
                  f" {m['batch/tokens']:,.0f} tokens"),
@@ -51,10 +46,10 @@ def headline(report: Report) -> list[tuple[str, str]]:
                      f" χ² {m['mismatch/chi2/token']:.2e}"),
         ("|Δ log p|", f"mean {m['mismatch/log_prob_diff/mean']:.3g} · max"
                       f" {m['mismatch/log_prob_diff/max']:.3g} nats · Pearson of p"
-                      f" {m['mismatch/pearson']:.5f}"),
+                      f" {pearson}"),
         ("sequences", f"log-ratio {m['mismatch/sequence_slope']:+.3g} nats per 1,000 tokens"),
         ("tail", f"{m['tail/outside']:.2%} of tokens have a ratio outside [0.5, 2] · Pareto k̂"
-                 f" {k:.2f} ({verdict})"),
+                 f" {tail}"),
     ]
 
 
@@ -67,15 +62,7 @@ def tables(report: Report) -> list[Table]:
         Table("What to do", ("advice", "because"), [(a.action, a.because) for a in report.advice]),
         Table(
             "What each correction would do",
-            ("correction", "ESS", "kept weight", "bounded", "rejected", "max weight", "bias mass"),
-            [
-                (
-                    name, f"{c['is/ess']:.3f}", f"{c['is/kept_weight']:.3f}",
-                    f"{c['is/bounded']:.2%}", f"{c['is/rejected']:.2%}",
-                    f"{c['is/weight/max']:.3g}", f"{c['is/bias_mass']:.3g}",
-                )
-                for name, c in report.corrections.items()
-            ],
+            HEADER, [effect_row(n, parse(n), values) for n, values in report.corrections.items()],
         ),
         Table("Where", ("place", "tokens", "k3", "ratio outside [0.5, 2]"), [
             (p["place"], f"{p['tokens']:.1%}", f"{p['kl_k3']:.2e}", f"{p['outside']:.2%}")
@@ -93,34 +80,45 @@ NOTE = (
 )
 
 
-def print_report(report: Report) -> None:
-    """The terminal's summary."""
-    width = min(shutil.get_terminal_size().columns, 100)
-    for name, text in headline(report):
-        print(f"{name:<10} {text}")
+def blocks(report: Report, width: int = 100) -> list[str | Table]:
+    """The report for a terminal.
+
+    Args:
+        report: what to show.
+        width: of the lines of prose.
+    """
+    shown: list[str | Table] = [f"{name:<10} {text}" for name, text in headline(report)]
     for table in tables(report):
+        shown.append("")
         if table.title not in PROSE:
-            show(table.title, table.header, table.rows)
+            shown.append(table)
+            if table.header == HEADER:
+                shown += report.notes
             continue
-        print(f"\n{table.title}")
+        shown.append(table.title)
         for name, *texts in table.rows:
-            print(textwrap.fill(name, width, initial_indent="* ", subsequent_indent="  "))
-            for text in texts:
-                indent = " " * 4
-                print(textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent))
+            shown.append(textwrap.fill(name, width, initial_indent="* ", subsequent_indent="  "))
+            indent = " " * 4
+            shown += [
+                textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent)
+                for text in texts
+            ]
+    return shown
 
 
 def to_markdown(report: Report, figures: Iterable[str] = ()) -> str:
     """The report as Markdown, with the figures' files beside it."""
     lines = ["# Mismatch report", ""]
-    lines += [f"- **{name}**: {text}" for name, text in headline(report)]
+    # file names may hold anything, and Markdown takes HTML, links and images
+    named = replace(report, source=re.sub(r"([\\\\`*_\[\]<>&!|])", r"\\\1", report.source))
+    lines += [f"- **{name}**: {text}" for name, text in headline(named)]
     for table in tables(report):
         lines += ["", f"## {table.title}", "", f"| {' | '.join(table.header)} |",
                   "|" + "---|" * len(table.header)]
         lines += [f"| {' | '.join(x.replace('|', chr(92) + '|') for x in row)} |"
                   for row in table.rows]
-        if table.title.startswith("What each"):
-            lines += ["", NOTE]
+        if table.header == HEADER:
+            lines += ["", " ".join([NOTE, *report.notes])]
     if figures:
         lines += ["", "## Figures", ""]
         lines += [f"![{name.replace('_', ' ')}](figures/{name}.png)\n" for name in figures]
@@ -164,7 +162,9 @@ def to_html(report: Report, figures: dict[str, bytes]) -> str:
     for table in tables(report):
         kind = "prose" if table.title in PROSE else "numbers"
         body = "".join(f"<tr>{cells('td', row)}</tr>" for row in table.rows)
-        note = f"<p class='note'>{NOTE}</p>" if table.title.startswith("What each") else ""
+        note = ""
+        if table.header == HEADER:
+            note = f"<p class='note'>{html.escape(' '.join([NOTE, *report.notes]))}</p>"
         parts.append(
             f"<h2>{html.escape(table.title)}</h2><div class='scroll'><table class='{kind}'>"
             f"<thead><tr>{cells('th', table.header)}</tr></thead><tbody>{body}</tbody></table>"
@@ -177,8 +177,8 @@ def to_html(report: Report, figures: dict[str, bytes]) -> str:
             for name, png in figures.items()
         )
         parts.append(f"<h2>Figures</h2><div class='figures'>{drawn}</div>")
-    sample = f"Causes and figures rest on {len(report.sample):,} sequences," \
-             f" {report.sample.num_tokens:,} tokens; all sums on the whole dump."
+    sample = f"Causes and figures rest on {report.sample.count:,} sequences," \
+             f" {len(report.sample):,} tokens; all sums on the whole dump."
     return (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
@@ -193,41 +193,44 @@ def write_report(report: Report, directory: Path) -> None:
     """Write report.html, report.md, metrics.json, and figures/ as PNG, SVG and CSV.
 
     Figures are left out where matplotlib is not installed.
+
+    Raises:
+        OSError: the directory cannot be written to.
     """
     directory.mkdir(parents=True, exist_ok=True)
     figures = _write_figures(report.sample, directory / "figures")
-    _replace(directory / "metrics.json", json.dumps(report.to_json(), indent=2) + "\n")
-    _replace(directory / "report.md", to_markdown(report, figures))
-    _replace(directory / "report.html", to_html(report, figures))
+    for name, text in (
+        ("metrics.json", json.dumps(report.to_json(), indent=2) + "\n"),
+        ("report.md", to_markdown(report, figures)),
+        ("report.html", to_html(report, figures)),
+    ):
+        with replacing(directory / name) as unfinished:
+            unfinished.write_text(text, encoding="utf-8")
 
 
-def _write_figures(sample: LogProbDump, directory: Path) -> dict[str, bytes]:
+def _write_figures(sample: Tokens, directory: Path) -> dict[str, bytes]:
     if not importlib.util.find_spec("matplotlib"):
         return {}
+    import matplotlib as mpl
+
     directory.mkdir(exist_ok=True)
     pictures = {}
     for name, (tabulate, draw) in FIGURES.items():
-        if name == "steps" and (sample.step is None or len(np.unique(sample.step)) < 2):
+        if name == "steps" and (
+            sample.step is None or len(np.unique(sample.step[sample.row])) < 2
+        ):
             continue
-        figure: Any = draw(sample).figure
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png", dpi=110)
-        pictures[name] = picture.getvalue()
-        figure.set_layout_engine("none")  # the layout stays; it is costly to find twice
-        (directory / f"{name}.png").write_bytes(pictures[name])
-        figure.savefig(directory / f"{name}.svg")
+        with mpl.rc_context({"text.usetex": False}):  # LaTeX may not be there
+            figure: Any = draw(sample).figure
+            picture = io.BytesIO()
+            figure.savefig(picture, format="png", dpi=110)
+            pictures[name] = picture.getvalue()
+            figure.set_layout_engine("none")  # the layout stays; it is costly to find twice
+            (directory / f"{name}.png").write_bytes(pictures[name])
+            figure.savefig(directory / f"{name}.svg")
         table = tabulate(sample)
-        with (directory / f"{name}.csv").open("w", newline="") as file:
+        with (directory / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(table)
             writer.writerows(zip(*(column.tolist() for column in table.values()), strict=True))
     return pictures
-
-
-def _replace(path: Path, text: str) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)

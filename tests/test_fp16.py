@@ -95,7 +95,7 @@ def test_errors_are_those_of_float64(x):
 def test_the_range_of_a_whole_is_the_sum_of_its_parts(monkeypatch):
     x = torch.randn(1000) * 1e-5
     whole = measure("x", "gradient", x)
-    monkeypatch.setattr("iscorrect.fp16.ranges.PIECE", 7)
+    monkeypatch.setattr("iscorrect.fp16.ranges.MEASURED_AT_ONCE", 7)
     parts = measure("x", "gradient", x)
     assert parts.octaves == whole.octaves
     assert parts.subnormal == whole.subnormal > 0
@@ -272,7 +272,7 @@ def test_boxes_cut_an_array_in_order_and_leave_nothing_out(shape, entries):
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs /proc")
 def test_memory_stays_with_the_piece_not_the_checkpoint(tmp_path):
-    entries = 3 * iscorrect.fp16.checkpoints.PIECE
+    entries = 3 * iscorrect.fp16.checkpoints.READ_AT_ONCE
     save_file({"w": torch.ones(entries)}, tmp_path / "model.safetensors")
     mapped = []
     for tensor in stored("test", tmp_path):

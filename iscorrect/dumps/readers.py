@@ -1,0 +1,486 @@
+"""Dumps from files of five formats, row by row, in memory that is bounded by the file's size.
+
+Nothing is ever unpickled, and no header is believed: what a file claims to hold is compared with
+how large it is before memory is taken for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import pickle
+import re
+import sys
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from iscorrect.dumps.dump import (
+    PER_CANDIDATE,
+    PER_SEQUENCE,
+    PER_TOKEN,
+    REQUIRED,
+    Array,
+    LogProbDump,
+    Row,
+    concatenate,
+)
+from iscorrect.dumps.rows import DTYPES, canonical, padded, to_numpy
+from iscorrect.dumps.trainers import SLIME_COLUMNS, unknown_dialect
+from iscorrect.errors import InputError, import_extra, input_error
+from iscorrect.text import visible
+
+PIECE_TOKENS = 2**20
+PIECE_SEQUENCES = 2**14
+
+# Log-probs hardly compress. A file that unpacks to far more than itself is damaged or made to harm.
+EXPANSION = 100
+SMALL = 2**26
+SEQUENCES = 2**20
+
+
+def read_dump(*paths: str | PathLike[str]) -> LogProbDump:
+    """Read dumps into memory; see :func:`stream_dump` for what is accepted.
+
+    Args:
+        paths: files, directories of files, or "-" for JSON lines on standard input.
+
+    Returns:
+        All their sequences, with the optional fields that every file has.
+
+    Raises:
+        InputError: a file that cannot be read, or values that are not what their field says; the
+            message names file, row, field and the fix.
+    """
+    return concatenate(list(stream_dump(*paths)))
+
+
+def stream_dump(*paths: str | PathLike[str], tokens: int = PIECE_TOKENS) -> Iterator[LogProbDump]:
+    """Read dumps piece by piece, in bounded memory.
+
+    The format follows from the suffix: `.parquet`, `.jsonl`, `.npz`, `.safetensors`, or `.pt`.
+    The names are those of :class:`LogProbDump`, or those of prime-rl's token exports, NeMo-RL's
+    ``train_data_stepN.jsonl``, or slime's ``--dump-details``. Arrays are padded "b t", or flat with
+    ``cu_seqlens``; in files of rows, each row is a sequence and holds lists.
+
+    Args:
+        paths: as for :func:`read_dump`.
+        tokens: about how many positions, padding included, a piece may hold.
+
+    Yields:
+        Dumps of whole sequences; at least one.
+
+    Raises:
+        InputError: as for :func:`read_dump`; there is no sequence at all; or a file unpacks to more
+            than 64 MiB and a hundred times its size.
+    """
+    waiting: list[Row] = []
+    width = 0
+    some = False
+    for path in dump_files(*paths):
+        for row in _read_rows(path):
+            some = True
+            length = max(width, len(row["mask"]))
+            full = length * (len(waiting) + 1) > tokens or len(waiting) >= PIECE_SEQUENCES
+            if waiting and (full or row.keys() != waiting[0].keys()):
+                yield padded(waiting)
+                waiting, length = [], len(row["mask"])
+            waiting.append(row)
+            width = length
+    if not some:
+        raise input_error(
+            "read_dump", "path", expected="of files with at least one sequence",
+            got=f"{', '.join(map(visible, paths)) or 'no path'}, which hold none",
+            fix="pass a dump that something was written to",
+        )
+    yield padded(waiting)
+
+
+def dump_files(*paths: str | PathLike[str]) -> list[Path]:
+    """The files that paths stand for: themselves, or what a directory holds, in order of steps.
+
+    Raises:
+        InputError: a path does not exist, is no regular file, a directory holds no dump, or a
+            suffix is unknown.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = [p for p in path.rglob("*") if p.suffix in READERS and p.is_file()]
+            if not inside:
+                raise input_error(
+                    "read_dump", "path", expected="a directory with " + ", ".join(READERS),
+                    got=f"{visible(path)}, which has none",
+                    fix="pass the directory that the trainer wrote",
+                )
+            found += sorted(inside, key=_natural)
+        else:
+            _check_file(path)
+            found.append(path)
+    return found
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    return [(int(s or 0), t) for t, s in re.findall(r"(\D+)(\d*)", str(path))]
+
+
+def _check_file(path: Path) -> None:
+    if str(path) == "-":
+        return
+    if path.suffix in (".pkl", ".pickle"):
+        raise input_error(
+            "read_dump", "path", expected="one of " + ", ".join(READERS),
+            got=f"{visible(path)}, a pickle, which runs code when it is read",
+            fix="load it where you trust it and save it with iscorrect.dumps.write_dump",
+        )
+    if path.suffix not in READERS:
+        raise input_error(
+            "read_dump", "path", expected="one of " + ", ".join(READERS), got=visible(path),
+            fix="save it with iscorrect.dumps.write_dump",
+        )
+    if not path.is_file():
+        there = path.exists()
+        raise input_error(
+            "read_dump", "path", expected="a file or a directory",
+            got=f"{visible(path)}, which is {'a pipe or a device' if there else 'not there'}",
+            fix="write it to a file first, or pass - for standard input" if there
+            else "check the path",
+        )
+
+
+def _read_rows(path: Path) -> Iterator[Row]:
+    """The sequences of one file, canonical and checked."""
+    reader = _jsonl_rows if str(path) == "-" else READERS[path.suffix]
+    raw_rows = reader(path)
+    for number in itertools.count():
+        try:
+            raw = next(raw_rows, None)
+        except InputError:
+            raise
+        except OSError as error:
+            raise _unreadable(path, number, error, of_system=error.errno is not None) from error
+        except Exception as error:  # what the formats' libraries raise is not documented
+            raise _unreadable(path, number, error, of_system=False) from error
+        if raw is None:
+            return
+        if not isinstance(raw, Mapping):
+            raise unknown_dialect(f"{visible(path)}, row {number}", [type(raw).__name__])
+        yield canonical(dict(raw), f"{visible(path)}, row {number}", path)
+
+
+def _unreadable(path: Path, number: int, error: Exception, *, of_system: bool) -> InputError:
+    reason = visible((str(error).strip() or type(error).__name__).splitlines()[0])
+    return input_error(
+        "read_dump", "path", expected=f"a whole {path.suffix or 'JSON-lines'} file",
+        got=f"{visible(path)}, which cannot be read after row {number}: {reason}",
+        fix="look whether the file may be read" if of_system
+        else "the file is damaged, was cut short, or has another format; write it again",
+    )
+
+
+def check_size(path: Path, *, unpacked: int, sequences: int = 0) -> None:
+    """Raise where a file claims to hold more than one of its size can.
+
+    Args:
+        path: of the file.
+        unpacked: bytes that it claims to hold.
+        sequences: how many it claims to hold.
+    """
+    size = path.stat().st_size
+    for claimed, most, unit in (
+        (unpacked, max(SMALL, EXPANSION * size), "bytes"),
+        (sequences, max(SEQUENCES, size), "sequences"),
+    ):
+        if claimed > most:
+            raise input_error(
+                "read_dump", "path", expected=f"a file of at most {most:,} {unit} when unpacked"
+                f" (it has {size:,} bytes)", got=f"{visible(path)}, which claims {claimed:,}",
+                fix="the file is damaged or was made to fill the memory; write it again",
+            )
+
+
+def _jsonl_rows(path: Path) -> Iterator[Any]:
+    if str(path) == "-":
+        if sys.stdin is None:
+            raise input_error(
+                "read_dump", "path", expected="- only where standard input is open",
+                got="a closed one", fix="pipe JSON lines into it, or pass a file",
+            )
+        lines: Any = contextlib.nullcontext(getattr(sys.stdin, "buffer", sys.stdin))
+    else:
+        lines = path.open("rb")
+    with lines as opened:
+        for number, line in enumerate(opened):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                place = f", column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+                reason = getattr(error, "msg", str(error))
+                raise input_error(
+                    "read_dump", "path", expected="one JSON object on each line",
+                    got=f"{visible(path)}, line {number + 1}{place}: {reason}",
+                    fix="the line is cut short or not JSON; write the file again",
+                ) from error
+            if not isinstance(row, dict):
+                raise input_error(
+                    "read_dump", "path", expected="one JSON object on each line",
+                    got=f"{visible(path)}, line {number + 1}: {type(row).__name__}",
+                    fix="write one sequence per line, as an object of lists",
+                )
+            yield row
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    parquet = import_extra("read_dump", "pyarrow.parquet", "parquet")
+    with parquet.ParquetFile(path) as file:
+        about = file.metadata
+        groups = [about.row_group(i) for i in range(about.num_row_groups)]
+        entries = [g.column(j).num_values for g in groups for j in range(g.num_columns)]
+        check_size(path, unpacked=8 * sum(entries), sequences=about.num_rows)
+        longest = max(entries, default=1) // max(1, min((g.num_rows for g in groups), default=1))
+        rows = max(1, min(256, PIECE_TOKENS // max(1, longest)))
+        for batch in file.iter_batches(batch_size=rows):
+            columns = {name: batch.column(name) for name in batch.schema.names}
+            for i in range(batch.num_rows):
+                yield {name: _parquet_value(column[i]) for name, column in columns.items()}
+
+
+def _parquet_value(scalar: Any) -> Any:
+    values = getattr(scalar, "values", None)
+    if values is None or callable(values) or hasattr(values, "values"):
+        return scalar.as_py()
+    return values.to_numpy(zero_copy_only=False)
+
+
+def _npz_rows(path: Path) -> Iterator[Row]:
+    with zipfile.ZipFile(path) as archive, contextlib.ExitStack() as stack:
+        names = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
+        used = {name: member for name, member in names.items() if name in ARRAYS}
+        check_size(path, unpacked=sum(member.file_size for member in used.values()))
+        arrays = {
+            name: _NpyStream(stack.enter_context(archive.open(member)), name, path,
+                             member.file_size)
+            for name, member in used.items()
+        }
+        yield from _array_rows(arrays, names, path)
+
+
+class _NpyStream:
+    """An array in a zip archive, read from its first row to its last without seeking."""
+
+    def __init__(self, stream: IO[bytes], name: str, path: Path, size: int) -> None:
+        version = np.lib.format.read_magic(stream)
+        header = (
+            np.lib.format.read_array_header_1_0
+            if version == (1, 0)
+            else np.lib.format.read_array_header_2_0
+        )
+        self.shape, fortran, self.dtype = header(stream)
+        kind = ""
+        if self.dtype.hasobject:
+            kind = "pickled objects"
+        elif self.dtype.kind not in "fiub":
+            kind = str(self.dtype)
+        elif fortran and len(self.shape) > 1:
+            kind = "Fortran order"
+        if kind:
+            raise input_error(
+                "read_dump", name, expected="an array of numbers in C order",
+                got=f"{kind} in {visible(path)}",
+                fix="save np.ascontiguousarray(x) of a numeric dtype",
+            )
+        held = size - stream.tell()
+        claimed = self.dtype.itemsize
+        for side in self.shape:
+            claimed *= side
+        if claimed != held:
+            raise EOFError(f"{name} claims {claimed:,} bytes and holds {held:,}")
+        self.stream = stream
+        self.position = 0
+
+    def __getitem__(self, index: slice) -> Array:
+        start, stop, _ = index.indices(self.shape[0])
+        stop = max(start, stop)
+        row = self.dtype.itemsize
+        for side in self.shape[1:]:
+            row *= side
+        self.stream.read((start - self.position) * row)
+        data = self.stream.read((stop - start) * row)
+        if len(data) < (stop - start) * row:
+            raise EOFError(f"the file ends inside row {start + len(data) // max(row, 1)}")
+        self.position = stop
+        return np.frombuffer(data, self.dtype).reshape(stop - start, *self.shape[1:])
+
+
+def _safetensors_rows(path: Path) -> Iterator[Row]:
+    safetensors = import_extra("read_dump", "safetensors", "safetensors")
+    with safetensors.safe_open(path, framework="pt") as file:
+        names = list(file.keys())
+        arrays = {name: _TensorSlice(file.get_slice(name)) for name in names if name in ARRAYS}
+        yield from _array_rows(arrays, names, path)
+
+
+class _TensorSlice:
+    def __init__(self, source: Any) -> None:
+        self.source = source
+        self.shape = tuple(source.get_shape())
+
+    def __getitem__(self, index: slice) -> Array:
+        return to_numpy(self.source[index])
+
+
+def _pt_rows(path: Path) -> Iterator[Any]:
+    try:
+        if not zipfile.is_zipfile(path):
+            raise pickle.UnpicklingError("not an archive of torch.save")
+        with zipfile.ZipFile(path) as archive:
+            check_size(path, unpacked=sum(member.file_size for member in archive.infolist()))
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise input_error(
+            "read_dump", "path", expected="tensors, numbers, lists and dicts only",
+            got=f"{visible(path)}, which holds other objects or is damaged, and is not unpickled",
+            fix="save a dict of tensors, or use iscorrect.dumps.write_dump",
+        ) from error
+    if not isinstance(content, dict):
+        raise unknown_dialect(visible(path), [type(content).__name__])
+    if isinstance(content.get("samples"), list):  # slime, format 2
+        yield from content["samples"]
+    elif isinstance(content.get("rollout_data"), dict):  # slime before it
+        yield from _slime_columns(content["rollout_data"], path)
+    else:
+        tensors = {name: x for name, x in content.items() if isinstance(x, Tensor)}
+        used = {name: x for name, x in tensors.items() if name in ARRAYS}
+        check_size(path, unpacked=sum(x.numel() * x.element_size() for x in used.values()))
+        arrays = {name: _plain(x, name, path) for name, x in used.items()}
+        yield from _array_rows(arrays, map(str, content), path)
+
+
+def _plain(x: Tensor, name: str, path: Path) -> Array:
+    try:
+        return to_numpy(x)
+    except (TypeError, RuntimeError) as error:
+        raise input_error(
+            "read_dump", name, expected="a dense tensor of numbers",
+            got=f"{error} in {visible(path)}", fix="save x.to_dense(), or x.dequantize()",
+        ) from error
+
+
+def _slime_columns(columns: dict[Any, Any], path: Path) -> Iterator[Row]:
+    used = {
+        name: x for name, x in columns.items()
+        if name in SLIME_COLUMNS and isinstance(x, list | tuple | Tensor)
+    }
+    count = len(used.get("rollout_log_probs", ()))
+    for name, x in used.items():
+        if len(x) != count:
+            raise input_error(
+                "read_dump", name, expected=f"{count} rows like `rollout_log_probs`",
+                got=f"{len(x)} in {visible(path)}", fix="the file is incomplete; write it again",
+            )
+    for i in range(count):
+        yield {name: x[i] for name, x in used.items()}
+
+
+ARRAYS = {*DTYPES, "cu_seqlens"}
+
+
+def _array_rows(arrays: Mapping[str, Any], known: Iterable[str], path: Path) -> Iterator[Row]:
+    """Rows of padded arrays, or of flat ones cut at ``cu_seqlens``.
+
+    Args:
+        arrays: those of a dump; each has a shape, and slices of its first axis that move forward.
+        known: all names in the file, for the message where some are missing.
+        path: of the file.
+    """
+    missing = [name for name in REQUIRED if name not in arrays]
+    if missing:
+        raise unknown_dialect(visible(path), known, missing)
+    names = [name for name in arrays if name != "cu_seqlens"]
+    if "cu_seqlens" in arrays:
+        yield from _flat_rows(arrays, names, path)
+        return
+    shape = tuple(arrays["mask"].shape)
+    if len(shape) != 2:
+        raise _shape_error(path, "mask", "of two axes, `b t`", shape)
+    _check_shapes(path, names, arrays, count=shape[0], tokens=shape)
+    step = max(1, 2**16 // max(1, shape[1]))
+    for start in range(0, shape[0], step):
+        stop = min(start + step, shape[0])
+        block = {name: arrays[name][start:stop] for name in names}
+        for i in range(stop - start):
+            yield {name: x[i] for name, x in block.items()}
+
+
+def _flat_rows(arrays: Mapping[str, Any], names: list[str], path: Path) -> Iterator[Row]:
+    shape = tuple(arrays["mask"].shape)
+    if len(shape) != 1:
+        raise _shape_error(path, "mask", "flat where there are `cu_seqlens`", shape)
+    ends = _boundaries(arrays["cu_seqlens"], shape[0], path)
+    _check_shapes(path, names, arrays, count=len(ends) - 1, tokens=shape)
+    for i, (start, stop) in enumerate(itertools.pairwise(ends.tolist())):
+        yield {
+            name: arrays[name][i : i + 1][0] if name in PER_SEQUENCE else arrays[name][start:stop]
+            for name in names
+        }
+    if np.any(arrays["mask"][int(ends[-1]) : shape[0]]):
+        raise input_error(
+            "read_dump", "cu_seqlens", expected="up to the last counted token",
+            got=f"{ends[-1]} as the last, and counted tokens after it in {visible(path)}",
+            fix="write the end of every sequence, or mask what follows the last",
+        )
+
+
+def _boundaries(array: Any, tokens: int, path: Path) -> Array:
+    shape = tuple(array.shape)
+    if len(shape) != 1:
+        raise _shape_error(path, "cu_seqlens", "a flat array", shape)
+    check_size(path, unpacked=0, sequences=shape[0])
+    ends: Array = array[0 : shape[0]]
+    whole = ends.dtype.kind in "iu" and len(ends) > 0
+    if not whole or ends[0] != 0 or np.any(ends[1:] < ends[:-1]) or ends[-1] > tokens:
+        raise input_error(
+            "read_dump", "cu_seqlens", expected=f"whole numbers rising from 0 to at most {tokens}",
+            got=f"{ends[:3].tolist()} … {ends[-1:].tolist()} in {visible(path)}",
+            fix="write the cumulative lengths of the sequences, beginning with 0",
+        )
+    return ends
+
+
+def _check_shapes(
+    path: Path, names: list[str], arrays: Mapping[str, Any], *, count: int, tokens: tuple[int, ...]
+) -> None:
+    check_size(path, unpacked=0, sequences=count)
+    for name in names:
+        shape = tuple(arrays[name].shape)
+        if name in PER_SEQUENCE and shape != (count,):
+            raise _shape_error(path, name, f"of shape {(count,)}", shape)
+        if name in PER_TOKEN and shape != tokens:
+            raise _shape_error(path, name, f"of shape {tokens} like `mask`", shape)
+        if name in PER_CANDIDATE and (shape[:-1] != tokens or not shape):
+            raise _shape_error(path, name, f"of shape {tokens} and an axis of candidates", shape)
+
+
+def _shape_error(path: Path, name: str, expected: str, shape: tuple[int, ...]) -> InputError:
+    return input_error(
+        "read_dump", name, expected=expected, got=f"{shape} in {visible(path)}",
+        fix="write padded `b t` arrays, or flat ones with `cu_seqlens`",
+    )
+
+
+READERS: dict[str, Callable[[Path], Iterator[Any]]] = {
+    ".parquet": _parquet_rows,
+    ".jsonl": _jsonl_rows,
+    ".npz": _npz_rows,
+    ".safetensors": _safetensors_rows,
+    ".pt": _pt_rows,
+}
