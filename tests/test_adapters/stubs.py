@@ -23,7 +23,10 @@ STUBS = {
     "ring_flash_attn": "CUDA kernels",
     "sglang": "an engine",
     "swanlab": "a service for logs",
+    "tensorboardX": "a service for logs",
+    "trackio": "a service for logs",
     "transformer_engine": "CUDA kernels",
+    "wandb": "a service for logs",
     "vllm": "an engine",
 }
 """Modules that are not installed, by what they would need. Any name in them is a mock."""
