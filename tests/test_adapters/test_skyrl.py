@@ -6,7 +6,6 @@ import pytest
 import torch
 from drawn import Worst, drawn, fixed, gradient_of
 from hypothesis import given
-from hypothesis import strategies as st
 from outcome import record
 from stubs import real
 
