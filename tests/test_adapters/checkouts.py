@@ -1,7 +1,7 @@
 """The contracts on a checkout: python tests/test_adapters/checkouts.py slime=PATH
 
-Known are slime, miles, prime-rl and NeMo-RL. It needs what the test suite needs, beartype, jaxtyping
-and pydantic; Megatron is a stub.
+Known are slime, miles, prime-rl and NeMo-RL. It needs what the test suite needs, and beartype,
+jaxtyping and pydantic; Megatron is a stub.
 """
 
 import argparse
@@ -310,42 +310,41 @@ def nemo_rl(root):
 
 
 def check_nemo_rl(_, root):
-    from iscorrect.adapters.nemo_rl import CorrectedLoss
-
     world = nemo_rl(root)
     worst = contracts.nemo_rl(world)
     yield "LossFunction, the metrics that its step reads, split API", worst.loss, worst.gradient
-    worst, cases = Worst(), 0
     kinds = [
         (None, None, None), ("tis", None, 2.0), ("tis", 0.5, 5.0), ("icepop", 0.5, 5.0),
         ("seq-mask-tis", 0.9, 1.2),
     ]
-    for kind, low, high in kinds:
+    worst = Worst()
+    for kind in kinds:
         for by_token in (True, False):
-            cases += 1
             for seed in range(5):
-                batch = fixed(seed, rows=6)
-                data = contracts.nemo_data(batch)
-                mask = data["token_mask"][:, 1:] * data["sample_mask"][:, None]
-                counts = ((data["sample_mask"] * mask.any(-1)).sum(), mask.sum())
-                theirs = world.own(
-                    token_level_loss=by_token, use_importance_sampling_correction=True,
-                    truncated_importance_sampling_type=kind,
-                    truncated_importance_sampling_ratio=high,
-                    truncated_importance_sampling_ratio_min=low,
-                )
-                ours = CorrectedLoss(PolicyLoss(
-                    correction=from_nemo_rl(True, high, low, kind), objective=PPOClip(),
-                    aggregation="token-mean" if by_token else "seq-mean-token-mean",
-                ))
-                pair = (
-                    gradient_of(lambda x: ours(
-                        data, *counts, next_token_logprobs=x  # noqa: B023
-                    )[0], batch.log_probs),
-                    gradient_of(lambda x: theirs(x, data, *counts)[0], batch.log_probs),  # noqa: B023
-                )
+                pair = nemo_rl_pair(world, fixed(seed, rows=6), by_token, *kind)
                 assert worst.add(*pair) < 1e-5, (kind, by_token)
-    yield f"ClippedPGLossFn, {cases} settings", worst.loss, worst.gradient
+    yield f"ClippedPGLossFn, {2 * len(kinds)} settings", worst.loss, worst.gradient
+
+
+def nemo_rl_pair(world, batch, by_token, kind, low, high):
+    from iscorrect.adapters.nemo_rl import CorrectedLoss
+
+    data = contracts.nemo_data(batch)
+    mask = data["token_mask"][:, 1:] * data["sample_mask"][:, None]
+    counts = ((data["sample_mask"] * mask.any(-1)).sum(), mask.sum())
+    theirs = world.own(
+        token_level_loss=by_token, use_importance_sampling_correction=True,
+        truncated_importance_sampling_type=kind, truncated_importance_sampling_ratio=high,
+        truncated_importance_sampling_ratio_min=low,
+    )
+    ours = CorrectedLoss(PolicyLoss(
+        correction=from_nemo_rl(True, high, low, kind), objective=PPOClip(),
+        aggregation="token-mean" if by_token else "seq-mean-token-mean",
+    ))
+    return (
+        gradient_of(lambda x: ours(data, *counts, next_token_logprobs=x)[0], batch.log_probs),
+        gradient_of(lambda x: theirs(x, data, *counts)[0], batch.log_probs),
+    )
 
 
 CHECKS = {

@@ -132,8 +132,8 @@ def slime_switches(world):
     )
 
     nothing = torch.zeros(0, requires_grad=True)
-    empty = dict.fromkeys(("train_log_probs", "rollout_log_probs", "loss_masks"), [])
-    empty |= dict(total_lengths=[], response_lengths=[], pg_loss=nothing)
+    lists = ("train_log_probs", "rollout_log_probs", "loss_masks", "total_lengths")
+    empty = {name: [] for name in (*lists, "response_lengths")} | {"pg_loss": nothing}
     _, (loss, _, metrics) = slime_call(world, token_tis(), [9], [12], **empty)
     assert loss.shape == (0,)
     assert loss.requires_grad

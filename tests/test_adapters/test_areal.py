@@ -155,7 +155,8 @@ def update(batch, minibatches=2, **changes):
     )
     rows = len(batch.mask)
     data = data_of(batch) | dict(
-        attention_mask=torch.ones_like(batch.mask), row=torch.arange(rows)[:, None].expand(batch.mask.shape),
+        attention_mask=torch.ones_like(batch.mask),
+        row=torch.arange(rows)[:, None].expand(batch.mask.shape),
         rewards=torch.ones(rows), tot_rewards=torch.ones(batch.mask.shape),
         kl_rewards=torch.zeros(batch.mask.shape), input_ids=torch.zeros(batch.mask.shape).long(),
     )

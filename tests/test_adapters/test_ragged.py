@@ -25,7 +25,7 @@ def test_weights_on_the_advantages_give_the_gradient_of_the_weighted_loss():
 
 
 def test_no_samples_have_no_advantages():
-    nothing = dict.fromkeys(("old_log_probs", "rollout_log_probs", "advantages"), [])
+    nothing = {name: [] for name in ("old_log_probs", "rollout_log_probs", "advantages")}
     ready, metrics = corrected_advantages(token_tis(), **nothing)
     assert ready == []
     assert metrics["batch/tokens"] == 0
