@@ -12,6 +12,7 @@ from iscorrect.adapters.averages import floats, sums
 from iscorrect.adapters.bands import ClipWhere, clamp_to
 from iscorrect.errors import check_choice, input_error
 from iscorrect.layout import Layout
+from iscorrect.loss.aggregate import TokenMean
 from iscorrect.loss.bounds import Ignore
 from iscorrect.loss.correction import Correction
 from iscorrect.loss.divergences import k2, k3
@@ -51,7 +52,7 @@ def loss_function(policy_loss: PolicyLoss) -> Callable[..., Tensor]:
         InputError: another aggregation; at the call: a setting of the actor's that would make
             every weight 1, or be ignored.
     """
-    if policy_loss.aggregation != "token-mean" or policy_loss.over != "mask":
+    if policy_loss.aggregation != TokenMean() or policy_loss.over != "mask":
         raise input_error(
             "areal.loss_function", "policy_loss", expected="'token-mean' over the mask",
             got=f"{policy_loss.aggregation!r} over {policy_loss.over!r}",

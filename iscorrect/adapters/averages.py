@@ -15,7 +15,7 @@ from torch import Tensor
 from iscorrect.layout import masked
 from iscorrect.loss.divergences import k3
 from iscorrect.loss.metrics import Metrics
-from iscorrect.loss.ratios import difference, is_finite, saturation
+from iscorrect.loss.ratios import difference, is_log_prob
 from iscorrect.ranks import accumulator
 
 PREFIX = "iscorrect/"
@@ -66,13 +66,22 @@ def from_averages(logged: Mapping[str, float], prefix: str = "") -> dict[str, fl
     -0.3
     """
     start = prefix + PREFIX
-    ours = {k.removeprefix(start): torch.tensor(x, dtype=torch.float64)
-            for k, x in logged.items() if k.startswith(start)}
-    most = {k.removesuffix("_max"): x for k, x in ours.items() if k.endswith("_max")}
+    ours = {
+        name.removeprefix(start): torch.tensor(x, dtype=torch.float64)
+        for name, x in logged.items() if name.startswith(start)
+    }
+    # counts below 1, as averages may be, would be read as 1
+    added = {name: x * SCALE for name, x in ours.items() if not name.endswith("_max")}
+    most = {name.removesuffix("_max"): x for name, x in ours.items() if name.endswith("_max")}
     unknown = dict.fromkeys(MAXIMA, torch.tensor(torch.nan, dtype=torch.float64))
-    read = Metrics({k: x for k, x in ours.items() if not k.endswith("_max")}, unknown | most)
-    return {name: x for name, x in read.to_floats().items() if not math.isnan(x)}
+    read = Metrics(added, unknown | most).to_floats()
+    if "batch/tokens" in read:
+        read["batch/tokens"] /= SCALE
+    return {name: x for name, x in read.items() if not math.isnan(x)}
 
+
+SCALE = 2.0**40
+"""Large enough to lift any average count above 1; a power of two, so that nothing is rounded."""
 
 MAXIMA = ("abs", "log_ratio", "negative_log_ratio", "weight")
 """Names of the maxima that the metrics of a correction hold."""
@@ -83,7 +92,7 @@ def token_metrics(
 ) -> dict[str, Tensor]:
     """Values of every token, for trainers that reduce them exactly; "b t" each, 0 outside the mask.
 
-    A token whose log-ratio is not finite counts in "is/nonfinite" and is 0 in "mismatch/…".
+    A token without a log-ratio counts in "is/nonfinite" and is 0 in "mismatch/…".
 
     Args:
         old_log_probs: "b t", log π_old, nats.
@@ -92,12 +101,11 @@ def token_metrics(
         weights: "b t", of a correction.
         keep: bool "b t", of a correction.
     """
-    d = masked(difference(old_log_probs, rollout_log_probs), mask)
-    finite = is_finite(d)
-    d = masked(d, finite)
+    finite = mask & is_log_prob(old_log_probs) & is_log_prob(rollout_log_probs)
+    d = masked(difference(old_log_probs, rollout_log_probs), finite)
     return {
         "is/weight": weights, "is/rejected": (mask & ~keep).to(d.dtype),
-        "is/nonfinite": (~finite).to(d.dtype), "mismatch/kl_k1": -d,
-        "mismatch/kl_k3": k3(d.clamp(max=saturation(d.dtype))),
+        "is/nonfinite": (mask & ~finite).to(d.dtype), "mismatch/kl_k1": -d,
+        "mismatch/kl_k3": k3(d),
         "mismatch/log_prob_diff": d.abs(),
     }

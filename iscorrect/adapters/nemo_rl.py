@@ -10,6 +10,7 @@ from iscorrect.adapters.averages import token_metrics
 from iscorrect.adapters.bands import MaskType, Overflow, truncated
 from iscorrect.errors import input_error
 from iscorrect.layout import masked
+from iscorrect.loss.aggregate import SequenceMeanTokenSum, TokenMean
 from iscorrect.loss.bounds import Ignore
 from iscorrect.loss.correction import Correction
 from iscorrect.loss.policy_loss import PolicyLoss
@@ -42,14 +43,14 @@ class CorrectedLoss:
         )
 
         how = policy_loss.aggregation
-        if callable(how) or how == "sum" or policy_loss.scope == "batch":
+        if not isinstance(how, (TokenMean, SequenceMeanTokenSum)) or policy_loss.scope == "batch":
             raise input_error(
                 "CorrectedLoss", "policy_loss", expected="one whose micro-batches add up: by tokens"
                 " or sequences, with bounds that do not look across the batch",
                 got=repr(policy_loss), fix="pass aggregation='token-mean' and a fixed bound",
             )
         self.policy_loss = policy_loss
-        self.by_token = how == "token-mean"
+        self.by_token = isinstance(how, TokenMean)
         self.loss_type = LossType.TOKEN_LEVEL if self.by_token else LossType.SEQUENCE_LEVEL
         self.input_type = LossInputType.LOGPROB
         self.use_fused_linear_logprobs = use_fused_linear_logprobs

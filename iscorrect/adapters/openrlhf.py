@@ -10,6 +10,7 @@ from torch import Tensor
 
 from iscorrect.adapters.bands import clamp_to
 from iscorrect.errors import check_choice, input_error
+from iscorrect.loss.aggregate import SequenceMeanTokenSum, TokenMean
 from iscorrect.loss.bounds import Ignore, Mask
 from iscorrect.loss.correction import Correction
 from iscorrect.loss.evidence import Evidence, Scope
@@ -74,7 +75,7 @@ class CorrectedPolicyLoss(torch.nn.Module):
 
     def __init__(self, policy_loss: PolicyLoss) -> None:
         super().__init__()
-        if callable(policy_loss.aggregation) or policy_loss.aggregation == "sum":
+        if not isinstance(policy_loss.aggregation, (TokenMean, SequenceMeanTokenSum)):
             raise input_error(
                 "CorrectedPolicyLoss", "policy_loss", expected="one with a denominator",
                 got=repr(policy_loss.aggregation), fix="pass aggregation='token-mean'",
@@ -101,7 +102,7 @@ class CorrectedPolicyLoss(torch.nn.Module):
                 "CorrectedPolicyLoss", "rollout_log_probs", expected="the engine's log-probs",
                 got="None", fix=f"start OpenRLHF with {LEVEL} token",
             )
-        by_token = self.policy_loss.aggregation == "token-mean"
+        by_token = isinstance(self.policy_loss.aggregation, TokenMean)
         count = batch_num_tokens if by_token else global_batch_size
         mask = torch.ones_like(log_probs) if action_mask is None else action_mask
         loss, metrics = self.policy_loss(
@@ -110,7 +111,7 @@ class CorrectedPolicyLoss(torch.nn.Module):
             # gradients are averaged over the data-parallel ranks; an empty batch has loss 0
             normalizer=None if count is None else torch.as_tensor(count).clamp(min=1) / dp_size,
         )
-        read = metrics.read()
+        read = metrics.as_tensors()
         clipped = read.get("policy/clipped", loss.new_zeros(()))
         return (
             loss, clipped, read["policy/kl_k1"], read["mismatch/kl_k1"], read["is/rejected"]
@@ -141,7 +142,7 @@ class OpenRLHFRule:
 
     def __call__(self, evidence: Evidence) -> Tensor:
         # the ends at which OpenRLHF holds probabilities
-        p = evidence.log_probs.exp().clamp(1e-6, 1 - 1e-6)
+        p = evidence.old_log_probs.exp().clamp(1e-6, 1 - 1e-6)
         q = evidence.rollout_log_probs.exp().clamp(1e-6, 1 - 1e-6)
         if self.gating == "tv":
             x = (p - q).abs()

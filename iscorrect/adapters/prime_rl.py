@@ -74,7 +74,7 @@ class PrimeRLRule:
     scope: ClassVar[Scope] = "token"
 
     def __call__(self, evidence: Evidence) -> Tensor:
-        shift = evidence.log_probs.exp() - evidence.rollout_log_probs.exp()
+        shift = evidence.old_log_probs.exp() - evidence.rollout_log_probs.exp()
         up, down = shift <= self.high, shift >= -self.low
         if self.any_sign:
             return up & down

@@ -11,6 +11,7 @@ from torch import Tensor
 from iscorrect.adapters.averages import floats, maxima, sums
 from iscorrect.errors import check_choice, input_error
 from iscorrect.layout import Layout, masked
+from iscorrect.loss.aggregate import Sum
 from iscorrect.loss.bounds import Bound, Ignore, Truncate
 from iscorrect.loss.correction import Correction
 from iscorrect.loss.evidence import Evidence, Scope
@@ -40,7 +41,7 @@ def register(name: str, policy_loss: PolicyLoss) -> None:
     """
     from skyrl.backends.skyrl_train.utils.ppo_utils import register_policy_loss
 
-    if policy_loss.aggregation != "sum" or policy_loss.over != "mask":
+    if policy_loss.aggregation != Sum() or policy_loss.over != "mask":
         raise input_error(
             "skyrl.register", "policy_loss", expected="aggregation 'sum' over the mask",
             got=f"{policy_loss.aggregation!r} over {policy_loss.over!r}",

@@ -7,8 +7,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from drawn import Worst, drawn, fixed
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from outcome import largest, record
 from stubs import real
 

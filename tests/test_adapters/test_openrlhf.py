@@ -5,8 +5,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from drawn import Worst, drawn, fixed, gradient_of
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from outcome import record
 from stubs import real
 

@@ -3,8 +3,7 @@
 import pytest
 import torch
 from drawn import Worst, drawn
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from outcome import record
 from stubs import real
 
