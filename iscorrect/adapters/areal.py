@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from iscorrect.adapters.averages import floats, sums
 from iscorrect.adapters.bands import ClipWhere, clamp_to
+from iscorrect.adapters.ragged import pad_together
+from iscorrect.dumps import DumpWriter
 from iscorrect.errors import check_choice, input_error
 from iscorrect.layout import Layout
 from iscorrect.loss.aggregate import TokenMean
@@ -22,23 +26,26 @@ from iscorrect.loss.ratios import Level
 from iscorrect.loss.rules import Over
 
 
-def install(policy_loss: PolicyLoss) -> None:
+def install(policy_loss: PolicyLoss, dumps: DumpWriter | None = None) -> None:
     """Let AReaL's actor use a loss of this library for its ``grpo_loss_fn``.
 
     To be called in every process that trains; the actor looks its loss up at every update.
 
     Args:
         policy_loss: see :func:`loss_function`.
+        dumps: see :func:`loss_function`.
 
     Raises:
         InputError: see :func:`loss_function`.
     """
     from areal.trainer.ppo import actor
 
-    setattr(actor, "grpo_loss_fn", loss_function(policy_loss))  # noqa: B010
+    setattr(actor, "grpo_loss_fn", loss_function(policy_loss, dumps))  # noqa: B010
 
 
-def loss_function(policy_loss: PolicyLoss) -> Callable[..., Tensor]:
+def loss_function(
+    policy_loss: PolicyLoss, dumps: DumpWriter | None = None
+) -> Callable[..., Tensor]:
     """What ``engine.train_batch`` takes as ``loss_fn``, beside AReaL's own ``loss_weight_fn``.
 
     The loss is the micro-batch's mean over tokens, which AReaL weights by their number. AReaL
@@ -47,6 +54,7 @@ def loss_function(policy_loss: PolicyLoss) -> Callable[..., Tensor]:
 
     Args:
         policy_loss: aggregated by "token-mean" over the mask.
+        dumps: writes both log-probs of every call, counted from 0.
 
     Raises:
         InputError: another aggregation; at the call: a setting of the actor's that would make
@@ -59,6 +67,8 @@ def loss_function(policy_loss: PolicyLoss) -> Callable[..., Tensor]:
             fix="pass aggregation='token-mean'; AReaL weights micro-batches by their tokens",
         )
 
+    calls = itertools.count()
+
     def loss_fn(
         logprobs: Tensor, entropy: Tensor, input_data: dict[str, Any], **settings: Any
     ) -> Tensor:
@@ -66,11 +76,15 @@ def loss_function(policy_loss: PolicyLoss) -> Callable[..., Tensor]:
         mask = input_data["loss_mask"].bool()
         lengths = input_data.get("cu_seqlens")
         layout = Layout(mask) if lengths is None else Layout.from_cu_seqlens(mask, lengths)
-        loss, metrics = policy_loss(
-            logprobs, rollout_log_probs=input_data["logprobs"],
-            old_log_probs=input_data.get("prox_logp"), advantages=input_data["advantages"],
-            mask=layout,
+        batch = dict(
+            rollout_log_probs=input_data["logprobs"], old_log_probs=input_data.get("prox_logp"),
+            advantages=input_data["advantages"],
         )
+        if dumps is not None:
+            old = logprobs if batch["old_log_probs"] is None else batch["old_log_probs"]
+            rows = _rows(lengths, mask=mask, **batch | {"old_log_probs": old})
+            dumps.write(step=next(calls), **rows)
+        loss, metrics = policy_loss(logprobs, mask=layout, **batch)
         _log(floats(sums(metrics)))
         return loss
 
@@ -108,6 +122,16 @@ def _check_settings(
             " the two log-probs with the other, and every weight is 1", got="false",
             fix="set actor.use_decoupled_loss=true and actor.recompute_logprob=true",
         )
+
+
+def _rows(lengths: Tensor | None, **tensors: Tensor) -> dict[str, Tensor]:
+    """One sequence a row."""
+    if lengths is None:
+        return tensors
+    sizes = lengths.diff().tolist()
+    cut = {name: torch.split(x[: sum(sizes)], sizes) for name, x in tensors.items()}
+    rows, present = pad_together("areal", "pass whole sequences", **cut)
+    return rows | {"mask": rows["mask"] & present}
 
 
 def _log(values: dict[str, float]) -> None:

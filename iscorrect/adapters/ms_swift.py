@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal, get_args
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from iscorrect.adapters.averages import sums
 from iscorrect.adapters.bands import SAFETY, HeldRule
+from iscorrect.dumps import DumpWriter
 from iscorrect.errors import check_choice, input_error
 from iscorrect.loss.bounds import Mask, Truncate
 from iscorrect.loss.correction import Correction
@@ -20,7 +22,9 @@ from iscorrect.loss.rules import RatioOutside
 MODE = "rollout_importance_sampling_mode"
 
 
-def install(correction: Correction, trainer: Any = None) -> None:
+def install(
+    correction: Correction, trainer: Any = None, dumps: DumpWriter | None = None
+) -> None:
     """Let a correction make the weights of ms-swift's GRPO trainer; for ``--external_plugins``.
 
     The weights multiply the loss, its KL penalty included. The trainer asks for them only with a
@@ -30,6 +34,7 @@ def install(correction: Correction, trainer: Any = None) -> None:
         correction: must not look at advantages, which the trainer does not show, nor across the
             batch.
         trainer: ``GRPOTrainer``, which None stands for, or ``MegatronGRPOTrainer``.
+        dumps: writes both log-probs of every call, counted from 0.
 
     Raises:
         InputError: the correction looks across the batch; when the trainer is made: no mode; in
@@ -46,10 +51,13 @@ def install(correction: Correction, trainer: Any = None) -> None:
 
         trainer = grpo_trainer.GRPOTrainer
 
+    calls = itertools.count()
+
     def weigh(self: Any, old: Tensor, rollout: Tensor, mask: Tensor) -> Tensor:
-        weights, _, self._iscorrect_metrics = correction(
-            old_log_probs=old.detach(), rollout_log_probs=rollout, mask=mask.bool()
-        )
+        batch = dict(old_log_probs=old.detach(), rollout_log_probs=rollout, mask=mask.bool())
+        if dumps is not None:
+            dumps.write(step=next(calls), **batch)
+        weights, _, self._iscorrect_metrics = correction(**batch)
         return weights
 
     def with_log_probs(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from iscorrect.adapters.bands import clamp_to
+from iscorrect.dumps import DumpWriter
 from iscorrect.errors import check_choice, input_error
 from iscorrect.loss.aggregate import SequenceMeanTokenSum, TokenMean
 from iscorrect.loss.bounds import Ignore, Mask
@@ -20,13 +22,14 @@ from iscorrect.loss.rules import RatioOutside, Rule
 LEVEL = "--algo.advantage.is_correction_level"
 
 
-def install(policy_loss: PolicyLoss) -> None:
+def install(policy_loss: PolicyLoss, dumps: DumpWriter | None = None) -> None:
     """Let OpenRLHF's actor build :class:`CorrectedPolicyLoss` where it builds ``PolicyLoss``.
 
     To be called in every Ray worker, as a ``worker_process_setup_hook``.
 
     Args:
         policy_loss: aggregated by "token-mean", or by one of "seq-…".
+        dumps: writes both log-probs of every call, counted from 0.
 
     Raises:
         InputError: another aggregation; when the actor is made: a setting of OpenRLHF would pass no
@@ -58,7 +61,7 @@ def install(policy_loss: PolicyLoss) -> None:
                     "openrlhf", setting, expected=f"{default!r}, since the policy_loss decides",
                     got=repr(value), fix=f"drop it, and pass objective={part}",
                 )
-        return CorrectedPolicyLoss(policy_loss)
+        return CorrectedPolicyLoss(policy_loss, dumps)
 
     setattr(ppo_actor, "PolicyLoss", build)  # noqa: B010
 
@@ -68,19 +71,20 @@ class CorrectedPolicyLoss(torch.nn.Module):
 
     Args:
         policy_loss: aggregated by "token-mean", or by one of "seq-…".
+        dumps: writes both log-probs of every call, counted from 0.
 
     Raises:
         InputError: another aggregation; at the call: no rollout log-probs.
     """
 
-    def __init__(self, policy_loss: PolicyLoss) -> None:
+    def __init__(self, policy_loss: PolicyLoss, dumps: DumpWriter | None = None) -> None:
         super().__init__()
         if not isinstance(policy_loss.aggregation, (TokenMean, SequenceMeanTokenSum)):
             raise input_error(
                 "CorrectedPolicyLoss", "policy_loss", expected="one with a denominator",
                 got=repr(policy_loss.aggregation), fix="pass aggregation='token-mean'",
             )
-        self.policy_loss = policy_loss
+        self.policy_loss, self.dumps, self.calls = policy_loss, dumps, itertools.count()
 
     def forward(
         self,
@@ -104,10 +108,15 @@ class CorrectedPolicyLoss(torch.nn.Module):
             )
         by_token = isinstance(self.policy_loss.aggregation, TokenMean)
         count = batch_num_tokens if by_token else global_batch_size
-        mask = torch.ones_like(log_probs) if action_mask is None else action_mask
+        mask = (torch.ones_like(log_probs) if action_mask is None else action_mask).bool()
+        if self.dumps is not None:
+            self.dumps.write(
+                step=next(self.calls), mask=mask, rollout_log_probs=rollout_log_probs,
+                old_log_probs=old_log_probs, advantages=advantages,
+            )
         loss, metrics = self.policy_loss(
             log_probs, rollout_log_probs=rollout_log_probs, old_log_probs=old_log_probs,
-            advantages=advantages, mask=mask.bool(),
+            advantages=advantages, mask=mask,
             # gradients are averaged over the data-parallel ranks; an empty batch has loss 0
             normalizer=None if count is None else torch.as_tensor(count).clamp(min=1) / dp_size,
         )

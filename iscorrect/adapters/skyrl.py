@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from iscorrect.adapters.averages import floats, maxima, sums
+from iscorrect.dumps import DumpWriter
 from iscorrect.errors import check_choice, input_error
 from iscorrect.layout import Layout, masked
 from iscorrect.loss.aggregate import Sum
@@ -26,7 +28,7 @@ OFF_POLICY_CORRECTION = (
 )
 
 
-def register(name: str, policy_loss: PolicyLoss) -> None:
+def register(name: str, policy_loss: PolicyLoss, dumps: DumpWriter | None = None) -> None:
     """Make a loss one of SkyRL's: ``trainer.algorithm.policy_loss_type=name``.
 
     SkyRL averages metrics over micro-batches and ranks, so it is given sums and maxima:
@@ -35,6 +37,7 @@ def register(name: str, policy_loss: PolicyLoss) -> None:
     Args:
         name: as in the configuration.
         policy_loss: aggregated by "sum", since SkyRL folds its denominators into the advantages.
+        dumps: writes both log-probs of every call, counted from 0.
 
     Raises:
         InputError: another aggregation; at the call: SkyRL's own correction is configured too.
@@ -47,6 +50,8 @@ def register(name: str, policy_loss: PolicyLoss) -> None:
             got=f"{policy_loss.aggregation!r} over {policy_loss.over!r}",
             fix="pass aggregation='sum'; SkyRL divides the advantages",
         )
+
+    calls = itertools.count()
 
     def corrected(
         log_probs: Tensor,
@@ -70,10 +75,13 @@ def register(name: str, policy_loss: PolicyLoss) -> None:
                 fix="set generator.sampling_params.logprobs=0",
             )
         mask = (torch.ones_like(log_probs) if loss_mask is None else loss_mask).bool()
-        loss, metrics = policy_loss(
-            log_probs, rollout_log_probs=masked(rollout_logprobs, mask),
-            old_log_probs=old_log_probs, advantages=advantages, mask=mask,
+        batch = dict(
+            rollout_log_probs=masked(rollout_logprobs, mask), old_log_probs=old_log_probs,
+            advantages=advantages, mask=mask,
         )
+        if dumps is not None:
+            dumps.write(step=next(calls), **batch)
+        loss, metrics = policy_loss(log_probs, **batch)
         return loss, floats(sums(metrics) | maxima(metrics))
 
     register_policy_loss(name)(corrected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from iscorrect.adapters.ragged import pad_together
+from iscorrect.dumps import DumpWriter
 from iscorrect.errors import input_error
 from iscorrect.layout import Layout, masked, unpad
 from iscorrect.loss.correction import Correction
@@ -18,7 +20,7 @@ from iscorrect.loss.policy_loss import PolicyLoss
 CustomLoss = Callable[[list[Any], list[Tensor]], tuple[Tensor, dict[str, float]]]
 
 
-def custom_loss(policy_loss: PolicyLoss) -> CustomLoss:
+def custom_loss(policy_loss: PolicyLoss, dumps: DumpWriter | None = None) -> CustomLoss:
     """What ``training_client.forward_backward_custom`` takes as its loss.
 
     Each datum's ``loss_fn_inputs`` hold the sampler's "logprobs", "advantages", and a "mask" where
@@ -26,11 +28,13 @@ def custom_loss(policy_loss: PolicyLoss) -> CustomLoss:
 
     Args:
         policy_loss: any.
+        dumps: writes both log-probs of every call, counted from 0.
 
     Raises:
         InputError: at the call: a datum lacks one of the two, or holds one of another length; a
             mask holds something else than 0 and 1.
     """
+    calls = itertools.count()
 
     def loss_fn(data: list[Any], logprobs: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
         rows, present = pad_together(
@@ -39,10 +43,13 @@ def custom_loss(policy_loss: PolicyLoss) -> CustomLoss:
             advantages=[_input(datum, i, "advantages") for i, datum in enumerate(data)],
             mask=[_mask(datum, i) for i, datum in enumerate(data)],
         )
-        loss, metrics = policy_loss(
-            rows["log_probs"], rollout_log_probs=rows["rollout"], advantages=rows["advantages"],
+        batch = dict(
+            rollout_log_probs=rows["rollout"], advantages=rows["advantages"],
             mask=present & rows["mask"].bool(),
         )
+        if dumps is not None:
+            dumps.write(step=next(calls), old_log_probs=rows["log_probs"], **batch)
+        loss, metrics = policy_loss(rows["log_probs"], **batch)
         return loss, metrics.to_floats()
 
     return loss_fn

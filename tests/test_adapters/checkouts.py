@@ -190,13 +190,13 @@ def check_slime(name, root):
         yield f"context parallel 2, {case}", apart, None
     world = loader(root)
     contracts.slime_switches(world)
-    yield "settings, ragged and empty lists", None, None
+    yield "settings and ragged or empty lists", None, None
     dist.init_process_group(
         "gloo", init_method=f"file://{tempfile.mktemp()}", rank=0, world_size=1
     )
     loader(root)
     worst, cases = slime_losses(name, root)
-    yield f"policy_loss_function, {cases} settings", worst.loss, worst.gradient
+    yield f"policy_loss_function with {cases} settings", worst.loss, worst.gradient
 
 
 def prime_rl(root):
@@ -312,7 +312,7 @@ def nemo_rl(root):
 def check_nemo_rl(_, root):
     world = nemo_rl(root)
     worst = contracts.nemo_rl(world)
-    yield "LossFunction, the metrics that its step reads, split API", worst.loss, worst.gradient
+    yield "LossFunction with the metrics that its step reads and its split API", worst.loss, worst.gradient
     kinds = [
         (None, None, None), ("tis", None, 2.0), ("tis", 0.5, 5.0), ("icepop", 0.5, 5.0),
         ("seq-mask-tis", 0.9, 1.2),
@@ -323,7 +323,7 @@ def check_nemo_rl(_, root):
             for seed in range(5):
                 pair = nemo_rl_pair(world, fixed(seed, rows=6), by_token, *kind)
                 assert worst.add(*pair) < 1e-5, (kind, by_token)
-    yield f"ClippedPGLossFn, {2 * len(kinds)} settings", worst.loss, worst.gradient
+    yield f"ClippedPGLossFn with {2 * len(kinds)} settings", worst.loss, worst.gradient
 
 
 def nemo_rl_pair(world, batch, by_token, kind, low, high):

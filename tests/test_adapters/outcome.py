@@ -4,9 +4,13 @@ import datetime
 import importlib.metadata
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
+
+from iscorrect.dumps import read_dump
 
 
 def largest(ours, theirs):
@@ -20,7 +24,10 @@ def largest(ours, theirs):
 
 
 def record(framework, what, *, distribution=None, version=None, loss=None, gradient=None):
-    """Add a line to the file that ISCORRECT_OUTCOMES names, if it does."""
+    """Add a line to the file that ISCORRECT_OUTCOMES names, if it does.
+
+    ``what`` is what was run, and after a comma with which settings.
+    """
     path = os.environ.get("ISCORRECT_OUTCOMES")
     if path is None:
         return
@@ -31,3 +38,18 @@ def record(framework, what, *, distribution=None, version=None, loss=None, gradi
     }
     with Path(path).open("a") as file:
         file.write(json.dumps(line) + "\n")
+
+
+def reported(directory, batch):
+    """What ``iscorrect report`` finds in a dump is what the batch holds."""
+    out = Path(directory, "report")
+    done = subprocess.run(
+        [sys.executable, "-m", "iscorrect", "report", str(directory), "--out", str(out)],
+        capture_output=True, text=True, check=False,
+    )
+    assert done.returncode in (0, 1), done.stderr
+    dump = read_dump(directory)
+    assert dump.mask.sum() == batch.mask.sum()
+    d = (batch.old_log_probs - batch.rollout_log_probs)[batch.mask].float()
+    found = (dump.old_log_probs - dump.rollout_log_probs)[dump.mask]
+    torch.testing.assert_close(found.sort().values.float(), d.sort().values)

@@ -8,12 +8,13 @@ import pytest
 import torch
 from drawn import Worst, drawn, fixed, gradient_of
 from hypothesis import given, strategies as st
-from outcome import record
+from outcome import record, reported
 from stubs import real
 
 from iscorrect import InputError, PolicyLoss, PPOClip, token_tis, uncorrected
 from iscorrect.adapters.areal import from_areal, install, loss_function
 from iscorrect.adapters.averages import from_averages
+from iscorrect.dumps import DumpWriter, read_dump
 
 actor, cli, fsdp, tracker = real(
     "areal", "areal.trainer.ppo.actor", "areal.api.cli_args", "areal.engine.fsdp_engine",
@@ -193,9 +194,21 @@ def test_its_actors_update_runs_with_an_installed_loss(installed):
     worst = Worst()
     worst.add((0.0, gradient), (0.0, expected))
     record(
-        "AReaL", "PPOActor._ppo_update and FSDPEngine's loss, metrics read back",
+        "AReaL", "PPOActor._ppo_update through FSDPEngine's loss with metrics read back",
         distribution="areal", gradient=worst.gradient,
     )
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_its_losses_leave_a_dump_to_report(tmp_path, flat):
+    whole = fixed(rows=4)
+    batch, lengths = packed(whole) if flat else (whole, None)
+    dumps = DumpWriter(tmp_path / "dump")
+    zeros = torch.zeros_like(batch.log_probs)
+    loss_function(TIS, dumps)(batch.log_probs, zeros, data_of(batch, lengths))
+    tracker.export()
+    reported(dumps.directory, whole)
+    assert len(read_dump(dumps.directory).mask) == 4
 
 
 def test_a_micro_batch_without_a_counted_token_changes_nothing():

@@ -46,7 +46,7 @@ def test_context_parallel_ranks_give_the_number_of_one_process(framework):
 @pytest.mark.parametrize("framework", LOADERS)
 def test_settings_decide_what_is_applied_and_odd_lists_are_refused(framework):
     contracts.slime_switches(LOADERS[framework](None))
-    contract_of(framework, "settings, ragged and empty lists")
+    contract_of(framework, "settings and ragged or empty lists")
 
 
 def test_slime_is_warned_when_its_engine_samples_from_a_cut_distribution():
@@ -68,7 +68,7 @@ def test_prime_rl_refuses_what_needs_more_than_a_sample():
 
 def test_nemo_rls_micro_batches_add_up_and_its_step_finds_its_metrics():
     contracts.nemo_rl(fakes.nemo_rl())
-    contract_of("NeMo-RL", "LossFunction, the metrics that its step reads, split API")
+    contract_of("NeMo-RL", "LossFunction with the metrics that its step reads and its split API")
 
 
 def test_nemo_rl_refuses_losses_whose_micro_batches_do_not_add_up():

@@ -1,7 +1,7 @@
 """Each framework's formula in NumPy, one sequence at a time, against the Correction it becomes.
 
-A formula gets the log-ratios of one sequence and returns its weights, 0 where it rejects. Frameworks
-that can be installed are compared with themselves too, in the file of each.
+A formula gets the log-ratios of one sequence and returns its weights, 0 where it rejects. The
+frameworks that can be installed are compared with themselves too, in the file of each.
 """
 
 import argparse

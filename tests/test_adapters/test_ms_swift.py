@@ -8,12 +8,13 @@ import pytest
 import torch
 from drawn import Worst, drawn, fixed
 from hypothesis import given, strategies as st
-from outcome import largest, record
+from outcome import largest, record, reported
 from stubs import real
 
 from iscorrect import Correction, InputError, kpop, pareto_is, token_tis, uncorrected
 from iscorrect.adapters.averages import from_averages
 from iscorrect.adapters.ms_swift import from_ms_swift, install
+from iscorrect.dumps import DumpWriter
 
 hf, megatron, data = real(
     "ms-swift", "swift.rlhf_trainers.grpo_trainer", "swift.megatron.trainers.grpo_trainer",
@@ -133,9 +134,18 @@ def test_its_loss_takes_an_installed_correction_and_logs_its_metrics():
     worst = Worst()
     worst.add((loss, gradient), (expected, their_gradient))
     record(
-        "ms-swift", "GRPOTrainer._compute_loss_and_metrics, metrics read back",
+        "ms-swift", "GRPOTrainer._compute_loss_and_metrics with metrics read back",
         distribution="ms-swift", loss=worst.loss, gradient=worst.gradient,
     )
+
+
+def test_its_losses_leave_a_dump_to_report(tmp_path):
+    cls = type("GRPOTrainer", (hf.GRPOTrainer,), dict(vars(hf.GRPOTrainer)))
+    dumps = DumpWriter(tmp_path / "dump")
+    install(token_tis(), cls, dumps)
+    batch = fixed(rows=4)
+    step(cls, batch)
+    reported(dumps.directory, batch)
 
 
 def test_without_a_counted_token_the_loss_is_zero():

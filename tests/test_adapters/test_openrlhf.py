@@ -6,11 +6,12 @@ import pytest
 import torch
 from drawn import Worst, drawn, fixed, gradient_of
 from hypothesis import given, strategies as st
-from outcome import record
+from outcome import record, reported
 from stubs import real
 
 from iscorrect import InputError, PolicyLoss, PPOClip, token_tis
 from iscorrect.adapters.openrlhf import CorrectedPolicyLoss, from_openrlhf, install
+from iscorrect.dumps import DumpWriter
 
 theirs, actor = real("openrlhf", "openrlhf.models.loss", "openrlhf.trainer.ray.ppo_actor")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -111,6 +112,13 @@ def test_its_training_step_runs_with_a_loss_of_ours_and_logs_what_it_reads():
         "OpenRLHF", "ActorPPOTrainer.training_step", distribution="openrlhf", loss=worst.loss,
         gradient=worst.gradient,
     )
+
+
+def test_its_steps_leave_a_dump_to_report(tmp_path):
+    batch = fixed()
+    dumps = DumpWriter(tmp_path / "dump")
+    step(CorrectedPolicyLoss(PolicyLoss(correction=token_tis()), dumps), batch)
+    reported(dumps.directory, batch)
 
 
 def test_a_step_without_a_counted_token_has_loss_zero():

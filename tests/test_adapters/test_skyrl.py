@@ -6,12 +6,13 @@ import pytest
 import torch
 from drawn import Worst, drawn, fixed, gradient_of
 from hypothesis import given
-from outcome import record
+from outcome import record, reported
 from stubs import real
 
 from iscorrect import InputError, PolicyLoss, PPOClip, token_tis
 from iscorrect.adapters.averages import from_averages
 from iscorrect.adapters.skyrl import from_skyrl, register
+from iscorrect.dumps import DumpWriter
 
 ppo_utils, config, worker, batches_of = real(
     "skyrl", "skyrl.backends.skyrl_train.utils.ppo_utils", "skyrl.train.config.config",
@@ -86,7 +87,7 @@ def test_the_registered_loss_and_its_gradient_are_those_of_its_own(registry, own
         "token mask" if "token_mask_is_threshold_low" in own else "off" if not own else "outliers"
     )
     record(
-        "SkyRL", f"ppo_policy_loss: {named}", distribution="skyrl", loss=worst.loss,
+        "SkyRL", f"ppo_policy_loss, {named}", distribution="skyrl", loss=worst.loss,
         gradient=worst.gradient,
     )
 
@@ -138,9 +139,17 @@ def test_its_worker_takes_steps_and_logs_what_gives_the_metrics_of_the_whole_bat
     worst = Worst()
     worst.add((metrics["policy_loss"], gradient), (own["policy_loss"], expected))
     record(
-        "SkyRL", "PolicyWorkerBase.forward_backward, metrics read back", distribution="skyrl",
+        "SkyRL", "PolicyWorkerBase.forward_backward with metrics read back", distribution="skyrl",
         loss=worst.loss, gradient=worst.gradient,
     )
+
+
+def test_its_steps_leave_a_dump_to_report(tmp_path):
+    batch = fixed(rows=4)
+    dumps = DumpWriter(tmp_path / "dump")
+    register("ours", TIS, dumps)
+    step("ours", batch, rows=2)
+    reported(dumps.directory, batch)
 
 
 def step_of_its_own(batch):

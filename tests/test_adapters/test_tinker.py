@@ -9,6 +9,7 @@ from stubs import real
 
 from iscorrect import InputError, PolicyLoss, sequence_mis, token_tis
 from iscorrect.adapters.tinker import custom_loss
+from iscorrect.dumps import DumpWriter, read_dump
 
 client, types, data_processing, rl = real(
     "tinker", "tinker.lib.public_interfaces.training_client", "tinker.types",
@@ -75,7 +76,7 @@ def test_its_client_sends_the_weighted_advantages():
     )
 
 
-def test_data_of_the_cookbook_go_in_as_they_are():
+def test_data_of_the_cookbook_go_in_as_they_are(tmp_path):
     answer = rl.TokensWithLogprobs(tokens=[5, 6, 7], maybe_logprobs=[-0.5, -1.0, -2.0])
     step = rl.Transition(
         ob=types.ModelInput.from_ints([1, 2, 3]), ac=answer, reward=1.0, episode_done=True
@@ -83,6 +84,9 @@ def test_data_of_the_cookbook_go_in_as_they_are():
     trajectory = rl.Trajectory(transitions=[step], final_ob=types.ModelInput.empty())
     data = data_processing.trajectory_to_data(trajectory, 1.5)
     log_probs = [torch.full((len(data[0].loss_fn_inputs["logprobs"].data),), -1.0)]
+    loss = custom_loss(PolicyLoss(aggregation="sum"), DumpWriter(tmp_path))
+    client.TrainingClient._compute_custom_loss(data, loss, Forward(log_probs))
+    assert read_dump(tmp_path).mask.sum() == 3
     weights, _, metrics = weights_sent(
         data, PolicyLoss(correction=sequence_mis(high=10.0), aggregation="sum"), log_probs
     )
