@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
+from iscorrect.adapters.averages import floats, sums
 from iscorrect.adapters.bands import ClipWhere, clamp_to
+from iscorrect.adapters.ragged import pad_together
+from iscorrect.dumps import DumpWriter
 from iscorrect.errors import check_choice, input_error
 from iscorrect.layout import Layout
 from iscorrect.loss.aggregate import TokenMean
+from iscorrect.loss.bounds import Ignore
 from iscorrect.loss.correction import Correction
 from iscorrect.loss.divergences import k2, k3
 from iscorrect.loss.evidence import Evidence, Scope
@@ -20,16 +26,39 @@ from iscorrect.loss.ratios import Level
 from iscorrect.loss.rules import Over
 
 
-def loss_function(policy_loss: PolicyLoss) -> Callable[..., Tensor]:
+def install(policy_loss: PolicyLoss, dumps: DumpWriter | None = None) -> None:
+    """Let AReaL's actor use a loss of this library for its ``grpo_loss_fn``.
+
+    To be called in every process that trains; the actor looks its loss up at every update.
+
+    Args:
+        policy_loss: see :func:`loss_function`.
+        dumps: see :func:`loss_function`.
+
+    Raises:
+        InputError: see :func:`loss_function`.
+    """
+    from areal.trainer.ppo import actor
+
+    setattr(actor, "grpo_loss_fn", loss_function(policy_loss, dumps))  # noqa: B010
+
+
+def loss_function(
+    policy_loss: PolicyLoss, dumps: DumpWriter | None = None
+) -> Callable[..., Tensor]:
     """What ``engine.train_batch`` takes as ``loss_fn``, beside AReaL's own ``loss_weight_fn``.
 
-    The loss is the micro-batch's mean over tokens, which AReaL weights by their number.
+    The loss is the micro-batch's mean over tokens, which AReaL weights by their number. AReaL
+    averages what is logged over micro-batches, so it is given sums:
+    :func:`iscorrect.adapters.averages.from_averages` reads them.
 
     Args:
         policy_loss: aggregated by "token-mean" over the mask.
+        dumps: writes both log-probs of every call, counted from 0.
 
     Raises:
-        InputError: another aggregation.
+        InputError: another aggregation; at the call: a setting of the actor's that would make
+            every weight 1, or be ignored.
     """
     if policy_loss.aggregation != TokenMean() or policy_loss.over != "mask":
         raise input_error(
@@ -38,19 +67,79 @@ def loss_function(policy_loss: PolicyLoss) -> Callable[..., Tensor]:
             fix="pass aggregation='token-mean'; AReaL weights micro-batches by their tokens",
         )
 
+    calls = itertools.count()
+
     def loss_fn(
-        logprobs: Tensor, entropy: Tensor, input_data: dict[str, Any], **_: Any
+        logprobs: Tensor, entropy: Tensor, input_data: dict[str, Any], **settings: Any
     ) -> Tensor:
+        _check_settings(policy_loss.correction, settings, input_data)
         mask = input_data["loss_mask"].bool()
         lengths = input_data.get("cu_seqlens")
         layout = Layout(mask) if lengths is None else Layout.from_cu_seqlens(mask, lengths)
-        proximal = input_data.get("prox_logp")
-        return policy_loss(
-            logprobs, rollout_log_probs=input_data["logprobs"], old_log_probs=proximal,
-            advantages=input_data["advantages"], mask=layout,
-        ).loss
+        batch = dict(
+            rollout_log_probs=input_data["logprobs"], old_log_probs=input_data.get("prox_logp"),
+            advantages=input_data["advantages"],
+        )
+        if dumps is not None:
+            old = logprobs if batch["old_log_probs"] is None else batch["old_log_probs"]
+            rows = _rows(lengths, mask=mask, **batch | {"old_log_probs": old})
+            dumps.write(step=next(calls), **rows)
+        loss, metrics = policy_loss(logprobs, mask=layout, **batch)
+        _log(floats(sums(metrics)))
+        return loss
 
     return loss_fn
+
+
+REPLACED = {
+    "rejection_sampling": (None, "pass correction=from_areal(...) of its fields"),
+    "m2_threshold": (None, "drop it"),
+    "importance_sampling_level": ("token", "pass objective=PPOClip(level='geometric')"),
+    "use_sapo_loss": (False, "drop it"),
+    "c_clip": (None, "pass objective=PPOClip(dual=...)"),
+}
+"""What of AReaL's own loss a PolicyLoss stands for, and the value at which it is off."""
+
+
+def _check_settings(
+    correction: Correction, settings: dict[str, Any], input_data: dict[str, Any]
+) -> None:
+    for name, (off, fix) in REPLACED.items():
+        if settings.get(name, off) != off:
+            raise input_error(
+                "areal", f"actor.{name}", expected=f"{off!r}, since the policy_loss replaces it",
+                got=repr(settings[name]), fix=fix,
+            )
+    if input_data.get("teacher_logp") is not None:
+        raise input_error(
+            "areal", "teacher", expected="None, since the policy_loss does not distil",
+            got="log-probs of a teacher", fix="drop the teacher",
+        )
+    idle = isinstance(correction.bound, Ignore) and not correction.reject
+    if settings.get("use_decoupled_loss") is False and not idle:
+        raise input_error(
+            "areal", "actor.use_decoupled_loss", expected="true: without it AReaL overwrites one of"
+            " the two log-probs with the other, and every weight is 1", got="false",
+            fix="set actor.use_decoupled_loss=true and actor.recompute_logprob=true",
+        )
+
+
+def _rows(lengths: Tensor | None, **tensors: Tensor) -> dict[str, Tensor]:
+    """One sequence a row."""
+    if lengths is None:
+        return tensors
+    sizes = lengths.diff().tolist()
+    cut = {name: torch.split(x[: sum(sizes)], sizes) for name, x in tensors.items()}
+    rows, present = pad_together("areal", "pass whole sequences", **cut)
+    return rows | {"mask": rows["mask"] & present}
+
+
+def _log(values: dict[str, float]) -> None:
+    try:
+        from areal.utils import stats_tracker
+    except ImportError:
+        return
+    stats_tracker.scalar(**values)
 
 
 Metric = Literal["ratio", "kl_k1", "kl_k2", "kl_k3"]
@@ -97,14 +186,14 @@ class AReaLRule:
 
 
 def from_areal(
-    level: Literal["token", "sequence"] = "sequence",
+    level: Literal["token", "sequence"] = "token",
     action: Literal["mask", "clamp"] = "mask",
     metric: Metric = "ratio",
     agg: Literal["sum", "mean", "max"] = "mean",
     upper: float = 5.0,
     lower: float | None = None,
 ) -> Correction:
-    """AReaL's ``RejectionSamplingConfig``.
+    """AReaL's ``RejectionSamplingConfig``, with its defaults.
 
     The weight of level="sequence" with metric="ratio" is the geometric mean of the ratios, whatever
     ``agg`` says; with the other metrics it is the token's own ratio. Its k1 is the negative of
@@ -121,7 +210,7 @@ def from_areal(
     Raises:
         InputError: an unknown name; "clamp" of anything but the ratio.
 
-    >>> from_areal("token", "clamp").bound
+    >>> from_areal(action="clamp").bound
     Truncate(cap=5.0)
     """
     check_choice("from_areal", "level", level, ("token", "sequence"))

@@ -14,18 +14,33 @@ docstring says so.
     slime    --use-tis                           token_tis(cap=2)
     AReaL    token, clamp, upper 5               token_tis(cap=5)
     NeMo-RL  icepop, 0.5 and 5                   icepop(low=0.5, high=5), overflow dropped
-    OpenRLHF tis, 0.5 and 5                      Correction(bound=Clip(low=0.5, high=5))
-    OpenRLHF, NeMo-RL  seq-mask-tis              token_is with RatioOutside(level="geometric")
+    OpenRLHF token, clip, 0.5 and 5              Correction(bound=Clip(low=0.5, high=5))
+    OpenRLHF token, mask, 0.5 and 5              icepop(low=0.5, high=5)
+    OpenRLHF seq, mask; NeMo-RL seq-mask-tis     token_is with RatioOutside(level="geometric")
+    SkyRL    tis_ratio_type token                token_tis(cap=2)
+    prime-rl default, ipo                        token_is with a rule on p − q
+    ms-swift sequence_truncate, 2                the truncated geometric mean
 
-They agree on finite log-probs. For others every function but ``from_trl`` and ``from_areal`` drops
-the token, where the frameworks would train on NaN.
+They agree on finite log-probs, with three exceptions. Ratios saturate here at e^30.5 in float32, so
+an unbounded weight beyond it differs. verl's, slime's and ms-swift's statistics of a sequence, and
+SkyRL's and ms-swift's weights, are held within e^±20 there; the first are here too. OpenRLHF holds
+probabilities within 1e-6 of 0 and 1 for its divergences, and so does its rule here.
+
+For log-probs that are not finite every function but ``from_trl`` and ``from_areal`` drops the
+token, where the frameworks would train on NaN.
 """
 
 from iscorrect.adapters.areal import from_areal
+from iscorrect.adapters.ms_swift import from_ms_swift
 from iscorrect.adapters.nemo_rl import from_nemo_rl
 from iscorrect.adapters.openrlhf import from_openrlhf
+from iscorrect.adapters.prime_rl import from_prime_rl
+from iscorrect.adapters.skyrl import from_skyrl
 from iscorrect.adapters.slime import from_slime
 from iscorrect.adapters.trl import from_trl
 from iscorrect.adapters.verl import from_verl
 
-__all__ = ["from_areal", "from_nemo_rl", "from_openrlhf", "from_slime", "from_trl", "from_verl"]
+__all__ = [
+    "from_areal", "from_ms_swift", "from_nemo_rl", "from_openrlhf", "from_prime_rl", "from_skyrl",
+    "from_slime", "from_trl", "from_verl",
+]

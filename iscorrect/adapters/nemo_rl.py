@@ -6,8 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
+from iscorrect.adapters.averages import token_metrics
 from iscorrect.adapters.bands import MaskType, Overflow, truncated
 from iscorrect.errors import input_error
+from iscorrect.layout import masked
 from iscorrect.loss.aggregate import SequenceMeanTokenSum, TokenMean
 from iscorrect.loss.bounds import Ignore
 from iscorrect.loss.correction import Correction
@@ -25,13 +27,20 @@ class CorrectedLoss:
 
     Args:
         policy_loss: aggregated by "token-mean" or one of "seq-…", over NeMo-RL's global counts.
+        use_fused_linear_logprobs: as ``policy.megatron_cfg.use_fused_linear_logprobs`` says.
 
     Raises:
         InputError: another aggregation, or parts that look across the batch.
     """
 
-    def __init__(self, policy_loss: PolicyLoss) -> None:
-        from nemo_rl.algorithms.loss.interfaces import LossInputType, LossType  # type: ignore[import-not-found]
+    def __init__(
+        self, policy_loss: PolicyLoss, use_fused_linear_logprobs: bool = False
+    ) -> None:
+        from nemo_rl.algorithms.loss.interfaces import (
+            LossInputType,
+            LossType,
+            MetricNormalizer,
+        )
 
         how = policy_loss.aggregation
         if not isinstance(how, (TokenMean, SequenceMeanTokenSum)) or policy_loss.scope == "batch":
@@ -44,6 +53,11 @@ class CorrectedLoss:
         self.by_token = isinstance(how, TokenMean)
         self.loss_type = LossType.TOKEN_LEVEL if self.by_token else LossType.SEQUENCE_LEVEL
         self.input_type = LossInputType.LOGPROB
+        self.use_fused_linear_logprobs = use_fused_linear_logprobs
+        by = MetricNormalizer
+        self.metric_normalizations = dict.fromkeys(
+            (*MEANS, "gen_kl_error", "token_mult_prob_error"), by.TOKENS
+        ) | {"loss": by.TOKENS if self.by_token else by.SEQUENCES, "num_valid_samples": by.NONE}
 
     def __call__(
         self,
@@ -62,20 +76,27 @@ class CorrectedLoss:
             next_token_logprobs: "b s-1", with gradient.
         """
         mask = data["token_mask"][:, 1:].bool() & data["sample_mask"].bool()[:, None]
+        old, rollout = data["prev_logprobs"][:, 1:], data["generation_logprobs"][:, 1:]
         reference = None
         if self.policy_loss.reference_kl is not None:
             reference = data["reference_policy_logprobs"][:, 1:]
+        count = global_valid_toks if self.by_token else global_valid_seqs
         loss, metrics = self.policy_loss(
-            next_token_logprobs, rollout_log_probs=data["generation_logprobs"][:, 1:],
-            old_log_probs=data["prev_logprobs"][:, 1:], advantages=data["advantages"][:, 1:],
-            ref_log_probs=reference, mask=mask,
-            normalizer=global_valid_toks if self.by_token else global_valid_seqs,
+            next_token_logprobs, rollout_log_probs=rollout, old_log_probs=old,
+            advantages=data["advantages"][:, 1:], ref_log_probs=reference, mask=mask,
+            normalizer=count.clamp(min=1),
         )
-        read = metrics.to_floats()
-        share = read["batch/tokens"] / float(global_valid_toks)
+        read, tokens = metrics.to_floats(), max(float(global_valid_toks), 1.0)
+        share = read["batch/tokens"] / tokens
         logged = {name: read[name] * share for name in MEANS}
+        difference = token_metrics(
+            old_log_probs=old, rollout_log_probs=rollout, mask=mask, weights=mask, keep=mask
+        )["mismatch/log_prob_diff"]
         return loss, logged | {
-            "loss": loss.item(), "num_valid_samples": data["sample_mask"].sum().item()
+            "loss": loss.item(), "num_valid_samples": data["sample_mask"].sum().item(),
+            # read by the trainers themselves
+            "gen_kl_error": logged["mismatch/kl_k3"],
+            "token_mult_prob_error": masked(difference.exp(), mask).sum().item() / tokens,
         }
 
 

@@ -2,16 +2,68 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+import itertools
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from iscorrect.adapters.bands import MaskType, truncated
-from iscorrect.errors import input_error
+from iscorrect.adapters.bands import clamp_to
+from iscorrect.dumps import DumpWriter
+from iscorrect.errors import check_choice, input_error
 from iscorrect.loss.aggregate import SequenceMeanTokenSum, TokenMean
+from iscorrect.loss.bounds import Ignore, Mask
 from iscorrect.loss.correction import Correction
+from iscorrect.loss.evidence import Evidence, Scope
 from iscorrect.loss.policy_loss import PolicyLoss
+from iscorrect.loss.rules import RatioOutside, Rule
+
+LEVEL = "--algo.advantage.is_correction_level"
+
+
+def install(policy_loss: PolicyLoss, dumps: DumpWriter | None = None) -> None:
+    """Let OpenRLHF's actor build :class:`CorrectedPolicyLoss` where it builds ``PolicyLoss``.
+
+    To be called in every Ray worker, as a ``worker_process_setup_hook``.
+
+    Args:
+        policy_loss: aggregated by "token-mean", or by one of "seq-…".
+        dumps: writes both log-probs of every call, counted from 0.
+
+    Raises:
+        InputError: another aggregation; when the actor is made: a setting of OpenRLHF would pass no
+            rollout log-probs, or be ignored.
+    """
+    from openrlhf.trainer.ray import ppo_actor
+
+    CorrectedPolicyLoss(policy_loss)
+
+    def build(
+        *,
+        is_correction_level: str = "off",
+        policy_loss_type: str = "ppo",
+        dual_clip: float | None = None,
+        **_: Any,
+    ) -> CorrectedPolicyLoss:
+        if is_correction_level == "off":
+            raise input_error(
+                "openrlhf", LEVEL, expected="on: without it no rollout log-probs are passed",
+                got="'off'", fix=f"start OpenRLHF with {LEVEL} token",
+            )
+        idle = {
+            "--actor.policy_loss_type": (policy_loss_type, "ppo", "PPOClip(level='geometric')"),
+            "--actor.dual_clip": (dual_clip, None, "PPOClip(dual=...)"),
+        }
+        for setting, (value, default, part) in idle.items():
+            if value != default:
+                raise input_error(
+                    "openrlhf", setting, expected=f"{default!r}, since the policy_loss decides",
+                    got=repr(value), fix=f"drop it, and pass objective={part}",
+                )
+        return CorrectedPolicyLoss(policy_loss, dumps)
+
+    setattr(ppo_actor, "PolicyLoss", build)  # noqa: B010
 
 
 class CorrectedPolicyLoss(torch.nn.Module):
@@ -19,19 +71,20 @@ class CorrectedPolicyLoss(torch.nn.Module):
 
     Args:
         policy_loss: aggregated by "token-mean", or by one of "seq-…".
+        dumps: writes both log-probs of every call, counted from 0.
 
     Raises:
         InputError: another aggregation; at the call: no rollout log-probs.
     """
 
-    def __init__(self, policy_loss: PolicyLoss) -> None:
+    def __init__(self, policy_loss: PolicyLoss, dumps: DumpWriter | None = None) -> None:
         super().__init__()
         if not isinstance(policy_loss.aggregation, (TokenMean, SequenceMeanTokenSum)):
             raise input_error(
                 "CorrectedPolicyLoss", "policy_loss", expected="one with a denominator",
                 got=repr(policy_loss.aggregation), fix="pass aggregation='token-mean'",
             )
-        self.policy_loss = policy_loss
+        self.policy_loss, self.dumps, self.calls = policy_loss, dumps, itertools.count()
 
     def forward(
         self,
@@ -43,45 +96,129 @@ class CorrectedPolicyLoss(torch.nn.Module):
         dp_size: int = 1,
         batch_num_tokens: Any = None,
         global_batch_size: Any = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Loss, clipped share, KL of old and current policy, KL of engine and old policy."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Loss, clipped share, KL of old and current policy, KL of engine and old policy, rejected.
+
+        The last is the share of tokens whose weight is 0.
+        """
         if rollout_log_probs is None:
             raise input_error(
                 "CorrectedPolicyLoss", "rollout_log_probs", expected="the engine's log-probs",
-                got="None", fix="start OpenRLHF with --enable_vllm_is_correction",
+                got="None", fix=f"start OpenRLHF with {LEVEL} token",
             )
         by_token = isinstance(self.policy_loss.aggregation, TokenMean)
         count = batch_num_tokens if by_token else global_batch_size
-        mask = torch.ones_like(log_probs) if action_mask is None else action_mask
+        mask = (torch.ones_like(log_probs) if action_mask is None else action_mask).bool()
+        if self.dumps is not None:
+            self.dumps.write(
+                step=next(self.calls), mask=mask, rollout_log_probs=rollout_log_probs,
+                old_log_probs=old_log_probs, advantages=advantages,
+            )
         loss, metrics = self.policy_loss(
             log_probs, rollout_log_probs=rollout_log_probs, old_log_probs=old_log_probs,
-            advantages=advantages, mask=mask.bool(),
-            # gradients are averaged over the data-parallel ranks
-            normalizer=None if count is None else count / dp_size,
+            advantages=advantages, mask=mask,
+            # gradients are averaged over the data-parallel ranks; an empty batch has loss 0
+            normalizer=None if count is None else torch.as_tensor(count).clamp(min=1) / dp_size,
         )
         read = metrics.as_tensors()
         clipped = read.get("policy/clipped", loss.new_zeros(()))
-        return loss, clipped, read["policy/kl_k1"], read["mismatch/kl_k1"]
+        return (
+            loss, clipped, read["policy/kl_k1"], read["mismatch/kl_k1"], read["is/rejected"]
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenRLHFRule:
+    """OpenRLHF's gate on a divergence between two outcomes: the sampled token and all others.
+
+        binary_kl  KL(μ‖π_old)
+        tv         |p − q|, p = π_old(token), q = μ(token)
+
+    Args:
+        gating: as above.
+        limit: of the token's own value, or of its sequence's mean.
+        over: "token" or "mean".
+    """
+
+    gating: Literal["binary_kl", "tv"]
+    limit: float
+    over: Literal["token", "mean"]
+
+    @property
+    def scope(self) -> Scope:
+        """"token" where nothing is reduced."""
+        return "token" if self.over == "token" else "sequence"
+
+    def __call__(self, evidence: Evidence) -> Tensor:
+        # the ends at which OpenRLHF holds probabilities
+        p = evidence.old_log_probs.exp().clamp(1e-6, 1 - 1e-6)
+        q = evidence.rollout_log_probs.exp().clamp(1e-6, 1 - 1e-6)
+        if self.gating == "tv":
+            x = (p - q).abs()
+        else:
+            x = q * (q / p).log() + (1 - q) * ((1 - q) / (1 - p)).log()
+        return (evidence.layout.sequence_mean(x) if self.over == "mean" else x) <= self.limit
 
 
 def from_openrlhf(
-    vllm_is_correction_type: MaskType = "tis",
-    vllm_is_truncated_threshold: tuple[float, float] = (0.5, 5.0),
+    is_correction_level: Literal["off", "token", "seq"] = "off",
+    is_correction_mode: Literal["mask", "clip"] = "mask",
+    is_correction_gating: Literal["ratio", "binary_kl", "tv"] = "ratio",
+    is_correction_threshold: tuple[float, ...] = (0.5, 5.0),
 ) -> Correction:
-    """OpenRLHF's ``--vllm_is_correction_type`` and ``--vllm_is_truncated_threshold``.
+    """OpenRLHF's ``--algo.advantage.is_correction_…``.
 
-    Its "tis" raises small weights to the lower threshold, which published ablations find harmful;
-    its "seq-mask-tis" does not truncate.
+    "clip" raises small weights to the lower threshold, which published ablations find harmful; a
+    sequence's ratio is the geometric mean, and the sequences that are kept have the token's own
+    weights, without a bound.
 
     Args:
-        vllm_is_correction_type: as for :func:`from_nemo_rl`.
-        vllm_is_truncated_threshold: (low, high).
+        is_correction_level: "off" for weights of 1.
+        is_correction_mode: "mask" drops what leaves the thresholds, "clip" holds ratios inside.
+        is_correction_gating: what the thresholds are on: the ratio, or KL(μ‖π_old) or total
+            variation between two outcomes: the sampled token and all others.
+        is_correction_threshold: (low, high), or (high,) alone.
 
     Raises:
-        InputError: an unknown type.
+        InputError: what OpenRLHF refuses too.
 
-    >>> from_openrlhf().bound
+    References:
+        openrlhf/models/loss.py (0.11.2).
+
+    >>> from_openrlhf("token", "clip").bound
     Clip(low=0.5, high=5.0)
     """
-    low, high = vllm_is_truncated_threshold
-    return truncated("from_openrlhf", "token", vllm_is_correction_type, low, high, ())
+    choices = {
+        "is_correction_level": (is_correction_level, ("off", "token", "seq")),
+        "is_correction_mode": (is_correction_mode, ("mask", "clip")),
+        "is_correction_gating": (is_correction_gating, ("ratio", "binary_kl", "tv")),
+    }
+    for name, (value, known) in choices.items():
+        check_choice("from_openrlhf", name, value, known)
+    *lower, high = is_correction_threshold
+    low = lower[0] if lower else 0.0
+    if is_correction_level == "off":
+        return Correction(bound=Ignore())
+    divergence = is_correction_gating != "ratio"
+    if is_correction_mode == "clip" and (is_correction_level == "seq" or divergence):
+        raise input_error(
+            "from_openrlhf", "is_correction_mode", got="'clip'",
+            expected="'mask' with level 'seq' or a divergence",
+            fix="only a token's ratio can be clipped",
+        )
+    if divergence and low > 0:
+        raise input_error(
+            "from_openrlhf", "is_correction_threshold", expected="one upper bound of a divergence",
+            got=repr(is_correction_threshold), fix="pass (0.003,)",
+        )
+    if is_correction_mode == "clip":
+        return Correction(bound=clamp_to(low, high))
+    if is_correction_level == "token" and not divergence:
+        return Correction(bound=Mask(low, high))
+    rule: Rule
+    if divergence:
+        over: Literal["token", "mean"] = "mean" if is_correction_level == "seq" else "token"
+        rule = OpenRLHFRule("tv" if is_correction_gating == "tv" else "binary_kl", high, over)
+    else:
+        rule = RatioOutside(level="geometric", low=low, high=high)
+    return Correction(reject=(rule,))

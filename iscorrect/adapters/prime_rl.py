@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Any, ClassVar, Literal
 
-from iscorrect.errors import input_error
+import torch
+from torch import Tensor
+
+from iscorrect.adapters.averages import token_metrics
+from iscorrect.errors import check_choice, input_error
 from iscorrect.layout import masked
+from iscorrect.loss.correction import Correction
+from iscorrect.loss.evidence import Evidence, Scope
 from iscorrect.loss.policy_loss import PolicyLoss
 from iscorrect.loss.specs import parse
 
@@ -16,7 +23,8 @@ def loss(inputs: Any, *, correction: str = "token-tis:cap=2") -> Any:
         loss = −Σ_t w_t A_t log π_t
 
     prime-rl has no log-probs of the trainer at the rollout's weights, so the ratio is that of the
-    policy being trained; it divides the sums of all samples by the number of tokens.
+    policy being trained; it divides the sums of all samples by their tokens, or their weights.
+    The metrics are tokens' values, of which it takes mean, median and extrema over all samples.
 
     Args:
         inputs: prime-rl's ``LossInputs``, "t" each.
@@ -25,7 +33,7 @@ def loss(inputs: Any, *, correction: str = "token-tis:cap=2") -> Any:
     Raises:
         InputError: a correction that looks beyond one sample.
     """
-    from prime_rl.trainer.rl.loss import LossOutputs  # type: ignore[import-not-found]
+    from prime_rl.trainer.rl.loss import LossOutputs
 
     loss_fn = PolicyLoss(correction=parse(correction), aggregation="sum")
     if loss_fn.scope == "batch":
@@ -36,8 +44,73 @@ def loss(inputs: Any, *, correction: str = "token-tis:cap=2") -> Any:
     mask, advantages = inputs.loss_mask.bool(), inputs.advantages
     if getattr(inputs, "loss_weights", None) is not None:
         advantages = masked(advantages * inputs.loss_weights, mask)
-    value, metrics = loss_fn(
+    value, _ = loss_fn(
         inputs.trainer_logprobs, rollout_log_probs=inputs.inference_logprobs,
         advantages=advantages, mask=mask,
     )
-    return LossOutputs(loss=value, metrics=metrics.as_tensors())
+    log_probs = dict(
+        old_log_probs=inputs.trainer_logprobs.detach(), rollout_log_probs=inputs.inference_logprobs
+    )
+    weights, keep, _ = loss_fn.correction(mask=mask, advantages=advantages, **log_probs)
+    metrics = token_metrics(mask=mask, weights=weights, keep=keep, **log_probs)
+    return LossOutputs(loss=value, metrics={name: x[mask] for name, x in metrics.items()})
+
+
+@dataclasses.dataclass(frozen=True)
+class PrimeRLRule:
+    """prime-rl's mask: drop tokens whose probability has moved too far up or down.
+
+        keep = 1{p − q ≤ high} where A > 0, 1{p − q ≥ −low} where not; both, with ``any_sign``
+
+    Args:
+        low: limit on q − p, p = π(token), q = μ(token).
+        high: limit on p − q.
+        any_sign: whether both limits hold whatever the advantage.
+    """
+
+    low: float
+    high: float
+    any_sign: bool = False
+    scope: ClassVar[Scope] = "token"
+
+    def __call__(self, evidence: Evidence) -> Tensor:
+        shift = evidence.old_log_probs.exp() - evidence.rollout_log_probs.exp()
+        up, down = shift <= self.high, shift >= -self.low
+        if self.any_sign:
+            return up & down
+        return torch.where(evidence.advantages("PrimeRLRule") > 0, up, down)
+
+
+def from_prime_rl(
+    type: Literal["default", "ipo"] = "default",
+    dppo_mask_low: float = 0.2,
+    dppo_mask_high: float = 0.2,
+    ipo_threshold: float = 0.1,
+) -> Correction:
+    """prime-rl's ``trainer.loss`` of type "default" or "ipo", for REINFORCE.
+
+    Its losses differentiate through the unbounded ratio, which on the tokens that are kept gives
+    the gradient of the weights here. Its ``kl_tau`` is a penalty and not part of the correction:
+    ``ReferenceKL(coefficient=2 * kl_tau, estimator="k2")`` towards the rollout's log-probs;
+    ``adv_tau`` multiplies the advantages.
+
+    Args:
+        type: "default" drops tokens whose probability has moved too far in the direction of their
+            advantage, "ipo" in any direction.
+        dppo_mask_low: of "default": limit on q − p where the advantage is not positive.
+        dppo_mask_high: of "default": limit on p − q where the advantage is positive.
+        ipo_threshold: of "ipo": limit on |p − q|.
+
+    Raises:
+        InputError: another type.
+
+    References:
+        prime_rl/trainer/rl/loss.py (559b44772, 2026-08-21).
+
+    >>> from_prime_rl("default", 0.1, 0.3).reject
+    (PrimeRLRule(low=0.1, high=0.3, any_sign=False),)
+    """
+    check_choice("from_prime_rl", "type", type, ("default", "ipo"))
+    if type == "ipo":
+        return Correction(reject=(PrimeRLRule(ipo_threshold, ipo_threshold, any_sign=True),))
+    return Correction(reject=(PrimeRLRule(dppo_mask_low, dppo_mask_high),))

@@ -5,35 +5,36 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from iscorrect.adapters.averages import token_metrics
 from iscorrect.adapters.bands import HeldBound, NormalizedAfter, clamp_to
+from iscorrect.adapters.ragged import check_together, pad_together
 from iscorrect.errors import check_choice, input_error
-from iscorrect.layout import Layout, masked, pad_sequences, unpad
+from iscorrect.layout import masked, unpad
 from iscorrect.loss.bounds import Bound, Clip, Ignore, Mask, Truncate
 from iscorrect.loss.correction import Correction
-from iscorrect.loss.divergences import k3
-from iscorrect.loss.ratios import log_ratio
 from iscorrect.loss.rules import RatioOutside, Rule, Veto
 
 Result = tuple[Tensor, list[Tensor], dict[str, Tensor]]
 
 
-def tis_function(correction: Correction, *, package: str = "slime") -> Callable[..., Result]:
+def tis_function(correction: Correction) -> Callable[..., Result]:
     """What slime calls with its policy-gradient loss, to be multiplied by weights.
 
     Masks come back as they were: rejected tokens have weight 0 and stay in the denominators. The
-    metrics are tokens' values, which slime reduces as it reduces the loss.
+    metrics are tokens' values, which slime reduces as it reduces the loss. With
+    ``--get-mismatch-metrics`` alone there are metrics, and the loss comes back as it was.
 
     Args:
         correction: without parts that need advantages, or look beyond a micro-batch of one rank.
-        package: "slime", or "miles": whose helpers join the shards of context parallelism.
 
     Raises:
-        InputError: the correction looks across the batch.
+        InputError: the correction looks across the batch; at the call: a list is shorter than its
+            response, or missing.
     """
     if correction.scope == "batch":
         raise input_error(
@@ -46,53 +47,113 @@ def tis_function(correction: Correction, *, package: str = "slime") -> Callable[
         args: Any,
         *,
         pg_loss: Tensor,
-        train_log_probs: list[Tensor],
-        rollout_log_probs: list[Tensor],
+        train_log_probs: list[Tensor] | None,
+        rollout_log_probs: list[Tensor] | None,
         loss_masks: list[Tensor],
         total_lengths: list[int],
         response_lengths: list[int],
+        parallel_state: Any = None,
+        max_seq_lens: list[int] | None = None,
         **_: Any,
     ) -> Result:
+        _check_settings(args, train_log_probs, rollout_log_probs)
         warn_of_truncated_sampling(
             getattr(args, "rollout_top_p", 1.0), getattr(args, "rollout_top_k", -1)
         )
-        lengths = list(zip(total_lengths, response_lengths, strict=True))
-        sharded = any(len(x) != n for x, n in zip(train_log_probs, response_lengths, strict=True))
-        helpers = importlib.import_module(
-            f"{package}.backends.megatron_utils.cp_utils"
-        ) if sharded else None
-
-        def whole(shards: list[Tensor]) -> Tensor:
-            if helpers is not None:
-                shards = [
-                    helpers.all_gather_with_cp(x, *n) for x, n in zip(shards, lengths, strict=True)
-                ]
-            return pad_sequences(shards)[0]
+        assert train_log_probs is not None and rollout_log_probs is not None
+        check_together(
+            "slime", LISTS, train_log_probs=train_log_probs, rollout_log_probs=rollout_log_probs
+        )
+        cut = _context_parallel(args, parallel_state, total_lengths, response_lengths, max_seq_lens)
+        old, rollout = cut.gather(train_log_probs), cut.gather(rollout_log_probs)
+        rows, present = pad_together(
+            "slime", LISTS, loss_masks=loss_masks, train_log_probs=old, rollout_log_probs=rollout
+        )
 
         def flat(padded: Tensor) -> Tensor:
-            rows = unpad(padded, present)
-            if helpers is not None:
-                rows = [
-                    helpers.slice_log_prob_with_cp(x, *n)
-                    for x, n in zip(rows, lengths, strict=True)
-                ]
-            return torch.cat(rows)
+            shards = cut.slice(unpad(padded, present))
+            return torch.cat([pg_loss.new_zeros(0, dtype=padded.dtype), *shards])
 
-        mask, present = pad_sequences([x.bool() for x in loss_masks], value=False)
-        old, rollout = whole(train_log_probs), whole(rollout_log_probs)
-        weights, keep, _metrics = correction(
-            old_log_probs=old, rollout_log_probs=rollout, mask=mask
+        mask = rows["loss_masks"].bool()
+        log_probs = dict(
+            old_log_probs=rows["train_log_probs"], rollout_log_probs=rows["rollout_log_probs"]
         )
-        d = log_ratio(old, rollout, Layout(mask))
-        kept = flat(keep)
-        metrics = {
-            "is/weight": flat(weights), "is/rejected": 1 - kept.float(),
-            "mismatch/kl_k1": -flat(d), "mismatch/kl_k3": flat(k3(d)),
-            "mismatch/log_prob_diff": flat(d.abs()),
-        }
-        return masked(pg_loss, kept) * flat(weights), loss_masks, metrics
+        weights, keep, _metrics = correction(mask=mask, **log_probs)
+        values = token_metrics(mask=mask, weights=weights, keep=keep, **log_probs)
+        metrics = {name: flat(x) for name, x in values.items()}
+        if args.use_tis:
+            pg_loss = masked(pg_loss, flat(keep)) * flat(weights)
+        return pg_loss, loss_masks, metrics
 
     return correct
+
+
+LISTS = "pass log-probs and a mask for every token of each response"
+
+
+class _ContextParallel(NamedTuple):
+    """How slime cuts responses over the ranks of a context-parallel group, and joins them."""
+
+    gather: Callable[[list[Tensor]], list[Tensor]]
+    slice: Callable[[list[Tensor]], list[Tensor]]
+
+
+def _context_parallel(
+    args: Any,
+    parallel_state: Any,
+    total_lengths: list[int],
+    response_lengths: list[int],
+    max_seq_lens: list[int] | None,
+) -> _ContextParallel:
+    """By the size of the group, which is the same on all its ranks, and not by what a rank holds.
+
+    miles passes its ``parallel_state``, slime asks Megatron.
+    """
+    where = [*zip(total_lengths, response_lengths, strict=True)]
+    more: list[tuple[Any, ...]] = [()] * len(where)
+    if parallel_state is not None:
+        size = parallel_state.cp.size
+        helpers = "miles.backends.training_utils.cp_utils"
+        longest: list[int | None] = [None] * len(where)
+        more = [(args.qkv_format, n) for n in max_seq_lens or longest]
+    else:
+        from megatron.core import mpu
+
+        size = mpu.get_context_parallel_world_size()
+        helpers = "slime.backends.megatron_utils.cp_utils"
+    if size == 1:
+        return _ContextParallel(gather=list, slice=list)
+    module = importlib.import_module(helpers)
+
+    def each(function: Callable[..., Tensor], rows: list[Tensor]) -> list[Tensor]:
+        places = zip(where, more, strict=True)
+        return [function(x, *n, *m) for x, (n, m) in zip(rows, places, strict=True)]
+
+    return _ContextParallel(
+        # its all-reduce returns tensors with gradient
+        gather=lambda rows: [x.detach() for x in each(module.all_gather_with_cp, rows)],
+        slice=lambda rows: each(module.slice_log_prob_with_cp, rows),
+    )
+
+
+def _check_settings(
+    args: Any, train_log_probs: list[Tensor] | None, rollout_log_probs: list[Tensor] | None
+) -> None:
+    if args.use_tis and getattr(args, "use_rollout_logprobs", False):
+        raise input_error(
+            "slime", "--use-rollout-logprobs", expected="off with --use-tis: the loss would divide"
+            " by the engine's log-probs twice", got="on", fix="drop one of the two",
+        )
+    lists = {"train_log_probs": train_log_probs, "rollout_log_probs": rollout_log_probs}
+    settings = {
+        "train_log_probs": "let the trainer score the responses: drop --use-rollout-logprobs",
+        "rollout_log_probs": "let the engine return log-probs with its samples",
+    }
+    for name, tensors in lists.items():
+        if tensors is None:
+            raise input_error(
+                "slime", name, expected="given", got="None", fix=settings[name]
+            )
 
 
 def warn_of_truncated_sampling(top_p: float, top_k: int) -> None:

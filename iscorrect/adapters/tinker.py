@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from iscorrect.layout import Layout, pad_sequences, unpad
+from iscorrect.adapters.ragged import pad_together
+from iscorrect.dumps import DumpWriter
+from iscorrect.errors import input_error
+from iscorrect.layout import Layout, masked, unpad
 from iscorrect.loss.correction import Correction
 from iscorrect.loss.metrics import Metrics
 from iscorrect.loss.policy_loss import PolicyLoss
@@ -16,7 +20,7 @@ from iscorrect.loss.policy_loss import PolicyLoss
 CustomLoss = Callable[[list[Any], list[Tensor]], tuple[Tensor, dict[str, float]]]
 
 
-def custom_loss(policy_loss: PolicyLoss) -> CustomLoss:
+def custom_loss(policy_loss: PolicyLoss, dumps: DumpWriter | None = None) -> CustomLoss:
     """What ``training_client.forward_backward_custom`` takes as its loss.
 
     Each datum's ``loss_fn_inputs`` hold the sampler's "logprobs", "advantages", and a "mask" where
@@ -24,22 +28,54 @@ def custom_loss(policy_loss: PolicyLoss) -> CustomLoss:
 
     Args:
         policy_loss: any.
+        dumps: writes both log-probs of every call, counted from 0.
+
+    Raises:
+        InputError: at the call: a datum lacks one of the two, or holds one of another length; a
+            mask holds something else than 0 and 1.
     """
+    calls = itertools.count()
 
     def loss_fn(data: list[Any], logprobs: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
-        def given(name: str) -> list[Tensor]:
-            return [datum.loss_fn_inputs[name].to_torch().float() for datum in data]
-
-        log_probs, present = pad_sequences(logprobs)
-        if all("mask" in datum.loss_fn_inputs for datum in data):
-            present = pad_sequences([x.bool() for x in given("mask")], value=False)[0]
-        loss, metrics = policy_loss(
-            log_probs, rollout_log_probs=pad_sequences(given("logprobs"))[0],
-            advantages=pad_sequences(given("advantages"))[0], mask=present,
+        rows, present = pad_together(
+            "tinker.custom_loss", "pass one value for every target token", log_probs=logprobs,
+            rollout=[_input(datum, i, "logprobs") for i, datum in enumerate(data)],
+            advantages=[_input(datum, i, "advantages") for i, datum in enumerate(data)],
+            mask=[_mask(datum, i) for i, datum in enumerate(data)],
         )
+        batch = dict(
+            rollout_log_probs=rows["rollout"], advantages=rows["advantages"],
+            mask=present & rows["mask"].bool(),
+        )
+        if dumps is not None:
+            dumps.write(step=next(calls), old_log_probs=rows["log_probs"], **batch)
+        loss, metrics = policy_loss(rows["log_probs"], **batch)
         return loss, metrics.to_floats()
 
     return loss_fn
+
+
+def _input(datum: Any, i: int, name: str) -> Tensor:
+    if name not in datum.loss_fn_inputs:
+        raise input_error(
+            "tinker.custom_loss", f"data[{i}].loss_fn_inputs", expected=f"there with {name!r}",
+            got=", ".join(map(repr, datum.loss_fn_inputs)) or "nothing",
+            fix=f"pass the {'sampler' if name == 'logprobs' else 'token'}'s {name} in every datum",
+        )
+    values: Tensor = datum.loss_fn_inputs[name].to_torch().float()
+    return values
+
+
+def _mask(datum: Any, i: int) -> Tensor:
+    if "mask" not in datum.loss_fn_inputs:
+        return torch.ones_like(_input(datum, i, "logprobs"))
+    mask = _input(datum, i, "mask")
+    if ((mask != 0) & (mask != 1)).any():
+        raise input_error(
+            "tinker.custom_loss", f"data[{i}] mask", expected="of 0 and 1", got="other values",
+            fix="multiply weights into the advantages",
+        )
+    return mask
 
 
 def corrected_advantages(
@@ -65,6 +101,9 @@ def corrected_advantages(
         advantages: "t_i" each.
         masks: bool "t_i" each; None: every token counts.
 
+    Raises:
+        InputError: lists of different lengths.
+
     >>> old, rollout = [torch.tensor([-1.0, -1.0])], [torch.tensor([-1.0, -3.0])]
     >>> from iscorrect.loss.presets import token_tis
     >>> ready, metrics = corrected_advantages(
@@ -74,13 +113,16 @@ def corrected_advantages(
     >>> ready
     [tensor([1., 2.])]
     """
-    padded, present = pad_sequences(advantages)
-    counted = present
-    if masks is not None:
-        counted = pad_sequences([mask.bool() for mask in masks], value=False)[0]
-    weights, _, metrics = correction(
-        old_log_probs=pad_sequences(old_log_probs)[0],
-        rollout_log_probs=pad_sequences(rollout_log_probs)[0], advantages=padded,
-        mask=Layout(counted),
+    if masks is None:
+        masks = [torch.ones_like(x, dtype=torch.bool) for x in advantages]
+    rows, present = pad_together(
+        "corrected_advantages", "pass one value for every token of each sample",
+        advantages=advantages, old_log_probs=old_log_probs, rollout_log_probs=rollout_log_probs,
+        masks=masks,
     )
-    return unpad(torch.where(counted, padded, 0) * weights, present), metrics
+    counted = present & rows["masks"].bool()
+    weights, _, metrics = correction(
+        old_log_probs=rows["old_log_probs"], rollout_log_probs=rows["rollout_log_probs"],
+        advantages=rows["advantages"], mask=Layout(counted),
+    )
+    return unpad(masked(rows["advantages"], counted) * weights, present), metrics

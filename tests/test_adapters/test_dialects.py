@@ -1,7 +1,7 @@
 """Each framework's formula in NumPy, one sequence at a time, against the Correction it becomes.
 
-A formula gets the log-ratios of one sequence and returns its weights, 0 where it rejects. The two
-frameworks that can be imported are compared with themselves, in test_verl.py and test_trl.py.
+A formula gets the log-ratios of one sequence and returns its weights, 0 where it rejects. The
+frameworks that can be installed are compared with themselves too, in the file of each.
 """
 
 import argparse
@@ -12,10 +12,13 @@ import pytest
 from batches import batches
 from hypothesis import given, strategies as st
 
-from iscorrect import Clip, InputError, Mask, Truncate
+from iscorrect import Clip, Ignore, InputError, Mask, Truncate
 from iscorrect.adapters.areal import from_areal
+from iscorrect.adapters.ms_swift import from_ms_swift
 from iscorrect.adapters.nemo_rl import from_nemo_rl
 from iscorrect.adapters.openrlhf import from_openrlhf
+from iscorrect.adapters.prime_rl import from_prime_rl
+from iscorrect.adapters.skyrl import from_skyrl
 from iscorrect.adapters.slime import from_slime
 from iscorrect.adapters.trl import from_trl
 from iscorrect.adapters.verl import from_verl
@@ -188,10 +191,29 @@ def test_nemo_rl(batch, kind, band, one_sided, bounded, sequence):
     assert_same(correction, batch, each(formula))
 
 
-@given(batches(), types, bands)
-def test_openrlhf(batch, kind, band):
-    correction = from_openrlhf(kind, band)
+@given(batches(), st.sampled_from(["token clip", "token mask", "seq mask"]), bands)
+def test_openrlhf(batch, how, band):
+    kind = {"token clip": "tis", "token mask": "icepop", "seq mask": "seq-mask-tis"}[how]
+    correction = from_openrlhf(*how.split(), "ratio", band)
     assert_same(correction, batch, each(lambda d: truncated(d, "token", kind, *band)))
+
+
+@given(batches(), st.sampled_from(["default", "ipo"]), st.floats(0.01, 0.9), st.floats(0.01, 0.9))
+def test_prime_rl(batch, kind, low, high):
+    correction = from_prime_rl(kind, low, high, ipo_threshold=low)
+    ours = correction(
+        old_log_probs=batch.old_log_probs, rollout_log_probs=batch.rollout_log_probs,
+        mask=batch.mask, advantages=batch.advantages,
+    ).weights
+    rows = [w[m].numpy() for w, m in zip(ours, batch.mask, strict=True)]
+    for weights, s in zip(rows, batch.sequences(), strict=True):
+        shift = exp(s.old) - exp(s.rollout)
+        if kind == "ipo":
+            keep = np.abs(shift) <= low
+        else:
+            keep = np.where(s.advantages > 0, shift <= high, shift >= -low)
+        expected = np.where(keep, exp(np.minimum(s.old - s.rollout, 300)), 0)
+        np.testing.assert_allclose(weights, expected, rtol=1e-6, atol=1e-8)
 
 
 def test_settings_at_their_defaults_are_the_presets_of_the_table():
@@ -199,9 +221,15 @@ def test_settings_at_their_defaults_are_the_presets_of_the_table():
     assert (from_trl().level, from_trl().bound) == ("sequence", Mask(0.0, 3.0))
     assert from_verl("token", "0.5_5.0").bound == Mask(0.5, 5.0)
     assert from_slime(slime_arguments()).bound == Truncate(2.0)
-    assert from_areal("token", "clamp").bound == Truncate(5.0)
+    assert from_areal(action="clamp").bound == Truncate(5.0)
     assert from_nemo_rl(True, 5.0, 0.5, "icepop").bound == Mask(0.5, 5.0)
-    assert from_openrlhf().bound == Clip(0.5, 5.0)
+    assert from_openrlhf().bound == Ignore()
+    assert from_openrlhf("token").bound == Mask(0.5, 5.0)
+    assert from_openrlhf("token", "clip").bound == Clip(0.5, 5.0)
+    assert from_openrlhf("token", "clip", "ratio", (2.0,)).bound == Truncate(2.0)
+    assert from_skyrl().bound == Ignore()
+    assert from_skyrl("sequence").bound == Truncate(5.0)
+    assert from_ms_swift().bound == Truncate(2.0)
 
 
 def test_only_normalised_dialects_look_across_the_batch():
@@ -209,7 +237,12 @@ def test_only_normalised_dialects_look_across_the_batch():
     local = [
         from_trl(), from_verl("token", 2.0, rollout_rs="seq_max_k2", rollout_rs_threshold=1.0),
         from_slime(slime_arguments(**mis)), from_areal(agg="max"),
-        from_areal(action="clamp", agg="sum"), from_nemo_rl(), from_openrlhf("seq-mask-tis"),
+        from_areal(action="clamp", agg="sum"), from_nemo_rl(), from_openrlhf("seq"),
+        from_openrlhf("token", "mask", "tv", (0.1,)), from_prime_rl(), from_ms_swift(),
+        from_ms_swift("sequence_truncate"), from_skyrl(
+            "sequence", sequence_mask_metric="product", token_mask_is_threshold_low=0.5,
+            token_mask_is_threshold_high=2.0,
+        ),
     ]
     assert {correction.scope for correction in local} <= {"token", "sequence"}
     assert from_verl("token", 2.0, True).scope == "batch"
@@ -248,7 +281,23 @@ REFUSED = {
     "areal clamps a divergence": (
         lambda: from_areal(action="clamp", metric="kl_k2"), "action", "only ratios can be clamped"
     ),
-    "openrlhf type": (lambda: from_openrlhf("mis"), "type", "'icepop'"),
+    "openrlhf level": (
+        lambda: from_openrlhf("mis"), "is_correction_level", "'off', 'token', 'seq'"
+    ),
+    "openrlhf clips a sequence": (
+        lambda: from_openrlhf("seq", "clip"), "is_correction_mode", "only a token's ratio"
+    ),
+    "openrlhf's divergence has one bound": (
+        lambda: from_openrlhf("seq", "mask", "tv"), "is_correction_threshold", "(0.5, 5.0)"
+    ),
+    "skyrl level": (lambda: from_skyrl("geometric"), "tis_ratio_type", "'token', 'sequence'"),
+    "skyrl metric": (
+        lambda: from_skyrl(sequence_mask_metric="mean"), "sequence_mask_metric", "'geometric'"
+    ),
+    "prime-rl type": (lambda: from_prime_rl("cispo"), "type", "'default', 'ipo'"),
+    "ms-swift mode": (
+        lambda: from_ms_swift("token"), "rollout_importance_sampling_mode", "'token_mask'"
+    ),
 }
 
 

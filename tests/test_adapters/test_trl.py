@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from hypothesis import given, reject, strategies as st
+from outcome import largest, record
 
 import iscorrect
 from iscorrect import (
@@ -95,6 +96,10 @@ def test_every_mode_trains_as_plain_trl_does(path, tmp_path, mode, clip_min):
     plain = run(Plain, path, tmp_path, changes=modes(mode, 1.2, clip_min))
     ours = run(Corrected, path, tmp_path, correction=from_trl(mode, 1.2, clip_min))
     assert_same_run(ours, plain)
+    record(
+        "TRL", f"training with GRPOTrainer and simulated rollouts, {mode} {clip_min}",
+        distribution="trl", loss=largest(ours.losses, plain.losses),
+    )
     log = ours.state.log_history[0]
     assert log["is/bounded"] > 0
     assert "sampling/importance_sampling_ratio/mean" not in log

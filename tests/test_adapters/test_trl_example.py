@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from outcome import record
 
 import iscorrect
 from iscorrect.dumps import read_dump
@@ -67,3 +68,4 @@ def test_the_example_trains_three_steps_logs_metrics_and_dumps(tmp_path, engine)
     )
     assert report.returncode in (0, 1), report.stderr[-3000:]
     assert "KL" in report.stdout
+    record("TRL", f"examples/trl_grpo.py and its report, {engine}", distribution="trl")

@@ -1,0 +1,80 @@
+"""The contracts on fakes of the trainers that are on no package index."""
+
+import sys
+
+import contracts
+import fakes
+import pytest
+from outcome import record
+
+from iscorrect import InputError, PolicyLoss, pareto_is
+from iscorrect.adapters.prime_rl import loss as prime_rl_loss
+
+
+@pytest.fixture(autouse=True)
+def modules(monkeypatch):
+    """Modules of fakes leave with the test."""
+    before = dict(sys.modules)
+    yield
+    for name in set(sys.modules) - set(before):
+        if name.split(".")[0] in ("slime", "miles", "megatron", "prime_rl", "nemo_rl"):
+            del sys.modules[name]
+
+
+def load_slime(path, **ranks):
+    return fakes.slime(**ranks)
+
+
+def load_miles(path, **ranks):
+    return fakes.miles(**ranks)
+
+
+LOADERS = {"slime": load_slime, "miles": load_miles}
+
+
+def contract_of(framework, what, **numbers):
+    version = f"contract of {fakes.COMMITS[framework]}"
+    record(framework, what, version=version, **numbers)
+
+
+@pytest.mark.parametrize("framework", LOADERS)
+def test_context_parallel_ranks_give_the_number_of_one_process(framework):
+    for case, apart in contracts.slime_context_parallel(LOADERS[framework]).items():
+        contract_of(framework, f"context parallel 2, {case}", loss=apart)
+
+
+@pytest.mark.parametrize("framework", LOADERS)
+def test_settings_decide_what_is_applied_and_odd_lists_are_refused(framework):
+    contracts.slime_switches(LOADERS[framework](None))
+    contract_of(framework, "settings and ragged or empty lists")
+
+
+def test_slime_is_warned_when_its_engine_samples_from_a_cut_distribution():
+    args = contracts.slime_args(rollout_top_p=0.9)
+    with pytest.warns(UserWarning, match=r"top_p=0\.9"):
+        contracts.slime_call(fakes.slime(), contracts.token_tis(), [3], [5], args)
+
+
+def test_prime_rl_gets_sums_over_samples_and_values_of_tokens():
+    worst = contracts.prime_rl(fakes.prime_rl())
+    contract_of("prime-rl", "custom loss", loss=worst.loss, gradient=worst.gradient)
+
+
+def test_prime_rl_refuses_what_needs_more_than_a_sample():
+    fakes.prime_rl()
+    with pytest.raises(InputError, match="one sample at a time"):
+        prime_rl_loss(None, correction="pareto-is:level=token")
+
+
+def test_nemo_rls_micro_batches_add_up_and_its_step_finds_its_metrics():
+    contracts.nemo_rl(fakes.nemo_rl())
+    contract_of("NeMo-RL", "LossFunction with the metrics that its step reads and its split API")
+
+
+def test_nemo_rl_refuses_losses_whose_micro_batches_do_not_add_up():
+    fakes.nemo_rl()
+    from iscorrect.adapters.nemo_rl import CorrectedLoss
+
+    for loss in (PolicyLoss(aggregation="sum"), PolicyLoss(correction=pareto_is())):
+        with pytest.raises(InputError, match="micro-batches add up"):
+            CorrectedLoss(loss)

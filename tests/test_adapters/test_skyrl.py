@@ -1,0 +1,226 @@
+"""SkyRL's own registry, worker step, metrics and Ray workers, with a loss of this library."""
+
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+from drawn import Worst, drawn, fixed, gradient_of
+from hypothesis import given
+from outcome import record, reported
+from stubs import real
+
+from iscorrect import InputError, PolicyLoss, PPOClip, token_tis
+from iscorrect.adapters.averages import from_averages
+from iscorrect.adapters.skyrl import from_skyrl, register
+from iscorrect.dumps import DumpWriter
+
+ppo_utils, config, worker, batches_of = real(
+    "skyrl", "skyrl.backends.skyrl_train.utils.ppo_utils", "skyrl.train.config.config",
+    "skyrl.backends.skyrl_train.workers.worker", "skyrl.backends.skyrl_train.training_batch",
+)
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+CLIP = PPOClip(low=0.8, high=1.28)
+TIS = PolicyLoss(correction=token_tis(cap=1.2), objective=CLIP, aggregation="sum")
+SETTINGS = [
+    dict(), dict(tis_ratio_type="token"), dict(tis_ratio_type="sequence"),
+    dict(sequence_mask_metric="product"), dict(sequence_mask_metric="geometric"),
+    dict(tis_ratio_type="token", outlier_token_is_threshold_high=1.5),
+    dict(outlier_token_is_threshold_low=0.5),
+    dict(tis_ratio_type="token", token_mask_is_threshold_low=0.8, token_mask_is_threshold_high=1.3),
+    dict(token_mask_is_threshold_low=0.8),
+    dict(
+        tis_ratio_type="sequence", sequence_mask_metric="geometric", geo_mask_low=0.8,
+        token_mask_is_threshold_low=0.9, token_mask_is_threshold_high=1.1,
+    ),
+    dict(
+        tis_ratio_type="sequence", sequence_mask_metric="product",
+        token_mask_is_threshold_low=0.9, token_mask_is_threshold_high=1.1,
+    ),
+]
+
+
+@pytest.fixture(autouse=True)
+def registry():
+    """Names registered in a test are forgotten after it."""
+    known = dict(ppo_utils.PolicyLossRegistry._functions)
+    yield ppo_utils.PolicyLossRegistry
+    ppo_utils.PolicyLossRegistry._functions = known
+
+
+def algorithm(name="regular", **own):
+    made = config.AlgorithmConfig()
+    made.policy_loss_type, made.eps_clip_low, made.eps_clip_high = name, 0.2, 0.28
+    made.use_kl_loss = False
+    for setting, value in own.items():
+        setattr(made.off_policy_correction, setting, value)
+    return made
+
+
+@pytest.mark.parametrize("own", SETTINGS)
+def test_the_registered_loss_and_its_gradient_are_those_of_its_own(registry, own):
+    worst = Worst()
+    register("ours", PolicyLoss(
+        correction=from_skyrl(**own), objective=CLIP, aggregation="sum"
+    ))
+
+    @given(drawn())
+    def agree(batch):
+        mask = batch.mask.double()
+        tensors = dict(loss_mask=mask, rollout_logprobs=batch.rollout_log_probs)
+
+        def theirs(x):
+            return ppo_utils.ppo_policy_loss(
+                x, batch.old_log_probs, batch.advantages, algorithm(**own), **tensors
+            )[0]
+
+        def ours(x):
+            return registry.get("ours")(
+                x, batch.old_log_probs, batch.advantages, config=algorithm("ours"), **tensors
+            )[0]
+
+        pair = [gradient_of(f, batch.log_probs) for f in (ours, theirs)]
+        assert worst.add(*pair) < 1e-6  # weights below e^-20
+
+    agree()
+    named = ", ".join(f"{x}" for x in own.values() if isinstance(x, str)) or (
+        "token mask" if "token_mask_is_threshold_low" in own else "off" if not own else "outliers"
+    )
+    record(
+        "SkyRL", f"ppo_policy_loss, {named}", distribution="skyrl", loss=worst.loss,
+        gradient=worst.gradient,
+    )
+
+
+def step(name, batch, rows):
+    """Its worker's ``forward_backward``: micro-batches, backward, and what it logs."""
+    log_probs = batch.log_probs.clone().requires_grad_()
+    parts = iter(log_probs.split(rows))
+    me = MagicMock()
+    entropy = {"entropy": torch.zeros(rows, 40)}
+    me.model = MagicMock(side_effect=lambda *_, **__: (next(parts), entropy))
+    me.cfg.algorithm = algorithm(name)
+    me.cfg.micro_train_batch_size_per_gpu, me.cfg.max_tokens_per_microbatch = rows, 0
+    me.policy_loss_fn = ppo_utils.PolicyLossRegistry.get(name)
+    me.mesh_rank.dp_size = 1
+    me.strategy.backward = lambda loss, *_: loss.backward()
+    me.strategy.all_reduce = lambda values, **_: dict(values)
+    me._forward_backward_micro = lambda *a, **k: (
+        worker.PolicyWorkerBase._forward_backward_micro(me, *a, **k)
+    )
+    data = batches_of.TrainingInputBatch({
+        "sequences": torch.zeros(len(batch.mask), 40).long(),
+        "attention_mask": torch.ones(len(batch.mask), 40).long(),
+        "action_log_probs": batch.old_log_probs, "advantages": batch.advantages,
+        "loss_mask": batch.mask.long(), "response_mask": batch.mask.long(),
+        "rollout_logprobs": batch.rollout_log_probs,
+    })
+    data.metadata = {"response_length": batch.mask.shape[1]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "current_device", lambda: "cpu")
+        output = worker.PolicyWorkerBase.forward_backward(me, data)
+    return output.metrics, log_probs.grad
+
+
+def test_its_worker_takes_steps_and_logs_what_gives_the_metrics_of_the_whole_batch():
+    batch = fixed(rows=6)
+    register("ours", TIS)
+    own, expected = step_of_its_own(batch)
+    metrics, gradient = step("ours", batch, rows=2)
+    torch.testing.assert_close(gradient, expected)
+    assert metrics["policy_loss"] == pytest.approx(own["policy_loss"], rel=1e-5)
+    whole = TIS(
+        batch.log_probs, rollout_log_probs=batch.rollout_log_probs, mask=batch.mask,
+        old_log_probs=batch.old_log_probs, advantages=batch.advantages,
+    ).metrics.to_floats()
+    logged = from_averages(metrics, prefix="loss_metrics/")
+    assert logged.pop("batch/tokens") == pytest.approx(whole.pop("batch/tokens") / 3)
+    assert logged == pytest.approx(whole, rel=1e-5)
+    worst = Worst()
+    worst.add((metrics["policy_loss"], gradient), (own["policy_loss"], expected))
+    record(
+        "SkyRL", "PolicyWorkerBase.forward_backward with metrics read back", distribution="skyrl",
+        loss=worst.loss, gradient=worst.gradient,
+    )
+
+
+def test_its_steps_leave_a_dump_to_report(tmp_path):
+    batch = fixed(rows=4)
+    dumps = DumpWriter(tmp_path / "dump")
+    register("ours", TIS, dumps)
+    step("ours", batch, rows=2)
+    reported(dumps.directory, batch)
+
+
+def step_of_its_own(batch):
+    """The same step with its own truncated weights."""
+    with pytest.MonkeyPatch.context() as patch:
+        own = dict(tis_ratio_type="token", token_tis_ratio_clip_high=1.2)
+        plain = algorithm
+        patch.setitem(globals(), "algorithm", lambda name: plain(name, **own))
+        return step("regular", batch, rows=2)
+
+
+def test_a_step_without_a_counted_token_changes_nothing():
+    batch = fixed(rows=2)._replace(mask=torch.zeros(2, 13, dtype=torch.bool))
+    register("ours", TIS)
+    metrics, gradient = step("ours", batch, rows=1)
+    assert metrics["policy_loss"] == 0
+    assert not gradient.any()
+
+
+def test_a_correction_of_its_own_that_is_left_on_is_an_error(registry):
+    register("ours", TIS)
+    zeros = [torch.zeros(1, 1)] * 3
+    for setting in (dict(tis_ratio_type="token"), dict(sequence_mask_metric="product")):
+        (name,) = setting
+        with pytest.raises(InputError, match=f"set trainer.algorithm.off_policy_correction.{name}"):
+            registry.get("ours")(*zeros, algorithm("ours", **setting))
+    with pytest.raises(InputError, match=r"sampling_params\.logprobs=0"):
+        registry.get("ours")(*zeros, algorithm("ours"))
+    with pytest.raises(InputError, match="SkyRL divides the advantages"):
+        register("other", PolicyLoss(aggregation="token-mean"))
+
+
+def test_a_real_ray_worker_has_the_registered_loss(registry):
+    ray = pytest.importorskip("ray")
+    import os
+    import sys
+    from pathlib import Path
+
+    paths = [str(Path(__file__).parent), *sys.path]
+    batch = fixed(rows=3)
+    register("ours", TIS)
+
+    def loss_of(log_probs, old, advantages, mask, rollout):
+        import stubs
+
+        stubs.install()
+        import skyrl.backends.skyrl_train.utils.ppo_utils as there
+        from skyrl.train.config.config import AlgorithmConfig
+
+        loss, _ = there.PolicyLossRegistry.get("ours")(
+            log_probs, old, advantages, config=AlgorithmConfig(), loss_mask=mask,
+            rollout_logprobs=rollout,
+        )
+        return loss.item()
+
+    arguments = (
+        batch.log_probs, batch.old_log_probs, batch.advantages, batch.mask.float(),
+        batch.rollout_log_probs,
+    )
+    ray.init(
+        num_cpus=2, include_dashboard=False, log_to_driver=False,
+        runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}},
+    )
+    try:
+        ppo_utils.sync_registries()
+        there = ray.get(ray.remote(loss_of).remote(*arguments))
+    finally:
+        ray.shutdown()
+    whole = TIS(
+        batch.log_probs, old_log_probs=batch.old_log_probs, advantages=batch.advantages,
+        mask=batch.mask, rollout_log_probs=batch.rollout_log_probs,
+    ).loss.item()
+    assert there == whole
+    record("SkyRL", "registry in a Ray worker", distribution="skyrl", loss=abs(there - whole))
