@@ -1,4 +1,4 @@
-"""The losses on rehearsed devices: nothing waits, nothing stays on the host, float64 is not needed."""
+"""The losses on rehearsed devices: nothing waits, stays on the host, or needs float64."""
 
 import pytest
 import torch
