@@ -1,4 +1,4 @@
-"""The losses on rehearsed devices: nothing waits, nothing stays on the host, float64 is not needed."""
+"""Losses on rehearsed devices: nothing waits, nothing stays on the host, no float64 is needed."""
 
 import pytest
 import torch
