@@ -1,6 +1,7 @@
 """``python -m benchmarks``: run cases, or rewrite the documentation's tables.
 
 ``python -m benchmarks diagnose --help`` for how often the diagnosis is right;
+``python -m benchmarks gpu`` for all that a GPU has to show, within minutes;
 ``python -m benchmarks counts`` for how many operations on tensors each call is.
 """
 
@@ -19,6 +20,10 @@ def main() -> None:
         from benchmarks import diagnose
 
         sys.exit(diagnose.main(sys.argv[2:]))
+    if sys.argv[1:2] == ["gpu"]:
+        from benchmarks import gpu
+
+        sys.exit(gpu.main(sys.argv[2:]))
     if sys.argv[1:] == ["counts"]:  # neither timed nor recorded
         from benchmarks import counts
 

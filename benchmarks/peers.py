@@ -26,6 +26,13 @@ PACKAGES = {
     "prime-rl, fused linear": "prime-rl",
 }
 
+GPU_ONLY = {
+    "Liger, scaled cross-entropy": "liger-kernel",
+    "unsloth-zoo, chunked": "unsloth-zoo",
+    "QuACK, sum of cross-entropies": "quack-kernels",
+}
+"""More that need a GPU; QuACK's has no weights of tokens, and its sum stands for each token."""
+
 BOUNDED = (
     "F.linear_cross_entropy, chunks of 256", "F.linear_cross_entropy, accurate", "TRL, chunked",
     "Liger, chunked", "verl, fused linear", "prime-rl, fused linear",
@@ -39,7 +46,7 @@ class UnavailableError(Exception):
 
 def load(name: str, device: str) -> LogProbs:
     """A peer, or :class:`UnavailableError`."""
-    if "Triton" in name and device != "cuda":
+    if ("Triton" in name or name in GPU_ONLY) and device != "cuda":
         raise UnavailableError("needs a GPU")
     try:
         return LOADERS[name]()
@@ -73,7 +80,7 @@ def _trl() -> LogProbs:
     from trl.kernels import ChunkedLogProbFunction
 
     def log_probs(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        options = (1.0, 2048, None, 1.0, ())
+        options = (1.0, 32768 if hidden.is_cuda else 2048, None, 1.0, ())
         return ChunkedLogProbFunction.apply(hidden, weight, None, target, *options)[0]
 
     return log_probs
@@ -114,6 +121,29 @@ def _prime_rl() -> LogProbs:
     return log_probs
 
 
+def _liger_scaled() -> LogProbs:
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as Function
+
+    return lambda hidden, weight, target: -Function.apply(hidden, weight, target)
+
+
+def _unsloth() -> LogProbs:
+    from unsloth_zoo.rl_replacements import chunked_hidden_states_selective_log_softmax as chunked
+
+    return lambda hidden, weight, target: chunked(hidden[None], weight, target[None])[0]
+
+
+def _quack() -> LogProbs:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    def log_probs(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return -chunked_linear_cross_entropy(hidden, weight, target, reduction="sum").expand(
+            len(target)
+        )
+
+    return log_probs
+
+
 LOADERS: dict[str, Callable[[], LogProbs]] = {
     "materialised": lambda: materialised,
     "materialised, float32 head": lambda: materialised_float32,
@@ -131,4 +161,7 @@ LOADERS: dict[str, Callable[[], LogProbs]] = {
     "Apple CCE, torch.compile": partial(_cce, "torch_compile"),
     "Apple CCE, Triton": partial(_cce, "cce"),
     "prime-rl, fused linear": _prime_rl,
+    "Liger, scaled cross-entropy": _liger_scaled,
+    "unsloth-zoo, chunked": _unsloth,
+    "QuACK, sum of cross-entropies": _quack,
 }

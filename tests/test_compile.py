@@ -1,5 +1,8 @@
 """Nothing on the loss path synchronises, branches on values, or breaks the graph."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from batches import make_batch
@@ -10,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import iscorrect as ic
 from iscorrect import PRESETS, Layout, PolicyLoss
+from iscorrect.loss import divergences
 
 BOUNDS = {
     "clip": ic.Clip(0.5, 2.0),
@@ -195,3 +199,45 @@ def test_the_loss_of_hidden_states_is_one_graph(trained, packed):
         found.append((loss.detach(), [x.grad for x in leaves], metrics.to_floats()))
     torch.testing.assert_close(found[1][:2], found[0][:2])
     assert found[1][2] == pytest.approx(found[0][2], rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_default_compiler_keeps_the_digits_of_small_log_ratios(dtype):
+    d = torch.logspace(-6, 1, 400, dtype=dtype)
+    d = torch.cat([d, -d])
+
+    @torch.compile(fullgraph=True)
+    def compiled(d):
+        return divergences.k3(d), divergences.expm1(d), ic.binary_kl(-d.abs(), -1.01 * d.abs())
+
+    found, wide = compiled(d), d.double()
+    exact = np.expm1(wide.numpy()) - wide.numpy()
+    for small in (wide.abs() < 1e-2).nonzero()[:, 0].tolist():
+        exact[small] = sum(wide[small].item() ** k / math.factorial(k) for k in range(2, 12))
+    torch.testing.assert_close(found[0].double(), torch.from_numpy(exact), rtol=1e-6, atol=0)
+    torch.testing.assert_close(found[1].double(), torch.expm1(wide), rtol=1e-6, atol=0)
+    assert found[2].isfinite().all()
+
+
+def test_a_compiled_loss_reports_the_k3_and_makes_the_cap_of_an_eager_one():
+    generator = torch.Generator().manual_seed(0)
+    rollout = -(0.5 - 0.5 * torch.rand(64, 512, generator=generator)) ** 8
+    log_probs = (rollout + 2e-4 * torch.randn(64, 512, generator=generator)).clamp(max=-1e-7)
+    loss_fn = PolicyLoss(correction=ic.confidence_is())
+    mask = torch.ones(64, 512, dtype=torch.bool)
+
+    @torch.compile(fullgraph=True)
+    def step(log_probs):
+        loss, metrics = loss_fn(
+            log_probs, rollout_log_probs=rollout, advantages=torch.ones(64), mask=mask
+        )
+        return loss, metrics["mismatch/kl_k3"]
+
+    d = (log_probs - rollout).double()
+    exact = (torch.expm1(d) - d).mean()
+    loss, k3 = step(log_probs)
+    assert k3.item() == pytest.approx(exact.item(), rel=1e-5)
+    expected, _ = loss_fn(
+        log_probs, rollout_log_probs=rollout, advantages=torch.ones(64), mask=mask
+    )
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)

@@ -14,7 +14,6 @@ from iscorrect.errors import InputError, input_error
 from iscorrect.gradients import giving_gradients_away
 from iscorrect.head.inputs import prepare
 from iscorrect.head.linear import log_probs_of
-from iscorrect.head.node import Settings, log_probs_in_graph
 from iscorrect.head.onepass import in_one_pass
 from iscorrect.head.reader import default_step
 from iscorrect.head.support import Support
@@ -121,6 +120,9 @@ def fused_policy_loss(
         old_log_probs, ref_log_probs, extra,
     )
     if torch.compiler.is_compiling() and vocabulary_group is None:
+        # custom operators import sympy, a second that nobody else should wait for
+        from iscorrect.head.node import Settings, log_probs_in_graph
+
         loss_fn.check("fused_policy_loss", batch, normalizer, gradient=("extra",))
         settings = Settings(
             temperature, softcap, None, head_dtype, vocabulary_size, compile_kernels

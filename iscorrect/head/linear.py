@@ -11,7 +11,6 @@ from torch import Tensor
 
 from iscorrect.gradients import differentiates_once
 from iscorrect.head.inputs import Head, Tokens, prepare
-from iscorrect.head.node import Settings, log_probs_in_graph
 from iscorrect.head.reader import Gradients, Reader, Reading, default_step
 from iscorrect.head.support import Support
 from iscorrect.layout import Layout, as_layout
@@ -126,6 +125,9 @@ def linear_log_probs(
     tensor([-1.3863, -1.3863, -1.3863])
     """
     if torch.compiler.is_compiling() and vocabulary_group is None:
+        # custom operators import sympy, a second that nobody else should wait for
+        from iscorrect.head.node import Settings, log_probs_in_graph
+
         mask = None if layout is None else as_layout("linear_log_probs", layout).mask
         settings = Settings(
             temperature, softcap, chunk_size, head_dtype, vocabulary_size, compile_kernels

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from iscorrect.errors import check_number
 from iscorrect.loss.caps import Limit
+from iscorrect.loss.divergences import expm1
 from iscorrect.loss.evidence import Evidence, Scope
 from iscorrect.loss.pareto import pareto_tail
 from iscorrect.loss.ratios import check_band
@@ -166,7 +167,7 @@ class ConfidenceCap:
         check_number("ConfidenceCap", "floor", self.floor, "the least value of 1 − p", least=0)
 
     def __call__(self, ratio: Tensor, evidence: Evidence) -> Tensor:
-        doubt = -torch.expm1(evidence.old_log_probs)
+        doubt = -expm1(evidence.old_log_probs)
         return torch.minimum(ratio, 1 + self.slope * doubt.clamp(min=self.floor))
 
 

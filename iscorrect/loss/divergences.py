@@ -7,6 +7,7 @@ KL(μ‖π) exactly; that of k2 agrees to third order. Source: Schulman, "Approx
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -66,7 +67,41 @@ def k3(log_ratio: Tensor) -> Tensor:
     tensor([0.3679, 0.1487])
     """
     log_ratio = saturated(log_ratio)
-    return torch.expm1(log_ratio) - log_ratio
+    return k3_given(log_ratio, expm1(log_ratio))
+
+
+def k3_given(log_ratio: Tensor, excess: Tensor) -> Tensor:
+    """The same where ρ − 1 is there already."""
+    if not torch.compiler.is_compiling():
+        return excess - log_ratio
+    near = log_ratio.clamp(-0.5, 0.5)
+    series = near.square() * _exponential_series(near, 2)
+    return torch.where(log_ratio.abs() < 0.5, series, excess - log_ratio)
+
+
+def expm1(x: Tensor) -> Tensor:
+    """exp(x) − 1 with all its digits near 0, in eager mode and in a compiled graph.
+
+    A compiler may lower `torch.expm1` to exp(x) − 1, as inductor does on a CPU; so a graph gets
+
+        x Σ_{k ≥ 0} x^k / (k + 1)!   for |x| < 1/2.
+
+    >>> expm1(torch.tensor([0.0, 1.0]))
+    tensor([0.0000, 1.7183])
+    """
+    if not torch.compiler.is_compiling():
+        return torch.expm1(x)
+    near = x.clamp(-0.5, 0.5)
+    return torch.where(x.abs() < 0.5, near * _exponential_series(near, 1), x.exp() - 1)
+
+
+def _exponential_series(x: Tensor, first: int) -> Tensor:
+    """Σ_{k ≥ 0} x^k / (k + first)! for |x| ≤ 1/2, to the digits of the dtype."""
+    terms = 16 if x.dtype == torch.float64 else 9
+    total = torch.full_like(x, 1 / math.factorial(terms + first))
+    for k in reversed(range(terms)):
+        total = total * x + 1 / math.factorial(k + first)
+    return total
 
 
 def binary_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -86,7 +121,7 @@ def binary_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     >>> binary_kl(torch.tensor([0.5]).log(), torch.tensor([0.25]).log())
     tensor([0.1438])
     """
-    p, rest_p, rest_q = log_p.exp(), -torch.expm1(log_p), -torch.expm1(log_q)
+    p, rest_p, rest_q = log_p.exp(), -expm1(log_p), -expm1(log_q)
     token = torch.where(p > 0, p * (log_p - log_q), 0)
     others = torch.where(rest_p > 0, rest_p * (rest_p.log() - rest_q.log()), 0)
     return (token + others).clamp(min=0)

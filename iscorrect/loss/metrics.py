@@ -9,6 +9,7 @@ from torch import Tensor
 
 from iscorrect.errors import input_error
 from iscorrect.layout import Layout, masked
+from iscorrect.loss.divergences import expm1, k3_given
 from iscorrect.loss.evidence import Evidence
 from iscorrect.loss.ratios import Level, saturation, units as units_of
 from iscorrect.ranks import Group, accumulator, check_member, max_over, objects_over, sum_over
@@ -196,7 +197,7 @@ def correction_metrics(
     d, layout, units = evidence.log_ratio, evidence.layout, evidence.units
     limit = saturation(d.dtype)
     # d is 0 where it does not count, and so is every divergence of it.
-    excess = torch.expm1(d.clamp(max=limit))
+    excess = expm1(d.clamp(max=limit))
     lowest, highest = _min(d), _max(d)
     tokens, finite, kept = _count(layout.mask), _count(evidence.finite), _count(keep)
     sums = {
@@ -205,7 +206,7 @@ def correction_metrics(
         "kept_tokens": kept,
         "k1": -_sum(d),
         "k2": _sum_of_squares(d) / 2,
-        "k3": _sum(excess - d),
+        "k3": _sum(k3_given(d, excess)),
         "abs": _sum(d.abs()),
         "chi2": _sum_of_squares(excess),
         "bounded": _count(units & bounded),
@@ -217,7 +218,7 @@ def correction_metrics(
         all_units = units_of(layout, evidence.level)
         log_ratio = masked(log_ratio, units)
         least, most = _min(log_ratio), _max(log_ratio)
-        unit_excess = torch.expm1(log_ratio.clamp(max=limit))
+        unit_excess = expm1(log_ratio.clamp(max=limit))
         unit_weights = masked(_heaviest(weights, layout, evidence.level), all_units)
         counts = {
             "units": _count(all_units),
@@ -264,7 +265,7 @@ def policy_metrics(log_ratio: Tensor, layout: Layout, clipped: Tensor | None) ->
     sums = {
         "policy_tokens": _count(layout.mask),
         "policy_k1": -_sum(log_ratio),
-        "policy_k3": _sum(torch.expm1(log_ratio.clamp(max=limit)) - log_ratio),
+        "policy_k3": _sum(k3_given(log_ratio, expm1(log_ratio.clamp(max=limit)))),
     }
     if clipped is not None:
         sums["clipped"] = _count(clipped & layout.mask)

@@ -28,6 +28,12 @@ FACTORIES = {
             "empty_like", "full_like", "ones_like", "rand_like", "randn_like", "zeros_like"],
     torch.Tensor: ["new_empty", "new_full", "new_ones", "new_tensor", "new_zeros", "to"],
 }
+# what a program asks of a card beside tensors; its memory is not the host's
+ANSWERS = {
+    "is_available": True, "is_bf16_supported": True, "synchronize": None, "empty_cache": None,
+    "get_device_name": "a rehearsed GPU", "reset_peak_memory_stats": None, "memory_allocated": 0,
+    "max_memory_allocated": 0,
+}
 
 
 class Rehearsal(TorchDispatchMode):
@@ -56,9 +62,10 @@ class Rehearsal(TorchDispatchMode):
         for name, value in {"device": device, "is_cuda": is_cuda}.items():
             setattr(torch.Tensor, name, value)
             self._patches.callback(delattr, torch.Tensor, name)
-        enter(patch.object(torch.cuda, "is_bf16_supported", lambda *_: True))
         enter(patch.object(torch.cuda, "get_device_capability", lambda _=None: self.capability))
         enter(patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False))
+        for name, answer in ANSWERS.items():
+            enter(patch.object(torch.cuda, name, lambda *_, answer=answer: answer))
         for name in ("_get_object_coll_device", "_get_pg_default_device"):
             if hasattr(c10d, name):
                 enter(patch.object(c10d, name, lambda *_: self.device.type))
