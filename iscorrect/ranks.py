@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -201,21 +202,18 @@ def accumulator(device: torch.device) -> torch.dtype:
     >>> accumulator(torch.device("cpu"))
     torch.float64
     """
-    known = device.type in ("cpu", "cuda", "meta") or _holds_float64(str(device))
-    return torch.float64 if known else torch.float32
+    if device.type in ("cpu", "cuda", "meta"):
+        return torch.float64
+    # a compiled graph cannot try
+    tries = not torch.compiler.is_compiling()
+    return torch.float64 if tries and _holds_float64(str(device)) else torch.float32
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@cache
 def _holds_float64(device: str) -> bool:
     """Whether a device does, by trying once."""
-    if device not in _TRIED:
-        try:
-            torch.ones((), dtype=torch.float64, device=device)
-        except (TypeError, RuntimeError):
-            _TRIED[device] = False
-        else:
-            _TRIED[device] = True
-    return _TRIED[device]
-
-
-_TRIED: dict[str, bool] = {}
+    try:
+        torch.ones((), dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError):
+        return False
+    return True
