@@ -140,7 +140,8 @@ def topr(s):
 
 ORACLES = (
     uncorrected, token_is, token_tis, token_mis, icepop, confidence_is, kpop, dppo, ipo,
-    flash_reinforce, sequence_is, sequence_tis, sequence_mis, geometric_rs, trust_region_mask, off_policy_negative, topr,
+    flash_reinforce, sequence_is, sequence_tis, sequence_mis, geometric_rs, trust_region_mask,
+    off_policy_negative, topr,
 )
 PRESETS = {f.__name__.replace("_", "-"): f for f in ORACLES}
 """All presets that look at one sequence at a time."""

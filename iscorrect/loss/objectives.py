@@ -210,7 +210,8 @@ class SAPO:
         self, log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, layout: Layout
     ) -> PerToken:
         r = ratio(difference(log_probs, old_log_probs))
-        tau = torch.where(advantages > 0, self.tau_positive, self.tau_negative).to(r.dtype)
+        # of the dtype of r, which `where` of two numbers would not be
+        tau = torch.full_like(r, self.tau_negative).masked_fill(advantages > 0, self.tau_positive)
         return PerToken(-advantages * torch.sigmoid(tau * (r - 1)) * 4 / tau)
 
 
