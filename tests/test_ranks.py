@@ -190,7 +190,9 @@ def ages(grid):
         ic.token_tis(1.1), ic.Correction(reject=(ic.AgeAbove(limit=2),), bound=ic.Truncate(1.1)),
         ic.Correction(bound=ic.ByAge(limit=0, fresh=ic.Truncate(1.2), stale=ic.Mask(0.8, 1.1))),
     )):
-        loss_fn = PolicyLoss(correction=replace(correction, level=level))
+        loss_fn = PolicyLoss(
+            correction=replace(correction, level=level), reference_kl=ic.ReferenceKL()
+        )
         whole = count_of(Layout(batch.mask), "token-mean")
         loss, gradient, metrics = evaluate(loss_fn, batch, Layout(batch.mask, age=age), whole)
         rows = grid.rows(len(age))

@@ -145,7 +145,7 @@ def probability_gap(log_p: Tensor, log_q: Tensor) -> Tensor:
     >>> probability_gap(torch.tensor([0.5]).log(), torch.tensor([0.25]).log())
     tensor([0.2500])
     """
-    return torch.maximum(log_p, log_q).exp() * -torch.expm1(-(log_p - log_q).abs())
+    return torch.maximum(log_p, log_q).exp() * -expm1(-(log_p - log_q).abs())
 
 
 def sampled_binary_kl(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 from iscorrect.errors import check_number, input_error
 from iscorrect.gradients import with_gradient
 from iscorrect.layout import Layout, masked
+from iscorrect.loss.divergences import expm1
 from iscorrect.loss.evidence import Scope, level_scope
 from iscorrect.loss.ratios import (
     Level,
@@ -26,7 +27,7 @@ from iscorrect.loss.ratios import (
     check_level,
     difference,
     ratio,
-    saturation,
+    saturated,
 )
 
 
@@ -297,7 +298,7 @@ class VESPO:
     ) -> PerToken:
         log_w = at_level(difference(log_probs.detach(), old_log_probs), layout, "sequence")
         # 1 − W without the digits that W loses near 1
-        fall = -torch.expm1(log_w.clamp(max=saturation(log_w.dtype)))
+        fall = -expm1(saturated(log_w))
         positive = self.k_positive * log_w + self.lambda_positive * fall
         negative = self.k_negative * log_w + self.lambda_negative * fall
         kernel = ratio(torch.where(advantages >= 0, positive, negative))
