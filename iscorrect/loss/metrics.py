@@ -276,7 +276,7 @@ def correction_metrics(
     if layout.age is not None:
         by_age = _sums_by_age(layout.age, {
             "tokens": layout.mask, "finite": evidence.finite, "kept": keep, "abs": d.abs(),
-            "k3": excess - d, "bounded": evidence.usable & bounded, "weight": weights,
+            "k3": k3_given(d, excess), "bounded": evidence.usable & bounded, "weight": weights,
             "weight_squared": weights.square(),
         })
         sums = {**sums, **by_age}
