@@ -107,6 +107,24 @@ def _dppo(e: Exact) -> Tensor:
     return e.of_tokens(ups, e.reward.clamp(min=0)) + e.of_tokens(downs, e.reward.clamp(max=0))
 
 
+def _gap(e: Exact) -> Tensor:
+    return (e.p.exp() - e.q.exp()).abs()
+
+
+def _admitted(e: Exact) -> Tensor:
+    """Sequences whose mean binary KL is at most 5e-3; bool "n"."""
+    ours, theirs = (
+        x.log_probs.exp().clamp(1e-6, 1 - 1e-6).log() for x in (e.policy, e.rollout)
+    )
+    return e.seen & (binary_kl(theirs, ours).mean(-1) <= 5e-3)
+
+
+def _of_admitted(e: Exact) -> Tensor:
+    """Σ_y μ(y) R(y) 1{admitted} Σ_t ρ_t ∇log π(y_t)."""
+    mass = rearrange(e.mu * e.reward * _admitted(e), "n -> n 1")
+    return e.in_logits(e.policy.sequences.scatter(mass * e.token_ratio))
+
+
 def _capped_by_confidence(e: Exact) -> Tensor:
     p, q = e.p.exp(), e.q.exp()
     return torch.minimum(p, (1 + 2.3 * (1 - p).clamp(min=5e-3)) * q)
@@ -121,6 +139,10 @@ ESTIMANDS: dict[str, Callable[[Exact], Tensor]] = {
     "confidence-is": lambda e: e.of_tokens(_capped_by_confidence(e)),
     "kpop": lambda e: e.of_tokens(torch.where(_two_way_kl(e) <= 0.1, e.p.exp(), 0)),
     "dppo": _dppo,
+    "ipo": lambda e: e.of_tokens(
+        torch.where(_gap(e) <= 0.3, torch.minimum(e.p.exp(), 1e4 * e.q.exp()), 0)
+    ),
+    "flash-reinforce": _of_admitted,
     "sequence-is": lambda e: e.of_sequences(torch.where(e.seen, e.pi, 0)),
     "sequence-tis": lambda e: e.of_sequences(torch.minimum(e.pi, 2 * e.mu)),
     "sequence-mis": lambda e: e.of_sequences(torch.where(e.seen & (e.ratio <= 3), e.pi, 0)),
@@ -199,6 +221,10 @@ BOUNDS: dict[str, Callable[[Exact], float]] = {
         e.token_ratio * (
             (e.policy.log_probs.exp() - e.rollout.log_probs.exp()).abs() > 0.15
         ) + (e.token_ratio - 10).clamp(min=0)
+    ),
+    "ipo": _token_bound(lambda e: torch.where(_gap(e) <= 0.3, _ratio(e).clamp(max=1e4), 0)),
+    "flash-reinforce": lambda e: _apart(e) + e.largest_of_tokens() * e.along(
+        torch.where(rearrange(_admitted(e), "n -> n 1"), 0, e.token_ratio)
     ),
     "sequence-is": lambda e: e.largest() * e.missing(),
     "sequence-tis": _truncated,

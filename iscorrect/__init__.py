@@ -61,6 +61,7 @@ from iscorrect.loss.aggregate import (
     global_normalizer as global_normalizer,
 )
 from iscorrect.loss.bounds import (
+    ByAge as ByAge,
     Clip as Clip,
     ConfidenceCap as ConfidenceCap,
     Ignore as Ignore,
@@ -86,6 +87,7 @@ from iscorrect.loss.divergences import (
     k1 as k1,
     k2 as k2,
     k3 as k3,
+    probability_gap as probability_gap,
 )
 from iscorrect.loss.evidence import (
     Evidence as Evidence,
@@ -95,8 +97,12 @@ from iscorrect.loss.metrics import (
     effective_sample_size as effective_sample_size,
 )
 from iscorrect.loss.objectives import (
+    ASPO as ASPO,
     CISPO as CISPO,
+    GMPO as GMPO,
     OBJECTIVES as OBJECTIVES,
+    SAPO as SAPO,
+    VESPO as VESPO,
     PerToken as PerToken,
     PPOClip as PPOClip,
     Reinforce as Reinforce,
@@ -115,9 +121,12 @@ from iscorrect.loss.presets import (
     PRESETS as PRESETS,
     confidence_is as confidence_is,
     dppo as dppo,
+    flash_reinforce as flash_reinforce,
     geometric_rs as geometric_rs,
     icepop as icepop,
+    ipo as ipo,
     kpop as kpop,
+    m2po as m2po,
     off_policy_negative as off_policy_negative,
     pareto_is as pareto_is,
     sequence_is as sequence_is,
@@ -136,11 +145,13 @@ from iscorrect.loss.ratios import (
     ratio as ratio,
 )
 from iscorrect.loss.rules import (
+    AgeAbove as AgeAbove,
     BinaryKL as BinaryKL,
     DivergenceAbove as DivergenceAbove,
     OffPolicyNegative as OffPolicyNegative,
     ProbabilityShift as ProbabilityShift,
     RatioOutside as RatioOutside,
+    SecondMomentAbove as SecondMomentAbove,
     Veto as Veto,
 )
 from iscorrect.loss.specs import (

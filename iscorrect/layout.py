@@ -40,10 +40,12 @@ class Layout:
             after the other, rather than the r-th of R. Only prefixes depend on it.
         batch_group: the ranks that together hold the batch, for what depends on all of it:
             normalisation, caps from the data, Pareto smoothing.
+        age: int "b t", the trainer's version less the version of the policy that sampled the token,
+            0 for a fresh one; None: not known. Other positions may hold anything.
 
     Raises:
-        InputError: the mask is not bool; ids have another shape or are not integers; ranks disagree
-            on the number of sequences, or their number is missing.
+        InputError: the mask is not bool; ids or ages have another shape or are not integers; ranks
+            disagree on the number of sequences, or their number is missing.
 
     >>> layout = Layout(torch.tensor([[True, True, False], [True, True, True]]))
     >>> layout.sequence_total(torch.ones(2, 3))
@@ -51,7 +53,9 @@ class Layout:
             [3., 3., 3.]])
     """
 
-    __slots__ = ("_segments", "_sequences", "batch_group", "mask", "sequence_group", "zigzag")
+    __slots__ = (
+        "_segments", "_sequences", "age", "batch_group", "mask", "sequence_group", "zigzag",
+    )
 
     def __init__(
         self,
@@ -63,13 +67,15 @@ class Layout:
         num_ids: int | None = None,
         zigzag: bool = False,
         batch_group: Group = None,
+        age: Tensor | None = None,
     ) -> None:
         check_mask("Layout", mask)
-        for name, ids in {"sequence_ids": sequence_ids, "segment_ids": segment_ids}.items():
+        per_token = {"sequence_ids": sequence_ids, "segment_ids": segment_ids, "age": age}
+        for name, ids in per_token.items():
             _check_ids(name, ids, mask)
         check_member("Layout", "sequence_group", sequence_group)
         check_member("Layout", "batch_group", batch_group)
-        self.mask = mask
+        self.mask, self.age = mask, age
         self.sequence_group, self.zigzag, self.batch_group = sequence_group, zigzag, batch_group
         if sequence_group is not None:
             self._sequences = _shared(mask, sequence_ids, segment_ids, num_ids)
@@ -85,7 +91,12 @@ class Layout:
 
     @classmethod
     def from_cu_seqlens(
-        cls, mask: Tensor, cu_seqlens: Tensor, *, segment_ids: Tensor | None = None
+        cls,
+        mask: Tensor,
+        cu_seqlens: Tensor,
+        *,
+        segment_ids: Tensor | None = None,
+        age: Tensor | None = None,
     ) -> Layout:
         """The layout of one packed row, given flash-attention's cumulative lengths.
 
@@ -94,6 +105,7 @@ class Layout:
             cu_seqlens: int "s+1", rising from 0; sequence i holds tokens cu_seqlens[i] up to, not
                 including, cu_seqlens[i+1]. Tokens beyond the last entry are padding.
             segment_ids: int, shaped like mask.
+            age: likewise.
 
         Raises:
             InputError: the mask has more than one row; the lengths do not rise from 0 (seen on a
@@ -113,11 +125,16 @@ class Layout:
         _check_cu_seqlens(cu_seqlens)
         positions = torch.arange(mask.shape[-1], device=mask.device)
         ids = torch.searchsorted(cu_seqlens[1:].to(positions), positions, right=True)
-        return cls(mask, sequence_ids=ids.view(mask.shape), segment_ids=segment_ids)
+        return cls(mask, sequence_ids=ids.view(mask.shape), segment_ids=segment_ids, age=age)
 
     @classmethod
     def from_position_ids(
-        cls, mask: Tensor, position_ids: Tensor, *, segment_ids: Tensor | None = None
+        cls,
+        mask: Tensor,
+        position_ids: Tensor,
+        *,
+        segment_ids: Tensor | None = None,
+        age: Tensor | None = None,
     ) -> Layout:
         """The layout of packed rows whose positions start again at 0 with every sequence.
 
@@ -125,23 +142,26 @@ class Layout:
             mask: bool "b t".
             position_ids: int "b t".
             segment_ids: int "b t".
+            age: int "b t".
 
         >>> mask, positions = torch.ones(1, 5, dtype=torch.bool), torch.tensor([[0, 1, 0, 1, 2]])
         >>> Layout.from_position_ids(mask, positions).sequence_total(torch.ones(1, 5))
         tensor([[2., 2., 3., 3., 3.]])
         """
         _check_ids("position_ids", position_ids, mask)
-        return cls(mask, sequence_ids=(position_ids == 0).cumsum(-1), segment_ids=segment_ids)
+        ids = (position_ids == 0).cumsum(-1)
+        return cls(mask, sequence_ids=ids, segment_ids=segment_ids, age=age)
 
     def rows(self, start: int, stop: int) -> Layout:
         """The layout of some of the rows; sequences never cross rows."""
         part = self.with_mask(self.mask[start:stop])
         part._sequences = self._sequences.rows(start, stop)
         part._segments = self._segments.rows(start, stop)
+        part.age = None if self.age is None else self.age[start:stop]
         return part
 
     def with_mask(self, mask: Tensor) -> Layout:
-        """The same sequences and segments with other tokens counted."""
+        """The same sequences, segments and ages with other tokens counted."""
         check_mask("Layout.with_mask", mask)
         part = object.__new__(Layout)  # which torch.compile follows, unlike copy.copy
         for name in Layout.__slots__:

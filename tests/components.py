@@ -10,7 +10,10 @@ import inspect
 import iscorrect as ic
 from iscorrect.loss import aggregate, bounds, caps, objectives, presets, rules
 
-ARGUMENTS = {"seq-mean-token-sum-norm": {"horizon": 20}, "DivergenceAbove": {"limit": 0.1}}
+ARGUMENTS = {
+    "seq-mean-token-sum-norm": {"horizon": 20}, "DivergenceAbove": {"limit": 0.1},
+    "ByAge": {"limit": 2, "fresh": ic.Truncate(2.0), "stale": ic.Mask(0.5, 1.5)},
+}
 """Of the parts that have no defaults."""
 
 
@@ -33,6 +36,7 @@ OBJECTIVES = made(ic.OBJECTIVES) | {
     "gspo": ic.PPOClip(level="geometric"),
     "sequence-ppo-clip": ic.PPOClip(level="sequence"),
     "prefix-ppo-clip": ic.PPOClip(level="prefix"),
+    "capped-ppo-clip": ic.PPOClip(low=None, high=None, cap=1.2),
 }
 AGGREGATIONS = made(ic.AGGREGATIONS)
 DIVIDED = {name: how for name, how in AGGREGATIONS.items() if name != "sum"}

@@ -16,6 +16,7 @@ class Sequence(NamedTuple):
     rollout: np.ndarray
     advantages: np.ndarray
     log_probs: np.ndarray | None = None
+    age: np.ndarray | None = None
 
 
 def exp(x):
@@ -45,6 +46,12 @@ def k3(d):
 def kl_bin(p, q):
     p, q = np.exp(p), np.exp(q)
     return p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))
+
+
+def held_kl_bin(p, q):
+    """The same of probabilities held off 0 and 1."""
+    held = np.log(np.clip(np.exp([p, q]), 1e-6, 1 - 1e-6))
+    return kl_bin(*held)
 
 
 def uncorrected(s):
@@ -85,6 +92,16 @@ def dppo(s):
     return np.where(too_high | too_low, 0, np.minimum(token_is(s), 10))
 
 
+def ipo(s):
+    return np.where(abs(np.exp(s.old) - np.exp(s.rollout)) <= 0.3, np.minimum(token_is(s), 1e4), 0)
+
+
+def flash_reinforce(s):
+    if not len(s.old):
+        return s.old
+    return token_is(s) * (held_kl_bin(s.rollout, s.old).mean() <= 5e-3)
+
+
 def sequence_is(s):
     return product(s)
 
@@ -122,11 +139,34 @@ def topr(s):
 
 
 ORACLES = (
-    uncorrected, token_is, token_tis, token_mis, icepop, confidence_is, kpop, dppo, sequence_is,
-    sequence_tis, sequence_mis, geometric_rs, trust_region_mask, off_policy_negative, topr,
+    uncorrected, token_is, token_tis, token_mis, icepop, confidence_is, kpop, dppo, ipo,
+    flash_reinforce, sequence_is, sequence_tis, sequence_mis, geometric_rs, trust_region_mask,
+    off_policy_negative, topr,
 )
 PRESETS = {f.__name__.replace("_", "-"): f for f in ORACLES}
-"""All presets but pareto-is, whose oracle is a public implementation of PSIS."""
+"""All presets that look at one sequence at a time."""
+
+
+def second_moment_above(sequences, limit, over):
+    """Without the largest (log ρ)² of all that are looked at, until their mean is small."""
+    ratios = [log_ratio(s) for s in sequences]
+    looked_at = [
+        (s.advantages * d > 0) | (over == "all") for s, d in zip(sequences, ratios, strict=True)
+    ]
+    left = np.concatenate([d[m] ** 2 for d, m in zip(ratios, looked_at, strict=True)])
+    while len(left) and left.mean() > limit:
+        left = left[left < left.max()]
+    largest = left.max(initial=-1.0)
+    return [~m | (d**2 <= largest) for d, m in zip(ratios, looked_at, strict=True)]
+
+
+def m2po(sequences):
+    keep = second_moment_above(sequences, limit=0.04, over="pushed")
+    return [token_is(s) * kept for s, kept in zip(sequences, keep, strict=True)]
+
+
+OF_A_BATCH = {"m2po": m2po}
+"""Presets that look at all sequences, but pareto-is, whose oracle is a public implementation."""
 
 
 def at_level(d, level):
@@ -161,9 +201,14 @@ def signed_truncate(r, s, cap):
     return np.where(s.advantages > 0, 1.0, np.minimum(r, cap))
 
 
+def by_age(r, s, limit, fresh, stale):
+    of = [BOUNDS[type(part).__name__](r, s, **vars(part)) for part in (fresh, stale)]
+    return np.where(s.age <= limit, *of)
+
+
 BOUNDS = {
     "Ignore": ignore, "Truncate": truncate, "Clip": clip, "Mask": mask,
-    "ConfidenceCap": confidence_cap, "SignedTruncate": signed_truncate,
+    "ConfidenceCap": confidence_cap, "SignedTruncate": signed_truncate, "ByAge": by_age,
 }
 """All bounds but ParetoSmooth, whose oracle is a public implementation of PSIS."""
 
@@ -175,7 +220,10 @@ def ratio_outside(s, level, low, high):
 
 def divergence_above(s, limit, estimator, over):
     d = log_ratio(s)
-    values = {"k1": -d, "k2": k2(d), "k3": k3(d)}[estimator]
+    values = {
+        "k1": -d, "k2": k2(d), "k3": k3(d), "binary-kl": held_kl_bin(s.rollout, s.old),
+        "tv": abs(np.exp(s.old) - np.exp(s.rollout)),
+    }[estimator]
     if over == "token":
         return values <= limit
     return {"mean": np.mean, "sum": np.sum, "max": np.max}[over](values) <= limit + 0 * d
@@ -200,11 +248,16 @@ def off_policy_negative_rule(s, limit):
     return ~((s.advantages < 0) & (-log_ratio(s).mean() > limit))
 
 
+def age_above(s, limit):
+    return s.age <= limit
+
+
 RULES = {
     "RatioOutside": ratio_outside, "DivergenceAbove": divergence_above, "Veto": veto,
     "BinaryKL": both_binary_kl, "ProbabilityShift": probability_shift,
-    "OffPolicyNegative": off_policy_negative_rule,
+    "OffPolicyNegative": off_policy_negative_rule, "AgeAbove": age_above,
 }
+RULES_OF_A_BATCH = {"SecondMomentAbove": second_moment_above}
 
 
 def larger(a, b):
@@ -221,8 +274,11 @@ def reinforce(x, s):
     return -s.advantages * x
 
 
-def ppo_clip(x, s, low=0.8, high=1.2, level="token", dual=None):
-    r = np.exp(at_level(x - s.old, level))
+def ppo_clip(x, s, low=0.8, high=1.2, level="token", dual=None, cap=None):
+    d = at_level(x - s.old, level)
+    r = np.exp(d)
+    if cap is not None:  # held in value; its gradient stays that of cap · log r
+        r = np.where(np.real(r) > cap, cap * np.exp(d - np.real(d)), r)
     loss = larger(-s.advantages * r, -s.advantages * clamp(r, low, high))
     if dual is None:
         return loss
@@ -233,7 +289,38 @@ def cispo(x, s, low=None, high=5.0):
     return -clamp(np.exp(np.real(x) - s.old), low, high) * s.advantages * x
 
 
-OBJECTIVES = {"reinforce": reinforce, "ppo-clip": ppo_clip, "cispo": cispo}
+def sapo(x, s, tau_positive, tau_negative):
+    tau = np.where(s.advantages > 0, tau_positive, tau_negative)
+    return -s.advantages * 4 / tau / (1 + np.exp(-tau * (np.exp(x - s.old) - 1)))
+
+
+def gmpo(x, s, low, high):
+    d = x - s.old
+    held = np.where(
+        s.advantages >= 0, clamp(d, None, np.log(high)), clamp(d, np.log(low), None)
+    )
+    return -s.advantages * np.exp(at_level(held, "geometric"))
+
+
+def vespo(x, s, k_positive, lambda_positive, k_negative, lambda_negative):
+    w = product(s._replace(old=np.real(x), rollout=s.old))
+    kernels = [w**k * np.exp(rate * (1 - w)) for k, rate in (
+        (k_positive, lambda_positive), (k_negative, lambda_negative)
+    )]
+    return -np.where(s.advantages >= 0, *kernels) * s.advantages * x
+
+
+def aspo(x, s, low, high, cap):
+    r = np.exp(x - s.old)
+    turned = np.minimum(1 / np.real(r), cap) * np.exp(x - np.real(x))
+    positive = np.where(np.real(r) > high, high, turned)
+    return -s.advantages * np.where(s.advantages > 0, positive, clamp(r, low, None))
+
+
+OBJECTIVES = {
+    "reinforce": reinforce, "ppo-clip": ppo_clip, "cispo": cispo, "sapo": sapo, "gmpo": gmpo,
+    "vespo": vespo, "aspo": aspo,
+}
 """Losses of the tokens of a sequence from x, its log π; what is frozen takes the real part."""
 
 

@@ -67,6 +67,11 @@ COMPILED = [
     ("topr", "reinforce", False),
     ("pareto-is", "reinforce", False),
     ("mse", "dual-ppo-clip", False),
+    ("ipo", "sapo", True),
+    ("flash-reinforce", "gmpo", True),
+    ("m2po", "vespo", False),
+    ("token-tis", "aspo", False),
+    ("uncorrected", "capped-ppo-clip", False),
 ]
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from batches import batches
 from components import AGGREGATIONS, BOUNDS, CAPS, OBJECTIVES, RULES
-from hypothesis import find, given, settings
+from hypothesis import find, given, settings, strategies as st
 
 import iscorrect as ic
 from iscorrect.testing import strategies
@@ -37,8 +37,10 @@ def test_a_part_is_a_public_value_that_says_how_far_it_looks(part):
 @pytest.mark.parametrize(
     ("parts", "oracles", "others"),
     [
-        (ic.PRESETS, oracle.PRESETS, {"pareto-is"}), (BOUNDS, oracle.BOUNDS, {"ParetoSmooth"}),
-        (RULES, oracle.RULES, set()), (ic.OBJECTIVES, oracle.OBJECTIVES, set()),
+        (ic.PRESETS, oracle.PRESETS | oracle.OF_A_BATCH, {"pareto-is"}),
+        (BOUNDS, oracle.BOUNDS, {"ParetoSmooth"}),
+        (RULES, oracle.RULES | oracle.RULES_OF_A_BATCH, set()),
+        (ic.OBJECTIVES, oracle.OBJECTIVES, set()),
         (ic.AGGREGATIONS, oracle.AGGREGATIONS, set()),
     ],
 )
@@ -74,7 +76,7 @@ def evidence(batch):
     correction = ic.Correction(bound=lambda ratio, known: seen.append((ratio, known)) or ratio)
     correction(
         old_log_probs=batch.old_log_probs, rollout_log_probs=batch.rollout_log_probs,
-        mask=batch.mask, advantages=batch.advantages,
+        mask=ic.Layout(batch.mask, age=batch.ages()), advantages=batch.advantages,
     )
     return seen[0]
 
@@ -105,6 +107,16 @@ def test_a_rule_agrees_with_its_oracle(name, batch):
         oracle.RULES[name](s, **fields) if len(s.old) else s.old for s in batch.sequences()
     ]
     agree(RULES[name](known), batch.mask, expected)
+
+
+@pytest.mark.parametrize("over", ["pushed", "all"])
+@pytest.mark.parametrize("name", oracle.RULES_OF_A_BATCH)
+@given(batch=batches(), limit=st.sampled_from([0.0, 1e-8, 0.04, 1.0]))
+def test_a_rule_of_the_batch_agrees_with_its_oracle(name, over, batch, limit):
+    _, known = evidence(batch)
+    rule = dataclasses.replace(RULES[name], limit=limit, over=over)
+    expected = oracle.RULES_OF_A_BATCH[name](batch.sequences(), **vars(rule))
+    agree(rule(known), batch.mask, expected)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -32,8 +32,17 @@ def test_every_preset_agrees_with_the_oracle(name, batch):
         assert not kept[~mask].any()
 
 
+@pytest.mark.parametrize("name", oracle.OF_A_BATCH)
+@given(batch=batches())
+def test_every_preset_of_the_batch_agrees_with_the_oracle(name, batch):
+    weights, _, _ = correct(PRESETS[name](), batch)
+    expected = oracle.OF_A_BATCH[name](batch.sequences())
+    for row, mask, theirs in zip(weights, batch.mask, expected, strict=True):
+        np.testing.assert_allclose(row[mask], theirs, rtol=1e-10, atol=0)
+
+
 def test_the_oracle_covers_every_preset_but_pareto_smoothing():
-    assert set(oracle.PRESETS) == set(PRESETS) - {"pareto-is"}
+    assert set(oracle.PRESETS | oracle.OF_A_BATCH) == set(PRESETS) - {"pareto-is"}
 
 
 @pytest.mark.parametrize("name", ["token-is", "token-tis", "confidence-is", "sequence-tis", "topr"])
@@ -162,18 +171,25 @@ def test_rules_see_the_raw_evidence_whatever_their_order(batch):
     assert torch.equal(forward.keep, backward.keep)
 
 
-@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", lambda d: d.abs()])
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "binary-kl", "tv", lambda d: d.abs()])
 @pytest.mark.parametrize("over", ["token", "mean", "sum", "max"])
 @given(batch=batches())
 def test_divergence_rules_agree_with_the_oracle(estimator, over, batch):
-    value = {"k1": lambda d: -d, "k2": oracle.k2, "k3": oracle.k3}.get(estimator, np.abs)
+    of_ratios = {"k1": lambda d: -d, "k2": oracle.k2, "k3": oracle.k3}
+    of_pairs = {
+        "binary-kl": lambda s: oracle.held_kl_bin(s.rollout, s.old),
+        "tv": lambda s: abs(np.exp(s.old) - np.exp(s.rollout)),
+    }
     limit = 0.003
     rule = ic.DivergenceAbove(limit=limit, estimator=estimator, over=over)
     keep = correct(Correction(bound=ic.Ignore(), reject=(rule,)), batch).keep
     for row, mask, s in zip(keep, batch.mask, batch.sequences(), strict=True):
         if not mask.any():
             continue
-        x = value(oracle.log_ratio(s))
+        if estimator in of_pairs:
+            x = of_pairs[estimator](s)
+        else:
+            x = of_ratios.get(estimator, np.abs)(oracle.log_ratio(s))
         reduced = {"token": x, "mean": x.mean(), "sum": x.sum(), "max": x.max()}[over]
         np.testing.assert_array_equal(row[mask], np.broadcast_to(reduced <= limit, x.shape))
 

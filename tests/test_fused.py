@@ -8,8 +8,12 @@ import torch
 from products import Products
 
 from iscorrect import (
+    ASPO,
     CISPO,
+    GMPO,
     PRESETS,
+    SAPO,
+    VESPO,
     Correction,
     InputError,
     Layout,
@@ -119,7 +123,11 @@ def test_every_preset_is_the_same_in_one_pass(name, old, chunk_size):
 @pytest.mark.parametrize("old", [False, True])
 @pytest.mark.parametrize(
     "objective",
-    [Reinforce(), PPOClip(), PPOClip(level="geometric", low=0.9, high=1.1), CISPO(high=1.05)],
+    [
+        Reinforce(), PPOClip(), PPOClip(level="geometric", low=0.9, high=1.1), CISPO(high=1.05),
+        SAPO(), GMPO(low=0.9, high=1.1), VESPO(), ASPO(low=0.9, high=1.1, cap=1.05),
+        PPOClip(low=None, high=None, cap=1.05),
+    ],
     ids=repr,
 )
 @pytest.mark.parametrize("correction", [token_tis(), sequence_tis()], ids=["token", "sequence"])

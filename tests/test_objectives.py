@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 from batches import batches, make_batch
+from components import OBJECTIVES
 from hypothesis import given, strategies as st
 
 import iscorrect as ic
-from iscorrect import Layout
+from iscorrect import Layout, SequenceMeanTokenMean
+from iscorrect.loss.objectives import made
 
 
 def terms(objective, batch):
@@ -57,6 +59,121 @@ def test_cispo_keeps_the_gradient_of_clipped_tokens():
     layout = Layout(torch.ones(1, 2, dtype=torch.bool))
     ic.CISPO(high=2.0)(log_probs, old, torch.ones(1, 2), layout).loss.sum().backward()
     assert log_probs.grad.tolist() == [[-2.0, -1.0]]
+
+
+def gradient_of(objective, log_probs, old, advantages, layout):
+    leaf = log_probs.clone().requires_grad_()
+    loss = made(objective, leaf, old, advantages, layout).loss
+    layout.total(loss * SequenceMeanTokenMean().coefficients(layout, loss.dtype)).backward()
+    return leaf.grad
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_policy_that_has_not_moved_gets_the_plain_policy_gradient(name):
+    """Of the mean over tokens and sequences, which gives a shared ratio 1/T per token."""
+    batch = make_batch(5, rows=6, width=8)
+    x = torch.where(batch.mask, batch.log_probs, 0)
+    a = torch.where(batch.mask, batch.advantages, 0)
+    if name in ("sequence-ppo-clip", "prefix-ppo-clip"):
+        pytest.skip("each token moves the ratios of others, so that the sum is another")
+    layout = Layout(batch.mask)
+    plain = gradient_of(ic.Reinforce(), x, x, a, layout)
+    torch.testing.assert_close(gradient_of(OBJECTIVES[name], x, x, a, layout), plain)
+
+
+@pytest.mark.parametrize("objective", [ic.SAPO(), ic.GMPO(low=0.9, high=1.1)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradients_of_objectives_are_those_of_finite_differences(objective, packed):
+    batch = make_batch(3, rows=4, width=6)
+    ids = torch.arange(6).expand(4, 6) // 3 if packed else None
+    layout = Layout(batch.mask, sequence_ids=ids)
+    x, old, a = (
+        torch.where(batch.mask, t, 0)
+        for t in (batch.log_probs, batch.old_log_probs, batch.advantages)
+    )
+    assert torch.autograd.gradcheck(
+        lambda x: objective(x, old, a, layout).loss, x.clone().requires_grad_()
+    )
+
+
+def test_sapo_closes_its_gate_smoothly_on_either_side():
+    log_r = torch.linspace(-3, 3, 101, dtype=torch.float64).requires_grad_()
+    layout = Layout(torch.ones(101, dtype=torch.bool))
+    loss = ic.SAPO(tau_positive=2.0)(log_r, torch.zeros(101), torch.ones(101), layout).loss
+    (slope,) = torch.autograd.grad(loss.sum(), log_r)
+    share = -slope / log_r.detach().exp()
+    gate = torch.sigmoid(2 * (log_r.detach().exp() - 1))
+    torch.testing.assert_close(share, 4 * gate * (1 - gate))
+    assert share.argmax() == 50
+    assert share[50] == 1
+
+
+def test_gmpo_drops_the_gradient_of_clipped_tokens_and_weighs_the_rest_alike():
+    log_probs = torch.tensor([[0.5, 0.1, -2.0]], dtype=torch.float64, requires_grad=True)
+    layout = Layout(torch.ones(1, 3, dtype=torch.bool))
+    zeros, ones = torch.zeros(1, 3), torch.ones(1, 3)
+    loss, clipped = ic.GMPO(high=np.exp(0.4))(log_probs, zeros, ones, layout)
+    g = np.exp((0.4 + 0.1 - 2.0) / 3)
+    assert loss[0].tolist() == pytest.approx([-g] * 3)
+    assert clipped.tolist() == [[True, False, False]]
+    loss.sum().backward()
+    assert log_probs.grad[0].tolist() == pytest.approx([0, -g, -g])
+
+
+@pytest.mark.parametrize(("sign", "k", "rate"), [(1, 2.0, 3.0), (-1, 3.0, 2.0)])
+def test_vespos_kernel_is_one_at_one_and_largest_at_k_over_lambda(sign, k, rate):
+    w = torch.linspace(0.05, 4, 400, dtype=torch.float64)
+    layout = Layout(torch.ones(400, 2, dtype=torch.bool))
+    log_probs = (w.log() / 2)[:, None].expand(400, 2).clone().requires_grad_()
+    a = torch.full((400, 2), float(sign), dtype=torch.float64)
+    ic.VESPO()(log_probs, torch.zeros(400, 2), a, layout).loss.sum().backward()
+    kernel = -sign * log_probs.grad[:, 0]
+    torch.testing.assert_close(kernel, w**k * torch.exp(rate * (1 - w)))
+    assert w[kernel.argmax()].item() == pytest.approx(k / rate, abs=0.02)
+
+
+def test_vespo_forgets_sequences_that_are_out_of_all_proportion():
+    log_probs = torch.tensor([[900.0], [-9000.0]], requires_grad=True)
+    layout = Layout(torch.ones(2, 1, dtype=torch.bool))
+    loss = ic.VESPO()(log_probs, torch.zeros(2, 1), torch.ones(2, 1), layout).loss
+    loss.sum().backward()
+    assert log_probs.grad.tolist() == [[0.0], [0.0]]
+
+
+def test_aspo_turns_the_ratio_of_positive_examples_over_and_keeps_the_gradient_at_its_cap():
+    log_r = torch.tensor([0.1, -0.5, -9.0, 0.5, 0.5, -0.5], dtype=torch.float64).requires_grad_()
+    a = torch.tensor([1.0, 1.0, 1.0, 1.0, -1.0, -1.0])
+    layout = Layout(torch.ones(6, dtype=torch.bool))
+    loss, clipped = ic.ASPO(cap=3.0)(log_r, torch.zeros(6), a, layout)
+    loss.sum().backward()
+    e = np.exp
+    assert log_r.grad.tolist() == pytest.approx([-e(-0.1), -e(0.5), -3, 0, e(0.5), 0])
+    assert clipped.tolist() == [False, False, True, True, False, True]
+
+
+def test_a_capped_ratio_keeps_its_value_and_its_gradient():
+    log_r = torch.tensor([0.1, 50.0, 9000.0], dtype=torch.float64).requires_grad_()
+    layout = Layout(torch.ones(3, dtype=torch.bool))
+    loss = ic.PPOClip(low=None, high=None, cap=1e4)(
+        log_r, torch.zeros(3), -torch.ones(3), layout
+    ).loss
+    loss.sum().backward()
+    assert loss.tolist() == log_r.grad.tolist() == pytest.approx([np.exp(0.1), 1e4, 1e4])
+
+
+def test_ipo_has_the_gradient_of_its_capped_ratio_between_two_policies():
+    """keep |p − q| ≤ ε, −A min(p/q, C) in value, with the gradient of log p."""
+    batch = make_batch(2, rows=5, width=7, scale=1.0)
+    loss_fn = ic.PolicyLoss(correction=ic.ipo(limit=0.2, cap=1.5), aggregation="sum")
+    x = batch.log_probs.clone().requires_grad_()
+    loss_fn(
+        x, rollout_log_probs=batch.rollout_log_probs, advantages=batch.advantages, mask=batch.mask
+    ).loss.backward()
+    p, q = (t[batch.mask].exp() for t in (batch.log_probs, batch.rollout_log_probs))
+    kept = (p - q).abs() <= 0.2
+    expected = -batch.advantages[batch.mask] * (p / q).clamp(max=1.5) * kept
+    assert 0 < kept.sum() < kept.numel()
+    torch.testing.assert_close(x.grad[batch.mask], expected)
 
 
 def test_gspo_shares_one_ratio_and_its_gradient_over_the_sequence():

@@ -83,5 +83,5 @@ def test_the_python_of_the_documentation_runs(page):
 
 
 def test_the_readmes_table_of_corrections_lists_every_preset():
-    table = re.findall(r"^\| `([a-z-]+)` \|", README.read_text(), flags=re.M)
+    table = re.findall(r"^\| `([a-z0-9-]+)` \|", README.read_text(), flags=re.M)
     assert table == list(iscorrect.PRESETS)

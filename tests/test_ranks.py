@@ -179,6 +179,42 @@ def idle_ranks(grid):
             )
 
 
+def ages(grid):
+    """A rollout of three versions, some of its sequences of two."""
+    batch = make_batch(7, rows=6, width=8, scale=0.3)
+    version = torch.tensor([0, 5, 7]).repeat_interleave(2)[:, None].repeat(1, 8)
+    version[::2, 5:] = 7
+    age = 7 - version
+    counts = ("tokens", "finite", "kept", "bounded")
+    for level, correction in itertools.product(("token", "sequence"), (
+        ic.token_tis(1.1), ic.Correction(reject=(ic.AgeAbove(limit=2),), bound=ic.Truncate(1.1)),
+        ic.Correction(bound=ic.ByAge(limit=0, fresh=ic.Truncate(1.2), stale=ic.Mask(0.8, 1.1))),
+    )):
+        loss_fn = PolicyLoss(
+            correction=replace(correction, level=level), reference_kl=ic.ReferenceKL()
+        )
+        whole = count_of(Layout(batch.mask), "token-mean")
+        loss, gradient, metrics = evaluate(loss_fn, batch, Layout(batch.mask, age=age), whole)
+        rows = grid.rows(len(age))
+        columns = grid.columns(8, zigzag=False)
+        part = cut(batch, rows, columns)
+        layout = Layout(
+            part.mask, age=age[rows][:, columns], sequence_group=grid.sequences,
+            batch_group=dist.group.WORLD,
+        )
+        share, share_gradient, share_metrics = evaluate(loss_fn, part, layout, whole)
+        dist.all_reduce(share)
+        torch.testing.assert_close(share, loss)
+        torch.testing.assert_close(share_gradient, gradient[rows][:, columns])
+        merged = share_metrics.all_reduced(dist.group.WORLD)
+        for name, value in metrics.sums.items():
+            if name.startswith("age/") and name.rpartition("/")[2] in counts:
+                assert merged.sums[name] == value, name
+        assert all(merged[f"age/{age}/tokens"] > 0 for age in ("0", "2-3", "4-7"))
+        alone = metrics.to_floats()
+        assert merged.to_floats() == pytest.approx(alone, rel=1e-10, abs=1e-12, nan_ok=True)
+
+
 def groups_across_ranks(grid):
     generator = torch.Generator().manual_seed(0)
     rewards = torch.rand(9, generator=generator, dtype=torch.float64)
@@ -727,9 +763,9 @@ def spawn(tmp_path, facts, dp, cp, tp):
 
 
 FACTS = {
-    (2, 1, 1): [every_correction, idle_ranks, groups_across_ranks, averaged_gradients,
+    (2, 1, 1): [every_correction, ages, idle_ranks, groups_across_ranks, averaged_gradients,
                 disagreeing_ranks, every_third_head],
-    (1, 2, 1): [every_correction, every_objective, idle_ranks, float32, every_third_head],
+    (1, 2, 1): [every_correction, every_objective, ages, idle_ranks, float32, every_third_head],
     (1, 1, 2): [every_head, drawn_heads, float32_heads, idle_heads, long_sequences, entropy,
                 not_finite, all_but_certain, what_is_sent, gradients_that_differ,
                 refused_heads],

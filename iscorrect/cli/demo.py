@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
 Left of the last two columns: on the rollouts above; presets that look at the advantage's sign were
 given one at random for each sequence. The last two: enumerated, with the same mismatch per token
 (σ = {number(sigma)}), bias and standard deviation of one sequence's gradient, relative to the true
-one. None for pareto-is, which looks at a whole batch.
+one. None for pareto-is and m2po, which look at a whole batch.
 
 {LINE}""")
     return 0

@@ -212,6 +212,7 @@ class _Derivative:
         weights: "n", or None where they depend on the log-probs.
         sequences: int "n", the sequence of each token, or None where no part asks.
         segments: int "n", likewise.
+        age: int "n", or None where it is not known.
         group: the ranks that share the head, and have to agree to the last bit.
     """
 
@@ -222,6 +223,7 @@ class _Derivative:
     weights: Tensor | None
     sequences: Tensor | None
     segments: Tensor | None
+    age: Tensor | None
     group: Group
 
     @classmethod
@@ -244,6 +246,7 @@ class _Derivative:
             loss_fn, batch._replace(extra=None), index, pick(scale), weights,
             pick(layout.sequence_starts()).cumsum(0) if whole else None,
             pick(layout.segment_starts()).cumsum(0) if whole else None,
+            None if layout.age is None else pick(layout.age),
             group,
         )
 
@@ -268,7 +271,10 @@ class _Derivative:
         def row(x: Tensor | None) -> Tensor | None:
             return None if x is None else rearrange(x[part], "n -> 1 n")
 
-        layout = Layout(mask, sequence_ids=row(self.sequences), segment_ids=row(self.segments))
+        layout = Layout(
+            mask, sequence_ids=row(self.sequences), segment_ids=row(self.segments),
+            age=row(self.age),
+        )
         packed = rearrange(log_probs, "n -> 1 n")
         chunk = self.batch.pick(self.index[part], layout, packed).finite()
         weights = row(self.weights)

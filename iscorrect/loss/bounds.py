@@ -13,10 +13,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from iscorrect.errors import check_number
+from iscorrect.errors import check_number, input_error
 from iscorrect.loss.caps import Limit
 from iscorrect.loss.divergences import expm1
-from iscorrect.loss.evidence import Evidence, Scope
+from iscorrect.loss.evidence import Evidence, Scope, scope_of, widest
 from iscorrect.loss.pareto import pareto_tail
 from iscorrect.loss.ratios import check_band
 
@@ -226,6 +226,50 @@ class SignedTruncate:
     def __call__(self, ratio: Tensor, evidence: Evidence) -> Tensor:
         positive = evidence.advantages("SignedTruncate") > 0
         return torch.where(positive, 1, ratio.clamp(max=self.cap))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByAge:
+    """One bound for tokens up to an age, another for older ones.
+
+        w = fresh(ρ) if age ≤ limit else stale(ρ)
+
+    A rule for single tokens: at other levels a sequence of several versions has several weights.
+
+    Args:
+        limit: the greatest age that is fresh, ≥ 0.
+        fresh: callable (ratio, evidence) -> weights.
+        stale: likewise; another ``ByAge`` for more than two.
+
+    Raises:
+        InputError: a negative limit, or bounds that are not callable; at the call: the layout has
+            no ages.
+
+    >>> ByAge(limit=1, fresh=Truncate(2.0), stale=Mask(0.5, 2.0)).scope
+    'token'
+    """
+
+    limit: int
+    fresh: Bound
+    stale: Bound
+
+    def __post_init__(self) -> None:
+        check_number("ByAge", "limit", self.limit, "a number of versions", least=0)
+        for name, bound in {"fresh": self.fresh, "stale": self.stale}.items():
+            if not callable(bound):
+                raise input_error(
+                    "ByAge", name, expected="a callable (ratio, evidence) -> weights",
+                    got=repr(bound), fix=f"pass {name}=Truncate(2.0)",
+                )
+
+    @property
+    def scope(self) -> Scope:
+        """That of the bound that looks farther."""
+        return widest(scope_of(self.fresh), scope_of(self.stale))
+
+    def __call__(self, ratio: Tensor, evidence: Evidence) -> Tensor:
+        fresh = evidence.age("ByAge") <= self.limit
+        return torch.where(fresh, self.fresh(ratio, evidence), self.stale(ratio, evidence))
 
 
 def _check_limit(caller: str, name: str, limit: object) -> None:

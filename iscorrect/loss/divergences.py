@@ -1,14 +1,15 @@
-"""Per-token estimators of KL(μ‖π) from log-ratios of tokens that μ sampled.
+"""How far two policies are apart at a sampled token.
 
 With ``log_ratio = log π − log μ`` and tokens drawn from μ, the expectation of k1 and of k3 is
 KL(μ‖π) exactly; that of k2 agrees to third order. Source: Schulman, "Approximating KL divergence"
-(2020).
+(2020). Others compare the two probabilities of the token, of which a log-ratio knows the quotient
+alone.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -127,12 +128,52 @@ def binary_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (token + others).clamp(min=0)
 
 
+def probability_gap(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Distance of two probabilities, to the last digit also where they hardly differ.
+
+        |p − q| = max(p, q) (1 − e^{−|log p − log q|})
+
+    It is the total variation of {token, any other}, and a lower bound on that of the policies.
+
+    Args:
+        log_p: "...", log-prob of the token under p, nats, ≤ 0.
+        log_q: "...", the same under q.
+
+    Returns:
+        "...", in [0, 1].
+
+    >>> probability_gap(torch.tensor([0.5]).log(), torch.tensor([0.25]).log())
+    tensor([0.2500])
+    """
+    return torch.maximum(log_p, log_q).exp() * -expm1(-(log_p - log_q).abs())
+
+
+def sampled_binary_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """:func:`binary_kl` of probabilities held in [10⁻⁶, 1 − 10⁻⁶].
+
+    A log-prob that was rounded to 0 excludes no other token, so the divergence stays finite.
+
+    >>> sampled_binary_kl(torch.tensor([-1e-6]), torch.tensor([0.0]))
+    tensor([0.])
+    """
+    low, high = math.log(1e-6), math.log1p(-1e-6)
+    return binary_kl(log_p.clamp(low, high), log_q.clamp(low, high))
+
+
 Estimator = Callable[[Tensor], Tensor]
+Pair = Callable[[Tensor, Tensor], Tensor]
+PAIRS: dict[str, Pair] = {"binary-kl": sampled_binary_kl, "tv": probability_gap}
+"""Divergences of the log-prob under μ and that under π_old."""
 ESTIMATORS: dict[str, Estimator] = {"k1": k1, "k2": k2, "k3": k3}
 
 
-def estimator(caller: str, name: str | Estimator) -> Estimator:
+def estimator(caller: str, name: str | Estimator, others: Iterable[str] = ()) -> Estimator:
     """The estimator called ``name``; a callable on the log-ratio is its own.
+
+    Args:
+        caller: what the message begins with.
+        name: as above.
+        others: what else the caller knows by name.
 
     >>> estimator("DivergenceAbove", "k2") is k2
     True
@@ -141,7 +182,7 @@ def estimator(caller: str, name: str | Estimator) -> Estimator:
         return name
     if name not in ESTIMATORS:
         raise input_error(
-            caller, "estimator", expected="'k1', 'k2', 'k3' or a callable on the log-ratio",
-            got=repr(name), fix="pass estimator='k3'",
+            caller, "estimator", expected=", ".join(map(repr, [*ESTIMATORS, *others]))
+            + " or a callable on the log-ratio", got=repr(name), fix="pass estimator='k3'",
         )
     return ESTIMATORS[name]

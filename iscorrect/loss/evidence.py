@@ -108,6 +108,22 @@ class Evidence:
             )
         return masked(self.given.advantages, self.layout.mask)
 
+    def age(self, caller: str) -> Tensor:
+        """Versions between the policy that sampled a token and the trainer's; int "b t".
+
+        Args:
+            caller: the bound or rule that asks, for the message.
+
+        Raises:
+            InputError: the layout has no ages.
+        """
+        if self.layout.age is None:
+            raise input_error(
+                caller, "mask", expected="a Layout with the age of each token, which matters here",
+                got="one without", fix="pass mask=Layout(mask, age=trainer_version - versions)",
+            )
+        return self.layout.age
+
     @property
     def units(self) -> Tensor:
         """Bool "b t": one token for each usable unit of the level."""

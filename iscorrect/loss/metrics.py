@@ -39,6 +39,15 @@ class Metrics(Mapping[str, Tensor]):
         policy/kl_k1, kl_k3               the same of KL(π_old‖π), where old_log_probs are given
         policy/clipped                    share of tokens that the objective clips
 
+    Where the layout has ages, also of the tokens of each of some ages: 0, 1, 2-3, 4-7, 8-15, 16+;
+    NaN where a batch has none of that age.
+
+        age/2-3/tokens                    share of all tokens; 0 where there are none
+        age/2-3/log_prob_diff             mean |log π_old − log μ|, nats
+        age/2-3/kl_k3                     mean k3, nats per token
+        age/2-3/ess                       (Σ w)² / (n Σ w²) of the tokens' weights
+        age/2-3/bounded, rejected         share of its tokens
+
     Attributes:
         sums: 0-dim tensors that add under a merge.
         maxima: 0-dim tensors that a merge takes the maximum of.
@@ -93,6 +102,8 @@ class Metrics(Mapping[str, Tensor]):
                 "is/rejected": _share(s["tokens"] - s["kept_tokens"], s["tokens"]),
                 "is/nonfinite": _share(s["tokens"] - s["finite"], s["tokens"]),
             }
+        for age in AGES if "age/0/tokens" in s else ():
+            metrics |= _of_age(age, s)
         if "policy_tokens" in s:
             metrics |= {
                 "policy/kl_k1": _share(s["policy_k1"], s["policy_tokens"]),
@@ -155,6 +166,36 @@ class Metrics(Mapping[str, Tensor]):
         )
 
 
+AGES = {"0": 0, "1": 1, "2-3": 2, "4-7": 4, "8-15": 8, "16+": 16}
+"""Ranges of ages by the name they have in metrics, and the least age of each."""
+
+
+def _of_age(age: str, sums: Totals) -> dict[str, Tensor]:
+    def held(name: str) -> Tensor:
+        return sums[f"age/{age}/{name}"]
+
+    squares = held("tokens") * held("weight_squared")
+    found = {
+        "log_prob_diff": held("abs") / held("finite"),
+        "kl_k3": held("k3") / held("finite"),
+        "ess": held("weight").square() / torch.where(squares > 0, squares, held("tokens")),
+        "bounded": held("bounded") / held("tokens"),
+        "rejected": (held("tokens") - held("kept")) / held("tokens"),
+        "tokens": _share(held("tokens"), sums["tokens"]),
+    }
+    return {f"age/{age}/{name}": value for name, value in found.items()}
+
+
+def _sums_by_age(age: Tensor, per_token: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Sums of "b t" over the tokens of each range of ages; one product makes all of them."""
+    wide = accumulator(age.device)
+    rows = torch.stack([x.flatten().to(wide) for x in per_token.values()])
+    older = torch.stack([age.flatten() >= least for least in AGES.values() if least])
+    which = torch.arange(len(AGES), device=age.device) == older.sum(0).unsqueeze(-1)
+    names = [f"age/{bucket}/{name}" for name in per_token for bucket in AGES]
+    return dict(zip(names, (rows @ which.to(wide)).flatten().unbind(), strict=True))
+
+
 def merge(parts: Sequence[Metrics]) -> Metrics:
     """The metrics of several batches taken together: what one call on all of them would have given.
 
@@ -192,7 +233,7 @@ def correction_metrics(
         keep: bool "b t".
 
     Returns:
-        `mismatch/…`, a property of the data, and `is/…`, of the correction.
+        `mismatch/…`, a property of the data, `is/…`, of the correction, and both by `age/…`.
     """
     d, layout, units = evidence.log_ratio, evidence.layout, evidence.units
     limit = saturation(d.dtype)
@@ -232,6 +273,13 @@ def correction_metrics(
         "weight": _sum(unit_weights),
         "weight_squared": _sum_of_squares(unit_weights),
     }
+    if layout.age is not None:
+        by_age = _sums_by_age(layout.age, {
+            "tokens": layout.mask, "finite": evidence.finite, "kept": keep, "abs": d.abs(),
+            "k3": k3_given(d, excess), "bounded": evidence.usable & bounded, "weight": weights,
+            "weight_squared": weights.square(),
+        })
+        sums = {**sums, **by_age}
     return Metrics(
         sums,
         {

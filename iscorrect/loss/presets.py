@@ -22,6 +22,7 @@ from iscorrect.loss.rules import (
     OffPolicyNegative,
     ProbabilityShift,
     RatioOutside,
+    SecondMomentAbove,
 )
 
 
@@ -77,6 +78,30 @@ def dppo(
     """
     rule = ProbabilityShift(limit=limit, divergence=divergence)
     return Correction(level="token", bound=Truncate(cap), reject=(rule,))
+
+
+def ipo(limit: float = 0.3, cap: float = 1e4) -> Correction:
+    """W = min(ρ_t, C) where |p − q| ≤ ε: prime-rl's default, on both sides of the probability.
+
+    Omit ``old_log_probs``, so that the ratio is that of the policy being trained; its gradient is
+    then that of ρ_t itself, held at C.
+    """
+    rule = DivergenceAbove(limit=limit, estimator="tv", over="token")
+    return Correction(level="token", bound=Truncate(cap), reject=(rule,))
+
+
+def flash_reinforce(limit: float = 5e-3) -> Correction:
+    """W = ρ_t where the sequence's mean binary KL is at most δ: FlashREINFORCE (2026)."""
+    rule = DivergenceAbove(limit=limit, estimator="binary-kl", over="mean")
+    return Correction(level="token", reject=(rule,))
+
+
+def m2po(limit: float = 0.04) -> Correction:
+    """W = ρ_t, the largest log-ratios dropped until their mean square is τ (arXiv 2510.01161).
+
+    Omit ``old_log_probs``, so that the ratio is that of the policy being trained.
+    """
+    return Correction(level="token", reject=(SecondMomentAbove(limit=limit),))
 
 
 def sequence_is() -> Correction:
@@ -136,9 +161,9 @@ def topr(cap: float = 1.0) -> Correction:
 PRESETS: dict[str, Callable[..., Correction]] = {
     preset.__name__.replace("_", "-"): preset
     for preset in (
-        uncorrected, token_is, token_tis, token_mis, icepop, confidence_is, kpop, dppo,
-        sequence_is, sequence_tis, sequence_mis, geometric_rs, trust_region_mask,
-        off_policy_negative, pareto_is, topr,
+        uncorrected, token_is, token_tis, token_mis, icepop, confidence_is, kpop, dppo, ipo,
+        flash_reinforce, m2po, sequence_is, sequence_tis, sequence_mis, geometric_rs,
+        trust_region_mask, off_policy_negative, pareto_is, topr,
     )
 }
 """Presets by the names that the command line and configuration files use."""

@@ -10,12 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from iscorrect.errors import check_choice, check_number
-from iscorrect.loss.divergences import Estimator, binary_kl, estimator
+from iscorrect.loss.divergences import PAIRS, Estimator, binary_kl, estimator, probability_gap
 from iscorrect.loss.evidence import Evidence, Scope, level_scope
 from iscorrect.loss.ratios import Level, at_level, check_band, check_level, ratio as ratio_of
+from iscorrect.ranks import accumulator, gather_over
 
 Rule = Callable[[Evidence], Tensor]
 Over = Literal["token", "mean", "sum", "max"]
@@ -64,20 +66,28 @@ class RatioOutside:
 
 @dataclass(frozen=True, kw_only=True)
 class DivergenceAbove:
-    """Drop tokens or sequences whose estimated KL(μ‖π) exceeds a limit.
+    """Drop tokens or sequences where the two policies are farther apart than a limit.
 
-        keep = 1{R_t k(log ρ_t) ≤ limit},  R: the token's own, or its sequence's mean, sum or max
+        keep = 1{R_t D_t ≤ limit},  R: the token's own, or its sequence's mean, sum or max,
+        D = k(log ρ), an estimate of KL(μ‖π_old), or of {token, any other}
+            KL_bin(q‖p) ("binary-kl") or |p − q| ("tv"),  p = π_old(token), q = μ(token)
 
     Args:
-        limit: nats, per token for "token", "mean" and "max", per sequence for "sum".
-        estimator: "k1", "k2", "k3", or a callable on log-ratios.
+        limit: nats, a probability for "tv"; per token for "token", "mean" and "max", per sequence
+            for "sum".
+        estimator: "k1", "k2", "k3", "binary-kl", "tv", or a callable on log-ratios.
         over: R. With k1 opposite signs cancel in a mean.
 
     Raises:
         InputError: an unknown estimator or reduction, or a limit that is no number.
 
     References:
-        Trust-region masking (arXiv 2512.23075): k2 over "max", k3 over "mean".
+        Trust-region masking (arXiv 2512.23075): k2 over "max", k3 over "mean". OpenRLHF 0.11 and
+        molt gate by "binary-kl" and "tv" over "token" and "mean", FlashREINFORCE by "binary-kl"
+        over "mean" (3e-3 to 5e-3). prime-rl's IPO is "tv" over "token" (0.3).
+
+    >>> DivergenceAbove(limit=0.3, estimator="tv", over="token").scope
+    'token'
     """
 
     limit: float
@@ -85,7 +95,8 @@ class DivergenceAbove:
     over: Over = "mean"
 
     def __post_init__(self) -> None:
-        estimator("DivergenceAbove", self.estimator)
+        if self.estimator not in PAIRS:
+            estimator("DivergenceAbove", self.estimator, PAIRS)
         check_choice("DivergenceAbove", "over", self.over, get_args(Over))
         check_number("DivergenceAbove", "limit", self.limit, "a divergence in nats")
 
@@ -95,7 +106,7 @@ class DivergenceAbove:
         return "token" if self.over == "token" else "sequence"
 
     def __call__(self, evidence: Evidence) -> Tensor:
-        value = estimator("DivergenceAbove", self.estimator)(evidence.log_ratio)
+        value = self._divergence(evidence)
         if self.over == "mean":
             value = evidence.layout.sequence_mean(value)
         elif self.over == "sum":
@@ -103,6 +114,11 @@ class DivergenceAbove:
         elif self.over == "max":
             value = evidence.layout.sequence_max(value)
         return value <= self.limit
+
+    def _divergence(self, evidence: Evidence) -> Tensor:
+        if isinstance(self.estimator, str) and self.estimator in PAIRS:
+            return PAIRS[self.estimator](evidence.rollout_log_probs, evidence.old_log_probs)
+        return estimator("DivergenceAbove", self.estimator, PAIRS)(evidence.log_ratio)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +213,7 @@ class ProbabilityShift:
         advantages = evidence.advantages("ProbabilityShift")
         p, q = evidence.old_log_probs, evidence.rollout_log_probs
         pushed = ((advantages > 0) & (p > q)) | ((advantages < 0) & (p < q))
-        shift = (p.exp() - q.exp()).abs() if self.divergence == "tv" else binary_kl(q, p)
+        shift = probability_gap(p, q) if self.divergence == "tv" else binary_kl(q, p)
         return ~(pushed & (shift > self.limit))
 
 
@@ -226,3 +242,78 @@ class OffPolicyNegative:
     def __call__(self, evidence: Evidence) -> Tensor:
         negative = evidence.advantages("OffPolicyNegative") < 0
         return ~(negative & (-evidence.layout.sequence_mean(evidence.log_ratio) > self.limit))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecondMomentAbove:
+    """Drop the tokens with the largest log-ratios until the second moment of the rest is small.
+
+        drop the largest (log ρ)² until the mean of those left is ≤ τ
+
+    Only tokens that the update has already moved the way it would move them again are looked at:
+    A > 0 and ρ > 1, or A < 0 and ρ < 1. Equal ones stay or go together.
+
+    Args:
+        limit: τ ≥ 0, nats².
+        over: "pushed" as above, or "all" tokens whatever their sign.
+
+    Raises:
+        InputError: a negative limit, an unknown ``over``; at the call: no advantages were given,
+            which "pushed" needs.
+
+    References:
+        M2PO (arXiv 2510.01161), τ = 0.04; AReaL's ``m2_threshold`` looks at "all".
+
+    >>> SecondMomentAbove().scope
+    'batch'
+    """
+
+    limit: float = 0.04
+    over: Literal["pushed", "all"] = "pushed"
+    scope: ClassVar[Scope] = "batch"
+
+    def __post_init__(self) -> None:
+        check_number("SecondMomentAbove", "limit", self.limit, "a mean of squared nats", least=0)
+        check_choice("SecondMomentAbove", "over", self.over, ("pushed", "all"))
+
+    def __call__(self, evidence: Evidence) -> Tensor:
+        d, looked_at = evidence.log_ratio, evidence.finite
+        if self.over == "pushed":
+            looked_at = looked_at & (evidence.advantages("SecondMomentAbove") * d > 0)
+        square = d.to(accumulator(d.device)).square()
+        here = torch.where(looked_at, square, torch.inf).flatten()
+        values = gather_over(here, evidence.layout.batch_group)[0].sort().values
+        means = values.cumsum(0) / torch.arange(1, len(values) + 1, device=values.device)
+        ends = torch.cat([values, values.new_full((1,), torch.inf)])
+        smallest_dropped = ends.gather(0, torch.count_nonzero(means <= self.limit).view(1))
+        return ~looked_at | (square < smallest_dropped)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgeAbove:
+    """Drop tokens that a policy of too many versions ago sampled.
+
+        keep = 1{age ≤ limit}
+
+    Args:
+        limit: the greatest age, ≥ 0; 0 keeps fresh tokens alone.
+
+    Raises:
+        InputError: a negative limit; at the call: the layout has no ages.
+
+    References:
+        prime-rl's ``max_off_policy_steps`` (8), AReaL's ``max_head_offpolicyness``, SkyRL's
+        ``max_staleness_steps`` (4), which hold for sequences.
+
+    >>> AgeAbove(limit=4)
+    AgeAbove(limit=4)
+    """
+
+    limit: int = 8
+    scope: ClassVar[Scope] = "token"
+
+    def __post_init__(self) -> None:
+        check_number("AgeAbove", "limit", self.limit, "a number of versions", least=0)
+
+    def __call__(self, evidence: Evidence) -> Tensor:
+        return evidence.age("AgeAbove") <= self.limit

@@ -17,6 +17,7 @@ from typing import Any
 from iscorrect.errors import InputError, input_error
 from iscorrect.loss.aggregate import AGGREGATIONS
 from iscorrect.loss.bounds import (
+    ByAge,
     Clip,
     ConfidenceCap,
     Ignore,
@@ -31,11 +32,13 @@ from iscorrect.loss.objectives import OBJECTIVES
 from iscorrect.loss.policy_loss import PolicyLoss
 from iscorrect.loss.presets import PRESETS
 from iscorrect.loss.rules import (
+    AgeAbove,
     BinaryKL,
     DivergenceAbove,
     OffPolicyNegative,
     ProbabilityShift,
     RatioOutside,
+    SecondMomentAbove,
     Veto,
 )
 from iscorrect.loss.terms import ReferenceKL
@@ -45,19 +48,21 @@ Table = Mapping[str, Callable[..., Any]]
 BOUNDS: Table = {
     "ignore": Ignore, "truncate": Truncate, "clip": Clip, "mask": Mask,
     "confidence-cap": ConfidenceCap, "pareto-smooth": ParetoSmooth,
-    "signed-truncate": SignedTruncate,
+    "signed-truncate": SignedTruncate, "by-age": ByAge,
 }
 CAPS: Table = {"ionides": IonidesCap, "mse-optimal": MSEOptimalCap, "ess": ESSCap}
 RULES: Table = {
     "ratio-outside": RatioOutside, "divergence-above": DivergenceAbove, "veto": Veto,
     "binary-kl": BinaryKL, "probability-shift": ProbabilityShift,
-    "off-policy-negative": OffPolicyNegative,
+    "off-policy-negative": OffPolicyNegative, "second-moment-above": SecondMomentAbove,
+    "age-above": AgeAbove,
 }
 CORRECTIONS: Table = {**PRESETS, "correction": Correction}
 REFERENCE: Table = {"reference-kl": ReferenceKL}
 INSIDE: Mapping[str, Table] = {
     "correction": CORRECTIONS, "objective": OBJECTIVES, "aggregation": AGGREGATIONS,
-    "reference_kl": REFERENCE, "bound": BOUNDS, "reject": RULES, "cap": CAPS, "high": CAPS,
+    "reference_kl": REFERENCE, "bound": BOUNDS, "fresh": BOUNDS, "stale": BOUNDS, "reject": RULES,
+    "cap": CAPS, "high": CAPS,
 }
 """Which parts an argument of that name may hold."""
 OF_ANY_PRESET = ("normalize", "nonfinite")
@@ -100,7 +105,7 @@ def parse_loss(config: str | Mapping[str, Any] | PolicyLoss) -> PolicyLoss:
         InputError: an unknown name or argument, or a value that is refused.
 
     >>> parse_loss("token-tis:cap=3 ppo-clip:high=1.28 seq-mean-token-sum over=kept").objective
-    PPOClip(low=0.8, high=1.28, level='token', dual=None)
+    PPOClip(low=0.8, high=1.28, level='token', dual=None, cap=None)
     >>> parse_loss({"correction": "icepop", "aggregation": "sum"}) == parse_loss("icepop sum")
     True
     """

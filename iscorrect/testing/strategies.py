@@ -23,6 +23,7 @@ from iscorrect.layout import Layout, pad_sequences
 from iscorrect.loss.aggregate import AGGREGATIONS, Aggregation, SequenceMeanTokenSumNorm
 from iscorrect.loss.bounds import (
     Bound,
+    ByAge,
     Clip,
     ConfidenceCap,
     Ignore,
@@ -33,17 +34,19 @@ from iscorrect.loss.bounds import (
 )
 from iscorrect.loss.caps import ESSCap, IonidesCap, MSEOptimalCap
 from iscorrect.loss.correction import Correction
-from iscorrect.loss.objectives import CISPO, Objective, PPOClip, Reinforce
+from iscorrect.loss.objectives import OBJECTIVES, Objective, PPOClip
 from iscorrect.loss.policy_loss import PolicyLoss
 from iscorrect.loss.presets import PRESETS
 from iscorrect.loss.ratios import Level
 from iscorrect.loss.rules import (
+    AgeAbove,
     BinaryKL,
     DivergenceAbove,
     OffPolicyNegative,
     ProbabilityShift,
     RatioOutside,
     Rule,
+    SecondMomentAbove,
     Veto,
 )
 from iscorrect.testing.tabular import TabularPolicy, sequences
@@ -145,7 +148,7 @@ def masks(rows: int, length: int) -> st.SearchStrategy[Tensor]:
 
 @st.composite
 def layouts(draw: st.DrawFn, max_rows: int = 3, max_length: int = 4) -> Layout:
-    """Padded and packed rows, with and without segments."""
+    """Padded and packed rows, with and without segments, and an age for each token."""
     rows, length = draw(st.integers(1, max_rows)), draw(st.integers(1, max_length))
     mask = draw(masks(rows, length))
     start = st.integers(0, 3).map(lambda i: i == 3)
@@ -153,10 +156,12 @@ def layouts(draw: st.DrawFn, max_rows: int = 3, max_length: int = 4) -> Layout:
     starts = st.lists(row, min_size=rows, max_size=rows).map(
         lambda rows: torch.tensor(rows).long().cumsum(-1)
     )
+    ages = st.lists(st.integers(0, 20), min_size=mask.numel(), max_size=mask.numel())
     return Layout(
         mask,
         sequence_ids=draw(st.none() | starts),
         segment_ids=draw(st.none() | starts),
+        age=torch.tensor(draw(ages)).view(mask.shape),
     )
 
 
@@ -252,16 +257,21 @@ def cases(
 
 _caps = st.sampled_from([0.5, 1.0, 1.5, 2.0, 5.0])
 _lows = st.sampled_from([0.0, 0.5, 0.9])
+_ages = st.integers(0, 4)
 
 
 def bounds() -> st.SearchStrategy[Bound | None]:
-    """Every bound of the library, and none."""
+    """Every bound of the library, and none; one needs a layout with ages."""
     return st.one_of(
         st.none(), st.just(Ignore()), _caps.map(Truncate), st.builds(Mask, _lows, st.none()),
         caps().map(Truncate), _caps.map(SignedTruncate),
         st.builds(lambda low, width: Mask(low, low + width), _lows, _caps),
         st.builds(lambda low, width: Clip(low, low + width), _lows, _caps),
         st.builds(ConfidenceCap), st.builds(ParetoSmooth),
+        st.builds(
+            lambda limit, cap: ByAge(limit=limit, fresh=Truncate(cap), stale=Mask(0.5, 2.0)),
+            _ages, _caps,
+        ),
     )
 
 
@@ -271,7 +281,7 @@ def caps() -> st.SearchStrategy[IonidesCap | MSEOptimalCap | ESSCap]:
 
 
 def rules() -> st.SearchStrategy[Rule]:
-    """Every rejection rule of the library."""
+    """Every rejection rule of the library; one needs a layout with ages."""
     limits = st.sampled_from([0.01, 0.1, 0.5])
     return st.one_of(
         st.builds(
@@ -280,13 +290,18 @@ def rules() -> st.SearchStrategy[Rule]:
         ),
         st.builds(
             lambda limit, kind, over: DivergenceAbove(limit=limit, estimator=kind, over=over),
-            limits, st.sampled_from(["k1", "k2", "k3"]),
+            limits, st.sampled_from(["k1", "k2", "k3", "binary-kl", "tv"]),
             st.sampled_from(["token", "mean", "sum", "max"]),
         ),
         st.builds(lambda low: Veto(low=low), st.sampled_from([1e-4, 0.5])),
         limits.map(lambda limit: BinaryKL(limit=limit)),
         limits.map(lambda limit: ProbabilityShift(limit=limit)),
         limits.map(lambda limit: OffPolicyNegative(limit=limit)),
+        st.builds(
+            lambda limit, over: SecondMomentAbove(limit=limit, over=over),
+            limits, st.sampled_from(["pushed", "all"]),
+        ),
+        _ages.map(lambda limit: AgeAbove(limit=limit)),
     )
 
 
@@ -308,10 +323,11 @@ def corrections() -> st.SearchStrategy[Correction]:
 
 def objectives() -> st.SearchStrategy[Objective]:
     """Every objective of the library."""
-    return st.one_of(
-        st.just(Reinforce()), st.just(PPOClip()), st.just(PPOClip(dual=3.0)),
-        st.just(PPOClip(low=1 - 3e-4, high=1 + 4e-4, level="geometric")), st.just(CISPO()),
-    )
+    return st.sampled_from([
+        *(make() for make in OBJECTIVES.values()), PPOClip(dual=3.0),
+        PPOClip(low=1 - 3e-4, high=1 + 4e-4, level="geometric"),
+        PPOClip(low=None, high=None, cap=2.0),
+    ])
 
 
 def aggregations() -> st.SearchStrategy[Aggregation]:

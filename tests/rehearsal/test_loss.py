@@ -14,7 +14,8 @@ def losses():
         yield name, PolicyLoss(correction=preset())
     for name, objective in {
         "ppo": ic.PPOClip(dual=3.0), "gspo": ic.PPOClip(level="geometric"), "cispo": ic.CISPO(),
-        "prefix": ic.PPOClip(level="prefix"),
+        "prefix": ic.PPOClip(level="prefix"), "sapo": ic.SAPO(), "gmpo": ic.GMPO(),
+        "vespo": ic.VESPO(), "aspo": ic.ASPO(),
     }.items():
         yield name, PolicyLoss(
             correction=ic.token_tis(), objective=objective, reference_kl=ic.ReferenceKL(),
@@ -28,8 +29,9 @@ LOSSES = dict(losses())
 def run(loss_fn, device, *, packed):
     batch = make_batch(0, rows=4, width=12).to(torch.float32)
     ids = torch.arange(12).expand(4, 12) // 4 if packed else None
+    age = batch.ages() if packed else None
     with device:
-        layout = Layout(batch.mask, sequence_ids=ids)
+        layout = Layout(batch.mask, sequence_ids=ids, age=age)
         log_probs = batch.log_probs.clone().requires_grad_()
         loss, metrics = loss_fn(
             log_probs, rollout_log_probs=batch.rollout_log_probs, advantages=batch.advantages,
