@@ -118,6 +118,7 @@ def shell(command, directory, **environment):
     return ended.returncode, ended.stderr.decode("utf-8", "replace")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "message"),
     [
@@ -137,6 +138,7 @@ def test_what_cannot_be_read_or_written_ends_with_code_2(dump, command, message)
     assert (code, message in told, "Traceback" in told) == (2, True, False), told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "expected"),
     [
@@ -154,6 +156,7 @@ def test_the_exit_code_is_the_commands_wherever_the_text_goes(dump, command, exp
     assert (code, "Traceback" in told) == (expected, False), told
 
 
+@pytest.mark.slow
 def test_lines_of_json_are_utf_8_in_every_locale(tmp_path):
     row = {"rollout_log_probs": [-1], "old_log_probs": [-1], "mask": [1], "prompt": "日本語"}
     text = json.dumps(row, ensure_ascii=False)

@@ -252,6 +252,7 @@ def write(directory, value):
     DumpWriter(directory).write(step=1, mask=one < 0, rollout_log_probs=one, old_log_probs=one)
 
 
+@pytest.mark.slow
 def test_two_processes_without_a_process_group_lose_no_row(tmp_path):
     context = multiprocessing.get_context("spawn")
     writers = [context.Process(target=write, args=(tmp_path, i)) for i in (1, 2)]
@@ -284,6 +285,7 @@ def write_for_ever(directory, suffix):
         writer.write(step=step, mask=one < 0, rollout_log_probs=one, old_log_probs=one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_writer_that_is_killed_leaves_whole_files_only(tmp_path, suffix):
     process = multiprocessing.get_context("spawn").Process(
@@ -296,6 +298,31 @@ def test_a_writer_that_is_killed_leaves_whole_files_only(tmp_path, suffix):
     process.join()
     files = list(tmp_path.glob(f"step_*{suffix}"))
     assert len(read_dump(tmp_path)) == 64 * len(files)
+
+
+@pytest.mark.filterwarnings("ignore")  # a file that was interrupted before anyone held it
+def test_an_interrupt_while_lines_are_written_is_never_swallowed(tmp_path):
+    one = -torch.rand(64, 512)
+    dump = LogProbDump(rollout_log_probs=one, old_log_probs=one, mask=one < 0)
+    fired, caught = [], []
+
+    def interrupt(*_):
+        fired.append(True)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for i in range(40):
+            signal.setitimer(signal.ITIMER_REAL, 0.005 + 0.0005 * i)
+            try:
+                while len(fired) == i:
+                    write_dump(dump, tmp_path / "dump.jsonl")
+            except KeyboardInterrupt:
+                caught.append(True)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert len(caught) == len(fired) == 40
 
 
 # unusual batches in a training step
@@ -433,6 +460,7 @@ except iscorrect.InputError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "make"),
     [
@@ -450,12 +478,14 @@ def test_a_small_file_with_absurd_sizes_is_refused_in_little_memory(tmp_path, na
     assert peak(REFUSED, path) < 100
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="measures memory as Linux counts it")
 def test_a_small_parquet_file_costs_no_more_than_its_longest_sequence(tmp_path):
     repeated_parquet(tmp_path / "dump.parquet")  # one sequence: 3 columns of 80 MB
     assert peak(REFUSED, tmp_path / "dump.parquet") < 400
 
 
+@pytest.mark.slow
 def test_constant_values_that_compress_to_nothing_are_still_read(tmp_path):
     one = torch.full((1, 9_000_000), -1.0)
     dump = LogProbDump(rollout_log_probs=one, old_log_probs=one, mask=one < 0)
@@ -474,6 +504,7 @@ def ragged(path, rows, short, longest):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="measures memory as Linux counts it")
 @pytest.mark.parametrize("command", ["report --json", "compare --json", "convert"])
 def test_a_ragged_dump_costs_its_tokens_and_not_rows_times_the_longest(tmp_path, command):
@@ -491,6 +522,7 @@ def test_a_ragged_dump_costs_its_tokens_and_not_rows_times_the_longest(tmp_path,
     assert peak(code, *words) < 400
 
 
+@pytest.mark.slow
 def test_rows_of_very_different_lengths_are_streamed_in_bounded_pieces(tmp_path):
     ragged(tmp_path / "dump.npz", rows=20_000, short=0, longest=50_000)
     pieces = list(stream_dump(tmp_path / "dump.npz"))

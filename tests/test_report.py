@@ -180,6 +180,7 @@ class TestEveryDump:
         report = summarise([longest], corrections=["uncorrected"])
         assert len(report.sample) == report.metrics["batch/tokens"] == SAMPLE + 1
 
+    @pytest.mark.slow
     def test_the_tokens_of_a_dump_are_taken_once(self, tmp_path, monkeypatch):
         taken = []
         of = Tokens.of
@@ -244,6 +245,7 @@ class TestForms:
 
 
 class TestCommand:
+    @pytest.mark.slow
     def test_it_writes_the_page_the_numbers_and_every_figure_three_times(self, path, tmp_path):
         pytest.importorskip("matplotlib")
         assert report_main(path, "--out", tmp_path / "out") == 0
@@ -263,6 +265,7 @@ class TestCommand:
         assert len(links) == 8
         assert all((out / link).exists() for link in links)
 
+    @pytest.mark.slow
     def test_text_goes_to_stdout_and_prose_to_stderr(self, path, tmp_path, capsys):
         report_main(path, "--out", tmp_path / "out")
         captured = capsys.readouterr()
@@ -314,6 +317,7 @@ class TestCommand:
         cause = json.loads(capsys.readouterr().out)["findings"][0]["cause"]
         assert cause == "nothing beyond numerical noise"
 
+    @pytest.mark.slow
     def test_a_terminal_gets_rich_tables(self, path):
         pytest.importorskip("rich")
         pty = pytest.importorskip("pty")
@@ -365,6 +369,7 @@ def test_env_prints_versions(capsys):
     assert re.search(r"^python +3", out, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_figures_need_no_latex(tmp_path):
     mpl = pytest.importorskip("matplotlib")
     with mpl.rc_context({"text.usetex": True}):
