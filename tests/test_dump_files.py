@@ -133,10 +133,10 @@ ROW = {
         ("mask", ["1", None], "text"), ("token_ids", [3, None], "nan at token 1"),
         ("token_ids", [2**63, 3], "9.22.* at token 0"), ("token_ids", [1.5, 2], "1.5"),
         ("token_ids", [2.0**60, 3], "token 0"), ("step", 1.7, "1.7"), ("step", [3], "1 numbers"),
-        ("step", 10**30, "1e[+]30"), ("step", float("inf"), "inf"), ("group", "3f2c-77", "<U7"),
+        ("step", 10**30, "1e[+]30"), ("step", float("inf"), "inf"), ("group", "3f2c-77", "the text '3f2c-77'"),
         ("policy_version", None, ""), ("advantages", [1e39, 1], "1e[+]39 at token 0"),
         ("old_log_probs", [-(10**400), -1], "too large"), ("old_log_probs", [-1e30, -1], "token 0"),
-        ("old_log_probs", [True, False], "bool"), ("entropy", "high", "<U4"),
+        ("old_log_probs", [True, False], "bool"), ("entropy", "high", "the text"),
         ("top_k_log_probs", [[-1.0]], "2 lists"), ("top_k_log_probs", [-1.0, -2.0], "2 lists"),
     ],
 )

@@ -174,6 +174,14 @@ class TestEveryDump:
         assert "unreliable" not in text
         assert "nan" not in text
 
+    def test_a_field_that_only_some_files_have_is_named(self):
+        dump = some_dump()
+        report = summarise([dump, replace(dump, step=None)])
+        assert report.notes == ["Not in every part of the dump, and so not used for causes: step."]
+        assert report.notes[0] in to_html(report, {})
+        assert report.notes[0] in to_markdown(report)
+        assert report.notes[0] in map(str, blocks(report))
+
     def test_a_sequence_longer_than_the_sample_is_a_sample_of_its_own(self):
         one = -torch.rand(1, SAMPLE + 1)
         longest = LogProbDump(rollout_log_probs=one, old_log_probs=one - 0.01, mask=one < 0)
