@@ -246,7 +246,7 @@ def summarise(
 
 
 def _missing(fields: list[set[str]]) -> list[str]:
-    missing = sorted(set.union(*fields) - set.intersection(*fields))
+    missing = sorted(fields[0].union(*fields) - fields[0].intersection(*fields))
     if not missing:
         return []
     return [f"Not in every part of the dump, and so not used for causes: {', '.join(missing)}."]
