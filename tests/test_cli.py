@@ -1,17 +1,22 @@
 """The command line, run as a user runs it."""
 
+import ast
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+import iscorrect
 from iscorrect import PRESETS
 from iscorrect.cli.audit import Setting
-from iscorrect.cli.main import main
+from iscorrect.cli.main import COMMANDS, main
 from iscorrect.cli.rollouts import MODELS, PAIRS, shipped_rollouts
-from iscorrect.dumps import write_dump
+from iscorrect.dumps import LogProbDump, write_dump
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +97,157 @@ def test_bad_input_ends_with_code_2_and_a_message(tmp_path, capsys, arguments, m
     captured = capsys.readouterr()
     assert message in captured.err
     assert not captured.out
+
+
+# surroundings
+
+
+@pytest.fixture
+def dump(tmp_path):
+    path = tmp_path / "dump.npz"
+    write_dump(shipped_rollouts("add", "float16", "float16"), path)
+    return path
+
+
+def shell(command, directory, **environment):
+    """Exit code, and what standard error got, of a shell's command; $I is the program."""
+    ended = subprocess.run(
+        ["bash", "-c", command], cwd=directory, capture_output=True, check=False,
+        env=os.environ | {"I": f"{sys.executable} -m iscorrect"} | environment,
+    )
+    return ended.returncode, ended.stderr.decode("utf-8", "replace")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("touch taken; $I report dump.npz --out taken", "File exists: taken"),
+        ("$I report dump.npz --out /proc/nowhere", "/proc/nowhere"),
+        ("$I convert dump.npz no/other.npz", "Fix: make the directory first"),
+        ("ulimit -f 8; trap '' XFSZ; $I convert dump.npz other.jsonl", "File too large"),
+        ("$I report dump.npz --json > /dev/full", "No space left"),
+        ("mkfifo pipe.npz; $I report pipe.npz", "a pipe or a device"),
+        ("$I report - --json 0<&-", "standard input"),
+        ("$I report dump.npz --json --fail-if 'mismatch/kl_k3>nan'", "a number"),
+        ("$I audit token-tis --length 2 --plot x.xyz", "`--plot` must be a file that ends in"),
+    ],
+)
+def test_what_cannot_be_read_or_written_ends_with_code_2(dump, command, message):
+    code, told = shell(command, dump.parent)
+    assert (code, message in told, "Traceback" in told) == (2, True, False), told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("$I compare dump.npz | head -c 1 > /dev/null; exit ${PIPESTATUS[0]}", 0),
+        ("$I report dump.npz --json --fail-if 'batch/tokens>1' | head -c 1; exit ${PIPESTATUS[0]}",
+         1),
+        ("PYTHONIOENCODING=ascii $I compare dump.npz", 0),
+        ("PYTHONIOENCODING=cp1252 $I report dump.npz --fail-if 'batch/tokens>1'", 1),
+        ("$I compare dump.npz >&-", 0),
+        ("cp dump.npz $'x\\xff.npz'; $I report x*.npz --out out && grep udcff out/report.md", 0),
+    ],
+)
+def test_the_exit_code_is_the_commands_wherever_the_text_goes(dump, command, expected):
+    code, told = shell(command, dump.parent)
+    assert (code, "Traceback" in told) == (expected, False), told
+
+
+@pytest.mark.slow
+def test_lines_of_json_are_utf_8_in_every_locale(tmp_path):
+    row = {"rollout_log_probs": [-1], "old_log_probs": [-1], "mask": [1], "prompt": "日本語"}
+    text = json.dumps(row, ensure_ascii=False)
+    (tmp_path / "dump.jsonl").write_text(text, encoding="utf-8")
+    for command in ("$I compare dump.jsonl", "$I compare - < dump.jsonl"):
+        assert shell(command, tmp_path, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")[0] == 0
+
+
+def test_names_that_would_steer_a_terminal_are_shown_escaped(tmp_path, capsys):
+    (tmp_path / "\x1b[31mred\n.npz").write_bytes(b"")
+    assert main(["compare", str(tmp_path / "\x1b[31mred\n.npz")]) == 2
+    told = capsys.readouterr().err
+    assert "\x1b" not in told
+    assert "\\x1b[31mred\\n.npz" in told
+
+
+@pytest.mark.parametrize("name", ["[/0]", "[gate]", "\x1b[31m"])
+def test_a_tensors_name_is_no_markup(tmp_path, capsys, monkeypatch, name):
+    pytest.importorskip("rich")
+    torch.save({name: torch.tensor([1e6])}, tmp_path / "model.pt")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert main(["fp16-check", str(tmp_path / "model.pt")]) == 1
+    printed = capsys.readouterr().out
+    assert name.replace("\x1b", "\\x1b") in printed
+
+
+def test_a_fault_of_the_program_has_a_code_of_its_own(capsys, monkeypatch):
+    monkeypatch.setattr("iscorrect.cli.env.run", lambda options: 1 / 0)
+    assert main(["env"]) == 3
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_report_and_compare_do_the_same_where_a_rule_needs_advantages(dump, capsys):
+    words = [str(dump), "--json", "--correction", "topr"]
+    assert main(["compare", *words]) == 0
+    compared = json.loads(capsys.readouterr().out)["topr"]
+    assert main(["report", *words]) == 0
+    reported = json.loads(capsys.readouterr().out)
+    assert reported["corrections"]["topr"] == {n: x for n, x in compared.items() if n[:3] == "is/"}
+    assert reported["notes"] == [
+        "No advantages in the dump: topr got a sign at random for each sequence."
+    ]
+    assert main(["compare", str(dump), "--correction", "topr", "--correction", "icepop"]) == 0
+    assert reported["notes"][0] in capsys.readouterr().out
+
+
+def test_a_correction_of_whole_batches_says_what_a_batch_was(tmp_path, capsys):
+    for i, suffix in enumerate((".npz", ".jsonl")):
+        one = -torch.rand(4, 8)
+        optional = {} if i else {"entropy": one.abs()}
+        write_dump(
+            LogProbDump(rollout_log_probs=one, old_log_probs=one - 0.1, mask=one < 0, **optional),
+            tmp_path / f"{i}{suffix}",
+        )
+    assert main(["compare", str(tmp_path), "--correction", "pareto-is"]) == 0
+    assert "pareto-is looks at a whole batch: here at each of 2 pieces" in capsys.readouterr().out
+
+
+# the house
+
+
+PACKAGE = Path(iscorrect.__file__).parent
+LIBRARY = [path for path in PACKAGE.rglob("*.py") if path.parent.name != "cli"]
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_only_the_command_line_prints_and_parses_arguments(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id != "print", f"line {node.lineno}"
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [getattr(node, "module", "") or "", *(alias.name for alias in node.names)]
+            assert not {"argparse", "redirect_stdout"} & set(names), f"line {node.lineno}"
+            inside = any(name.startswith("iscorrect.cli") for name in names)
+            assert not inside or path.name == "__main__.py", f"line {node.lineno}"
+
+
+def test_every_command_is_a_file_of_one_form():
+    for name, module in COMMANDS.items():
+        assert module.__name__ == f"iscorrect.cli.{name.replace('-', '_')}"
+        assert module.__doc__
+        assert module.HELP
+        assert callable(module.add_arguments)
+        assert callable(module.run)
+
+
+def test_only_main_turns_errors_into_exit_codes():
+    for path in (PACKAGE / "cli").glob("*.py"):
+        caught = [
+            ast.unparse(node.type) for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, ast.ExceptHandler) and node.type is not None
+        ]
+        # a threshold that a preset refuses is not part of a sweep
+        assert ("InputError" in caught) == (path.stem in ("main", "audit")), path

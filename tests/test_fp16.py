@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -344,6 +345,64 @@ def test_what_cannot_be_read_ends_with_code_2_and_why(tmp_path, capsys, make, me
     assert not captured.out
 
 
+def sharded(directory, suffix, missing):
+    """Two shards and an index of a name that one library writes; the second may be missing."""
+    names = [f"{'model' if suffix == 'safetensors' else 'pytorch_model'}-0000{i}-of-00002.{suffix}"
+             for i in (1, 2)]
+    save = save_file if suffix == "safetensors" else torch.save
+    for i, name in enumerate(names):
+        if not (missing and i):
+            save({f"w{i}": torch.ones(2)}, directory / name)
+    return {f"w{i}": name for i, name in enumerate(names)}
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+@pytest.mark.parametrize("index", [True, False])
+@pytest.mark.parametrize("missing", [True, False])
+def test_half_a_checkpoint_is_no_verdict(tmp_path, capsys, suffix, index, missing):
+    weight_map = sharded(tmp_path, suffix, missing)
+    if index:
+        name = "model.safetensors" if suffix == "safetensors" else "pytorch_model.bin"
+        (tmp_path / f"{name}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert main(["fp16-check", str(tmp_path)]) == (2 if missing else 0)
+    told = capsys.readouterr()
+    assert ("download the missing shard" in told.err) == missing
+    assert bool(told.out) != missing
+
+
+def test_every_index_of_a_directory_is_read(tmp_path):
+    for name, scale in (("model.fp16", 1.0), ("model", 1e6)):
+        save_file({"w": torch.ones(2) * scale}, tmp_path / f"{name}.safetensors")
+        (tmp_path / f"{name}.safetensors.index.json").write_text(
+            json.dumps({"weight_map": {"w": f"{name}.safetensors"}})
+        )
+    assert len(audit_fp16(tmp_path).rows) == 2
+    assert len(harmful(audit_fp16(tmp_path))) == 1
+
+
+@pytest.mark.parametrize("weight_map", [{}, {"w": 3}, [1], {"w": "../nowhere"}])
+def test_an_index_of_other_things_is_refused(tmp_path, weight_map):
+    save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(InputError):
+        audit_fp16(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "inner", [{"w": torch.ones(1)}, [torch.ones(1)], {"a": {"b": (torch.ones(1),)}}]
+)
+def test_a_dict_of_state_dicts_is_not_judged_by_what_lies_on_top(inner):
+    with pytest.raises(InputError, match=r"model, .* with tensors of its own.*state\['model'\]"):
+        audit_fp16({"epoch": torch.tensor(1.0), "model": inner})
+
+
+def test_names_that_are_no_text_and_sparse_weights_are_taken(tmp_path):
+    dense = torch.tensor([[0.0, 1e6], [1.0, 0.0]])
+    audit = audit_fp16({3: torch.ones(2), "sparse": dense.to_sparse(), "csr": dense.to_sparse()})
+    assert [row.name for row in audit.rows] == ["3", "sparse", "csr"]
+    assert harmful(audit) == ["sparse", "csr"]
+
+
 def test_a_path_that_is_not_there_and_one_of_another_kind(tmp_path, capsys):
     assert main(["fp16-check", str(tmp_path / "nowhere")]) == 2
     assert "nowhere. Fix: download the checkpoint first" in capsys.readouterr().err
@@ -400,6 +459,32 @@ def test_the_first_module_that_overflows_is_named():
     assert "The first to overflow is layers.1." in str(audit)
     assert "Largest activation: 2.00e+05 at layers.2" in str(audit)
     assert audit.verdict == "not safe"
+
+
+@dataclass
+class Output:
+    parts: list
+    loss: torch.Tensor | None = None
+
+
+class Wrapped(nn.Module):
+    """Takes its tensor by name, and gives it inside a plain dataclass."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Identity()
+
+    def forward(self, x):
+        return Output([self.inner(input=x) * 1e3])
+
+
+def test_tensors_by_name_and_inside_dataclasses_are_seen():
+    model = nn.Sequential(Wrapped())
+    model.append(nn.Linear(1, 1))  # a state dict needs a weight
+    model[1].forward = lambda x: x
+    audit = audit_fp16(model, inputs=[torch.full((1, 4), 100.0)])
+    assert {row.name for row in audit.of("activation")} >= {"0.inner (input)", "0.inner", "0"}
+    assert "0" in harmful(audit)
 
 
 def test_what_functions_make_between_modules_shows_where_a_module_takes_it():

@@ -13,11 +13,11 @@ import torch
 
 from iscorrect import InputError, Layout, parse
 from iscorrect.cli.main import main
-from iscorrect.dumps import LogProbDump, concatenate, read_dump, write_dump
+from iscorrect.dumps import LogProbDump, Tokens, concatenate, read_dump, write_dump
 from iscorrect.loss.ratios import at_level, units
 from iscorrect.report.gather import CORRECTIONS, SAMPLE, summarise
 from iscorrect.report.limits import check_thresholds
-from iscorrect.report.render import headline, tables, to_html, to_markdown, write_report
+from iscorrect.report.render import blocks, headline, tables, to_html, to_markdown, write_report
 
 
 def some_dump(sequences=40, length=50, seed=0, noise=0.2):
@@ -153,6 +153,57 @@ class TestSample:
         assert len(summarise([dump]).sample) == dump.num_tokens
 
 
+class TestEveryDump:
+    def test_a_step_and_a_version_without_counted_tokens_do_no_harm(self):
+        dump = some_dump()
+        mask = dump.mask & (dump.step != 2)[:, None]
+        report = summarise([replace(dump, mask=mask, policy_version=dump.step, group=dump.step)])
+        places = [row["place"] for row in report.places]
+        assert "step 1" in places
+        assert not {"step 2", "policy version 2", "group 2"} & set(places)
+        assert report.sequences == 40
+
+    @pytest.mark.parametrize("tokens", [1, 2])
+    def test_what_so_few_tokens_cannot_tell_is_said_not_to_be_measured(self, tokens):
+        one = -torch.rand(tokens, 1)
+        report = summarise([LogProbDump(
+            rollout_log_probs=one, old_log_probs=one - 0.01, mask=one < 0
+        )])
+        text = "\n".join(map(str, blocks(report)))
+        assert "not measured: too few different ratios" in text
+        assert "unreliable" not in text
+        assert "nan" not in text
+
+    def test_a_field_that_only_some_files_have_is_named(self):
+        dump = some_dump()
+        report = summarise([dump, replace(dump, step=None)])
+        assert report.notes == ["Not in every part of the dump, and so not used for causes: step."]
+        assert report.notes[0] in to_html(report, {})
+        assert report.notes[0] in to_markdown(report)
+        assert report.notes[0] in map(str, blocks(report))
+
+    def test_a_sequence_longer_than_the_sample_is_a_sample_of_its_own(self):
+        one = -torch.rand(1, SAMPLE + 1)
+        longest = LogProbDump(rollout_log_probs=one, old_log_probs=one - 0.01, mask=one < 0)
+        report = summarise([longest], corrections=["uncorrected"])
+        assert len(report.sample) == report.metrics["batch/tokens"] == SAMPLE + 1
+
+    @pytest.mark.slow
+    def test_the_tokens_of_a_dump_are_taken_once(self, tmp_path, monkeypatch):
+        taken = []
+        of = Tokens.of
+        monkeypatch.setattr(Tokens, "of", lambda dump: taken.append(dump) or of(dump))
+        write_report(summarise([some_dump()]), tmp_path)
+        assert len(taken) == 1
+
+    def test_a_sample_of_ragged_sequences_has_the_findings_of_the_whole(self):
+        dump = some_dump()
+        parts = [dump.rows(slice(i, i + 1)) for i in range(40)]
+        apart, together = summarise(parts), summarise([dump])
+        assert apart.findings == together.findings
+        assert apart.advice == together.advice
+
+
 class Page(html.parser.HTMLParser):
     """Collects tags and what they refer to."""
 
@@ -189,8 +240,10 @@ class TestForms:
         assert "script" not in page.tags
 
     def test_names_from_outside_are_escaped(self):
-        report = summarise([some_dump()], source="<script>alert(1)</script>")
+        report = summarise([some_dump()], source="<script>alert(1)</script>![x](y)|`z`")
         assert "<script>" not in to_html(report, {})
+        markdown = to_markdown(report)
+        assert r"\<script\>alert(1)\</script\>\!\[x\](y)\|\`z\`" in markdown
 
     def test_json_has_no_nan(self):
         dump = some_dump()
@@ -200,6 +253,7 @@ class TestForms:
 
 
 class TestCommand:
+    @pytest.mark.slow
     def test_it_writes_the_page_the_numbers_and_every_figure_three_times(self, path, tmp_path):
         pytest.importorskip("matplotlib")
         assert report_main(path, "--out", tmp_path / "out") == 0
@@ -219,6 +273,7 @@ class TestCommand:
         assert len(links) == 8
         assert all((out / link).exists() for link in links)
 
+    @pytest.mark.slow
     def test_text_goes_to_stdout_and_prose_to_stderr(self, path, tmp_path, capsys):
         report_main(path, "--out", tmp_path / "out")
         captured = capsys.readouterr()
@@ -241,7 +296,10 @@ class TestCommand:
         assert "mismatch/kl_k3>0.0001 (it is 0.0" in capsys.readouterr().err
         assert report_main(path, "--json", "--fail-if", "mismatch/kl_k3>100") == 0
 
-    @pytest.mark.parametrize("condition", ["nonsense", "mismatch/kl_k3>many", "mismatch/kl3>1"])
+    @pytest.mark.parametrize(
+        "condition",
+        ["nonsense", "mismatch/kl_k3>many", "mismatch/kl3>1", "mismatch/kl_k3>nan"],
+    )
     def test_a_threshold_that_cannot_be_read_exits_with_2(self, path, capsys, condition):
         assert report_main(path, "--json", "--fail-if", condition) == 2
         assert "Fix:" in capsys.readouterr().err
@@ -267,6 +325,7 @@ class TestCommand:
         cause = json.loads(capsys.readouterr().out)["findings"][0]["cause"]
         assert cause == "nothing beyond numerical noise"
 
+    @pytest.mark.slow
     def test_a_terminal_gets_rich_tables(self, path):
         pytest.importorskip("rich")
         pty = pytest.importorskip("pty")
@@ -316,6 +375,15 @@ def test_env_prints_versions(capsys):
     out = capsys.readouterr().out
     assert re.search(r"^torch +\d", out, re.MULTILINE)
     assert re.search(r"^python +3", out, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_figures_need_no_latex(tmp_path):
+    mpl = pytest.importorskip("matplotlib")
+    with mpl.rc_context({"text.usetex": True}):
+        write_report(summarise([some_dump()]), tmp_path)
+        assert mpl.rcParams["text.usetex"]
+    assert len(list((tmp_path / "figures").glob("*.png"))) == 8
 
 
 def test_figures_are_left_out_without_matplotlib(tmp_path, monkeypatch):

@@ -48,7 +48,7 @@ class CorrectedGRPO:
             Exactly one of the two.
         fused: let :func:`fused_policy_loss` make the policy_loss and its gradients in the forward
             pass. One process or DDP, a text model without adapters, a float32 head.
-        dumps: writes the log-probs of every generation; two in one step share a file.
+        dumps: writes the log-probs of every generation, a file each.
 
     Raises:
         InputError: neither or both were given; a setting of TRL would be ignored or count twice.

@@ -33,7 +33,7 @@ from iscorrect.dumps.dump import (
     concatenate,
 )
 from iscorrect.dumps.rows import DTYPES, canonical, padded, to_numpy
-from iscorrect.dumps.trainers import SLIME_COLUMNS, unknown_dialect
+from iscorrect.dumps.trainers import DIALECT_COLUMNS, SLIME_COLUMNS, unknown_dialect
 from iscorrect.errors import InputError, import_extra, input_error
 from iscorrect.text import visible
 
@@ -41,6 +41,8 @@ PIECE_TOKENS = 2**20
 PIECE_SEQUENCES = 2**14
 
 # Log-probs hardly compress. A file that unpacks to far more than itself is damaged or made to harm.
+PARQUET_ROWS = 16
+
 EXPANSION = 100
 SMALL = 2**26
 SEQUENCES = 2**20
@@ -242,13 +244,15 @@ def _jsonl_rows(path: Path) -> Iterator[Any]:
 def _parquet_rows(path: Path) -> Iterator[Row]:
     parquet = import_extra("read_dump", "pyarrow.parquet", "parquet")
     with parquet.ParquetFile(path) as file:
-        about = file.metadata
-        groups = [about.row_group(i) for i in range(about.num_row_groups)]
-        entries = [g.column(j).num_values for g in groups for j in range(g.num_columns)]
-        check_size(path, unpacked=8 * sum(entries), sequences=about.num_rows)
-        longest = max(entries, default=1) // max(1, min((g.num_rows for g in groups), default=1))
-        rows = max(1, min(256, PIECE_TOKENS // max(1, longest)))
-        for batch in file.iter_batches(batch_size=rows):
+        names = file.schema_arrow.names
+        used = [name for name in names if name in COLUMNS]
+        if not used:
+            raise unknown_dialect(visible(path), names)
+        check_size(path, unpacked=0, sequences=file.metadata.num_rows)
+        unpacked = 0
+        for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=used, use_threads=False):
+            unpacked += batch.nbytes
+            check_size(path, unpacked=unpacked)
             columns = {name: batch.column(name) for name in batch.schema.names}
             for i in range(batch.num_rows):
                 yield {name: _parquet_value(column[i]) for name, column in columns.items()}
@@ -392,6 +396,7 @@ def _slime_columns(columns: dict[Any, Any], path: Path) -> Iterator[Row]:
 
 
 ARRAYS = {*DTYPES, "cu_seqlens"}
+COLUMNS = {*DTYPES, *DIALECT_COLUMNS}
 
 
 def _array_rows(arrays: Mapping[str, Any], known: Iterable[str], path: Path) -> Iterator[Row]:

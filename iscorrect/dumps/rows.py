@@ -110,7 +110,8 @@ def values(x: Any, name: str, where: str) -> Array:
                 raise ValueError("text, or lists of several lengths")
             array = array.astype(np.float64)
         if array.dtype.kind not in kinds and array.size:
-            raise ValueError(f"{array.dtype}")
+            text = f"the text {x!r}" if isinstance(x, str) else "text"
+            raise ValueError(text if array.dtype.kind in "SU" else f"{array.dtype} values")
     except (ValueError, TypeError, OverflowError, RuntimeError) as error:
         what = "whole numbers" if dtype.kind == "i" else "numbers"
         raise input_error(

@@ -60,6 +60,12 @@ SLIME_COLUMNS = (
     "group_index",
 )
 
+DIALECT_COLUMNS = (
+    *SLIME_COLUMNS, "inference_logprobs", "trainer_logprobs", "entropy", "token_ids", "step",
+    "generation_logprobs", "prev_logprobs", "token_loss_mask", "sample_loss_mask",
+)
+"""Every column that a dialect uses."""
+
 DIALECTS: dict[str, Callable[[Row, Path], Row]] = {
     "inference_logprobs trainer_logprobs": _prime_rl,
     "generation_logprobs prev_logprobs": _nemo_rl,

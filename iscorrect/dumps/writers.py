@@ -141,8 +141,7 @@ def _write_parquet(rows: Sequence[Row], path: Path) -> None:
     schema = pyarrow.schema([(name, types[name]) for name in columns])
     table = pyarrow.table(columns, schema=schema)
     parquet.write_table(table, path)
-    entries = sum(np.size(x) for row in rows for x in row.values())
-    if _expands_too_far(8 * entries, path):
+    if _expands_too_far(table.nbytes, path):
         parquet.write_table(table, path, compression="none", use_dictionary=False)
 
 

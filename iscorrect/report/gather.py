@@ -51,7 +51,7 @@ class Report:
         sequences: how many.
         metrics: by flat name; `mismatch/…` and `tail/…` of every token, `batch/…` counts.
         corrections: for each, its `is/…` and `is/bias_mass`.
-        notes: how the corrections were applied, where that is not plain.
+        notes: how the corrections were applied and what was left out, where that is not plain.
         places: where the mismatch is; rows of place, share of tokens, k3, share outside [0.5, 2].
         findings: likely causes.
         advice: what to do.
@@ -203,7 +203,9 @@ def summarise(
     whole = Effects({"uncorrected": uncorrected()})
     compared = Effects({name: parse(name) for name in corrections})
     sums, sampled, sequences = _Sums(), _Sample(), 0
+    fields: list[set[str]] = []
     for piece in pieces:
+        fields.append(set(piece.given()))
         whole.add(piece)
         compared.add(piece)
         tokens = Tokens.of(piece)
@@ -233,7 +235,7 @@ def summarise(
             name: {key: x for key, x in values.items() if key.startswith("is/")}
             for name, values in compared.floats().items()
         },
-        notes=compared.notes(),
+        notes=compared.notes() + _missing(fields),
         places=_places(sums) + _worst_groups(sample),
         findings=findings, sample=sample,
         advice=advise(
@@ -241,6 +243,13 @@ def summarise(
             findings=findings,
         ),
     )
+
+
+def _missing(fields: list[set[str]]) -> list[str]:
+    missing = sorted(fields[0].union(*fields) - fields[0].intersection(*fields))
+    if not missing:
+        return []
+    return [f"Not in every part of the dump, and so not used for causes: {', '.join(missing)}."]
 
 
 def _places(sums: _Sums) -> list[dict[str, Any]]:

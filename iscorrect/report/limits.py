@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import operator
 import re
 from collections.abc import Callable, Sequence
 
-from iscorrect.errors import input_error
+from iscorrect.errors import check_choice, input_error
 
 COMPARISONS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt,
@@ -42,12 +41,7 @@ def check_thresholds(conditions: Sequence[str], metrics: dict[str, float]) -> li
                 "report", "fail-if", expected="a name, one of > < >= <=, and a number",
                 got=repr(condition), fix="pass --fail-if 'mismatch/kl_k3>0.01'",
             ) from None
-        if name not in metrics:
-            near = difflib.get_close_matches(name, metrics, n=1)
-            raise input_error(
-                "report", "fail-if", expected="a metric: " + ", ".join(sorted(metrics)),
-                got=repr(name), fix=f"did you mean {near[0]!r}?" if near else "choose one of these",
-            )
+        check_choice("report", "fail-if", name, sorted(metrics))
         # what cannot be computed cannot pass
         if math.isnan(metrics[name]) or COMPARISONS[comparison](metrics[name], limit):
             broken.append(f"{condition} (it is {metrics[name]:.4g})")

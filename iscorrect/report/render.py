@@ -31,8 +31,8 @@ def headline(report: Report) -> list[tuple[str, str]]:
     """How big, bulk or tail: the first lines of every form of the report."""
     m = report.metrics
     k = m["tail/pareto_k"]
-    if math.isnan(k):
-        tail = "not measured: too few tokens"
+    if not math.isfinite(k):
+        tail = "not measured: too few different ratios"
     else:
         above = "above 0.7: averages of weights are unreliable"
         tail = f"{k:.2f} ({'reliable below 0.7' if k < 0.7 else above})"

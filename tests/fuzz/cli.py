@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import io
+import json
 import os
 import sys
 import tempfile
@@ -12,10 +13,12 @@ from unittest import mock
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
 from iscorrect import PRESETS
 from iscorrect.cli.main import main
 from iscorrect.dumps import write_dump
+from tests.fuzz.dumps import damaged
 from tests.fuzz.samples import SUFFIXES, Failures, random_dump
 
 NUMBERS = ["2", "0", "-1", "nan", "inf", "-inf", "1e400", "abc", "", "none", "0.5", "1e-300", "٣"]
@@ -98,6 +101,31 @@ def source(rng, directory):
     return str(path)
 
 
+def checkpoint(rng, directory):
+    """A check of a directory with shards and an index, of which one may be damaged or missing."""
+    place = directory / "checkpoint"
+    place.mkdir(exist_ok=True)
+    for file in place.iterdir():
+        file.unlink()
+    kind = str(rng.choice(["safetensors", "bin"]))
+    stem = "model" if kind == "safetensors" else "pytorch_model"
+    weight_map = {}
+    for i in (1, 2):
+        name = f"{stem}-0000{i}-of-00002.{kind}"
+        weights = {f"w{i}": torch.randn(4, 3), f"b{i}": torch.ones(2).bfloat16()}
+        (save_file if kind == "safetensors" else torch.save)(weights, place / name)
+        weight_map |= dict.fromkeys(weights, name)
+    if rng.random() < 0.7:
+        (place / f"{stem}.{kind}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    files = sorted(place.iterdir())
+    chosen = files[rng.integers(len(files))]
+    if rng.random() < 0.2:
+        chosen.unlink()
+    elif rng.random() < 0.8:
+        chosen.write_bytes(damaged(rng, chosen.read_bytes()))
+    return ["fp16-check", str(place)]
+
+
 def command(rng, directory):
     """Arguments of some command."""
     kind = rng.integers(10)
@@ -130,6 +158,8 @@ def command(rng, directory):
         where = rng.choice(["", "no/", "taken/"])
         return ["convert", paths[0], str(directory / f"{where}target{end}")]
     if kind < 9:
+        if rng.random() < 0.6:
+            return checkpoint(rng, directory)
         path = directory / f"{NAMES[rng.integers(len(NAMES))]}.pt"
         name, scale = str(rng.choice(["[/0]", *NAMES[:-1]])), float(rng.choice([1, 1e6, 1e-12]))
         state = {name: torch.randn(3) * scale}

@@ -20,7 +20,7 @@ def wrong_numbers(report, dump):
     """The first number of a report that is not the dump's; or None."""
     mask = dump.mask.numpy()
     old, rollout = (x.numpy().astype(float) for x in (dump.old_log_probs, dump.rollout_log_probs))
-    d = (old - rollout)[mask]
+    d = old[mask] - rollout[mask]
     m = report.metrics
     expected = {
         "batch/tokens": mask.sum(), "batch/sequences": len(mask),
