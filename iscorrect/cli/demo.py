@@ -62,8 +62,8 @@ def run(options: argparse.Namespace) -> int:
         if correction.scope == "batch":
             rows.append([*row, "–", "–"])
             continue
-        found = setting.audit(name)
-        rows.append([*row, percent(found.relative_bias), number(setting.relative_std(found))])
+        found = setting.numbers(name)
+        rows.append([*row, percent(found["bias"]), number(found["std"])])
     say("", Table(
         'Model "sharp", BF16 / BF16: every preset, and its gradient on a policy of 81 sequences',
         [*HEADER, "exact bias", "std"], rows,
