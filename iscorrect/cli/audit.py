@@ -381,7 +381,8 @@ def frontier_figure(
 
     figure = Figure(figsize=(7, 5))
     axes = figure.subplots()
-    best, where = float("inf"), (0.0, 0.0, "")
+    distinct = 10 if len(corrections) <= 10 else 20
+    best, where, highest = float("inf"), (0.0, 0.0, ""), 0.0
     for index, correction in enumerate(corrections):
         points = []
         own = correction in setting.losses
@@ -391,15 +392,16 @@ def frontier_figure(
             if row["rmse"] < best:
                 best, where = row["rmse"], (*points[-1], text)
         bias, std = zip(*points, strict=True)
+        highest = max(highest, *std)
         axes.plot(
             bias, std, "D" if own else "o-", markersize=6 if own else 3, label=correction,
-            color=colormaps["tab20"](index % 20),
+            color=colormaps[f"tab{distinct}"](index % distinct),
         )
     axes.plot(*where[:2], "k*", markersize=12, label=f"least error: {where[2]}")
     angle = torch.linspace(0, torch.pi / 2, 90)
     axes.plot(best * angle.cos(), best * angle.sin(), "k:", linewidth=0.8)
     axes.set(xlabel="bias / ‖∇J‖", ylabel=f"standard deviation / ‖∇J‖, {setting.average} sequences")
-    axes.set_ylim(0, 2 * where[1] + best)
+    axes.set_ylim(0, min(3 * where[1] + best, 1.1 * highest))
     axes.set_xlim(left=0)
     axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     return figure

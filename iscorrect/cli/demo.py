@@ -92,12 +92,12 @@ given one at random for each sequence. The last two: enumerated, with the same m
 one. None for pareto-is, which looks at a whole batch.
 """)
     per_token = kl["sharp bfloat16 bfloat16"]
-    gain = per_token / kl["sharp float16 float16"]
+    less = f"{per_token / kl['sharp float16 float16']:.0f} times less"
     write_report(summarise([dump], source='model "sharp", BF16 / BF16'), options.out)
     without = "" if importlib.util.find_spec("matplotlib") else "; its figures need the extra plots"
     say(f"""\
 Which numbers matter
-  KL (k3)            nats per token; for "sharp" {number(per_token)} in BF16, {gain:.0f} times less in FP16.
+  KL (k3)            nats per token; for "sharp" {number(per_token)} in BF16, {less} in FP16.
                      Times the tokens of an answer it says how far apart answers are:
                      {1024 * per_token:.1f} nats for 1,024 tokens.
   ESS of sequences   what weights of whole sequences leave of a batch; it falls with that product.
