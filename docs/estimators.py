@@ -291,7 +291,7 @@ def numbers() -> str:
                 bound = f"{min(limits) / norm:.3f}"
             if not found.exact:
                 bias += f" ± {found.errors['relative_bias']:.3f}"
-            cells += [bias, bound, f"{setting.relative_std(found):.3f}"]
+            cells += [bias, bound, f"{found.relative(setting.average)['std']:.3f}"]
         rows.append(f"| `{preset}` | " + " | ".join(cells) + " |")
     return "\n".join(rows)
 

@@ -41,6 +41,15 @@ def describe(x: object) -> str:
     return type(x).__name__
 
 
+def is_part(x: object) -> bool:
+    """Whether ``x`` can be called on tensors: a callable, and not the class of one.
+
+    >>> is_part(len), is_part(int)
+    (True, False)
+    """
+    return callable(x) and not isinstance(x, type)
+
+
 def check_choice(caller: str, argument: str, value: object, known: Sequence[object]) -> None:
     """Raise unless ``value`` is one of some names.
 

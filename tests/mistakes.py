@@ -383,7 +383,7 @@ def checks_of(family):
     """Every check that a right loss of the family passes, by its column."""
     old = family.old
     every = {
-        "same_as": lambda f: checks.check_same_as(f, family.reference, old=old, packed=True),
+        "same as": lambda f: checks.check_same_as(f, family.reference, old=old, packed=True),
         "weights": lambda f: checks.check_weights(f, family.reference.correction, old=old),
         "sign": lambda f: checks.check_sign(f, old=old),
         "monotone": lambda f: checks.check_monotone(f, old=old),
@@ -395,10 +395,10 @@ def checks_of(family):
         ),
         "padding": lambda f: checks.check_invariant_to_padding(f, old=old),
         "packing": lambda f: checks.check_invariant_to_packing(f, old=old),
-        "microbatching": lambda f: checks.check_invariant_to_microbatching(
+        "micro-batches": lambda f: checks.check_invariant_to_microbatching(
             f, family.normalizer, old=old
         ),
-        "outside_mask": lambda f: checks.check_no_gradient_outside_mask(f, old=old),
+        "outside mask": lambda f: checks.check_no_gradient_outside_mask(f, old=old),
         "finite": lambda f: checks.check_finite(f, old=old),
         "unbiased": checks.check_unbiased,
     }
@@ -428,7 +428,7 @@ def findings(family, loss_fn):
 
 def table():
     """The rows of the page, and how many mistakes are caught."""
-    lines = ["| mistake | in | " + " | ".join(f"`{c}`" for c in COLUMNS) + " |"]
+    lines = ["| mistake | in | " + " | ".join(COLUMNS) + " |"]
     lines.append("|---|---|" + "---|" * len(COLUMNS))
     found = 0
     for name, family, loss_fn in MISTAKES:

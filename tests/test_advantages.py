@@ -43,3 +43,10 @@ def test_a_difference_in_the_last_place_of_float32_is_one(estimator):
 def test_what_is_added_to_the_deviation_is_a_number_that_is_not_negative(eps):
     with pytest.raises(InputError, match="`eps`"):
         group_advantages(torch.ones(2), torch.zeros(2, dtype=torch.int64), eps=eps)
+
+
+def test_a_group_size_in_place_of_ids_is_refused_with_the_ids_to_pass():
+    with pytest.raises(InputError, match="group_size"):
+        group_advantages(torch.ones(4), 2)
+    with pytest.raises(InputError, match="`rewards`"):
+        group_advantages([1.0, 2.0], torch.tensor([0, 0]))

@@ -1,7 +1,10 @@
 """The table and the figure of `iscorrect audit`."""
 
 import argparse
+import csv
+import json
 import math
+import sys
 
 import pytest
 import torch
@@ -96,7 +99,8 @@ def test_the_command_sweeps_and_draws(capsys, tmp_path):
     assert run(arguments(*words)) == 0
     printed = capsys.readouterr().out
     assert "token-tis:cap=2 " in printed.replace("│", " ")
-    assert "icepop" not in printed
+    assert not any(line.startswith("icepop") for line in printed.splitlines())
+    assert "Without the threshold cap: icepop." in printed
     assert file.stat().st_size > 0
 
 
@@ -126,3 +130,84 @@ def test_messages_say_what_there_is(words, message):
     with pytest.raises(InputError) as error:
         run(arguments(*words))
     assert message in str(error.value)
+
+
+OWN = """
+import torch
+from iscorrect import PolicyLoss, sequence_tis
+
+value = PolicyLoss(correction=sequence_tis(1.5), aggregation="seq-mean-token-sum")
+
+def mine(log_probs, *, rollout_log_probs, advantages, mask):
+    d = torch.where(mask, log_probs - rollout_log_probs, 0).sum(-1, keepdim=True).detach()
+    weights = d.exp().clamp(max=1.5)
+    return -(weights * advantages * torch.where(mask, log_probs, 0)).sum() / len(mask)
+
+NUMBER = 3
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    (tmp_path / "my_losses.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "my_losses", raising=False)
+
+
+SMALL = ("sequence-tis:cap=1.5", "--vocab", "2", "--length", "3")
+
+
+@pytest.mark.parametrize("path", ["my_losses:mine", "my_losses:value", "my_losses.py:mine"])
+def test_a_loss_of_ones_own_stands_beside_the_corrections(own, capsys, path):
+    assert run(arguments(*SMALL, "--loss", path, "--json")) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert list(rows) == ["sequence-tis:cap=1.5", path]
+    ours, theirs = rows.values()
+    assert ours == pytest.approx(theirs, abs=1e-12)
+    assert run(arguments(*SMALL, "--loss", path)) == 0
+    assert f"{path}: 0.9" in capsys.readouterr().out
+
+
+def test_numbers_come_as_csv_and_latex(own, capsys):
+    assert run(arguments(*SMALL, "--loss", "my_losses:mine", "--csv")) == 0
+    header, row, mine = csv.reader(capsys.readouterr().out.splitlines())
+    assert header[:3] == ["correction", "bias", "cosine"]
+    assert float(row[1]) == pytest.approx(float(mine[1]), abs=1e-12)
+    assert run(arguments(*SMALL, "--loss", "my_losses:mine", "--latex")) == 0
+    table = capsys.readouterr().out
+    assert r"\texttt{my\_losses:mine} & $0." in table
+    assert table.count(r"\\") == 3
+
+
+def test_the_values_of_a_sweep_may_be_told(capsys):
+    words = ["token-tis", "sequence-tis", "--length", "2", "--sweep", "cap", "--values", "1,3"]
+    assert run(arguments(*words, "--csv")) == 0
+    names = [row[0] for row in csv.reader(capsys.readouterr().out.splitlines())][1:]
+    assert names == ["token-tis:cap=1", "token-tis:cap=3", "sequence-tis:cap=1",
+                     "sequence-tis:cap=3"]
+
+
+def test_corrections_that_are_no_preset_are_audited_too(capsys):
+    text = "correction:level=sequence,bound=truncate(cap=1.5)"
+    assert run(arguments(text, *SMALL, "--json")) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert rows[text] == rows["sequence-tis:cap=1.5"]
+    assert sweep(text) == [text]
+    assert sweep("token-tis:cap=ionides") == ["token-tis:cap=ionides"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--loss", "my_losses:nobody"], "can be imported"),
+        (["--loss", "no_such_module:f"], "no_such_module"),
+        (["--loss", "nowhere.py:f"], "nowhere.py"),
+        (["--loss", "token_loss"], "module:function"),
+        (["--loss", "my_losses:NUMBER"], "called on tensors"),
+        (["--values", "1,2"], "--sweep cap"),
+    ],
+)
+def test_messages_about_a_loss_of_ones_own(own, words, message):
+    with pytest.raises(InputError, match=message):
+        run(arguments("token-tis", *words))

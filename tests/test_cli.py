@@ -20,9 +20,15 @@ from iscorrect.dumps import LogProbDump, write_dump
 
 
 @pytest.fixture(scope="module")
-def demo():
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("demo")
+
+
+@pytest.fixture(scope="module")
+def demo(folder):
     command = [sys.executable, "-m", "iscorrect", "demo"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    return done.stdout
 
 
 def test_the_demo_shows_every_precision_pair_and_every_preset(demo):
@@ -33,9 +39,19 @@ def test_the_demo_shows_every_precision_pair_and_every_preset(demo):
         assert sum(line.startswith(pair) for line in lines) == len(MODELS)
 
 
-def test_the_demo_ends_with_the_line_to_write(demo):
-    assert "loss, metrics = iscorrect.token_tis_loss(" in demo
-    assert demo.rstrip().splitlines()[-1].startswith("Your own rollouts: iscorrect compare")
+def test_the_demo_ends_with_a_page_to_look_at_and_the_next_step_of_each_use(demo, folder):
+    assert (folder / "iscorrect-demo" / "report.html").stat().st_size > 10_000
+    end = demo.partition("Which numbers matter")[2]
+    for word in ("KL (k3)", "iscorrect-demo/report.html", "iscorrect.token_tis_loss(",
+                 "check_same_as(", "iscorrect report DUMPS"):
+        assert word in end
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"iscorrect {iscorrect.__version__}\n"
 
 
 def test_the_demo_shows_sequence_is_without_bias(demo):

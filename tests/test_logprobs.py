@@ -213,3 +213,19 @@ def test_a_target_that_was_not_shifted_is_recognised():
     logits, _ = make(2, 3, dtype=torch.float32)
     with pytest.raises(InputError, match=r"target\[\.\.\., 1:\]"):
         log_probs_from_logits(logits, torch.zeros(2, 4, dtype=torch.int64))
+
+
+def test_targets_outside_the_mask_may_be_anything():
+    logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    target = torch.tensor([[0, 4, -100], [2, -100, 999]])
+    mask = (target >= 0) & (target < 5)
+    found = log_probs_from_logits(logits, target, mask=mask)
+    plain = log_probs_from_logits(logits, torch.where(mask, target, 0))
+    assert torch.equal(found, torch.where(mask, plain, 0))
+    found.sum().backward()
+    assert not logits.grad[~mask].any()
+    assert logits.grad[mask].abs().sum(-1).all()
+    kept = torch.tensor([0, 2, 4]).expand(2, 3, 3)
+    assert log_probs_from_logits(logits, target, mask=mask, support=kept)[mask].isfinite().all()
+    with pytest.raises(InputError, match="like `target`"):
+        log_probs_from_logits(logits, target, mask=mask[:1])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import warnings
 
 import numpy as np
 import oracle
@@ -583,3 +584,27 @@ def test_a_normalizer_is_a_positive_number(normalizer):
 def test_metrics_add_up_with_sum():
     metrics = [PolicyLoss()(**three_tokens()).metrics for _ in range(3)]
     assert sum(metrics)["batch/tokens"] == 9
+
+
+def test_a_clip_without_old_log_probs_says_that_it_never_clips():
+    x, mask = torch.full((1, 2), -1.0), torch.ones(1, 2, dtype=torch.bool)
+    loss_fn = PolicyLoss(objective=ic.PPOClip())
+    given = {"rollout_log_probs": x, "advantages": x, "mask": mask}
+    with pytest.warns(UserWarning, match="nothing is ever clipped"):
+        loss_fn(x.clone().requires_grad_(), **given)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss_fn(x.clone().requires_grad_(), old_log_probs=x, **given)
+        PolicyLoss()(x.clone().requires_grad_(), **given)
+
+
+def test_a_correction_of_the_whole_batch_says_that_it_sees_a_part():
+    x, mask = torch.full((1, 2), -1.0), torch.ones(1, 2, dtype=torch.bool)
+    loss_fn = PolicyLoss(correction=ic.Correction(normalize=True))
+    given = {"rollout_log_probs": x, "advantages": x, "mask": mask}
+    with pytest.warns(UserWarning, match="micro-batches will not add up"):
+        loss_fn(x.clone().requires_grad_(), normalizer=8.0, **given)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss_fn(x.clone().requires_grad_(), **given)
+        PolicyLoss()(x.clone().requires_grad_(), normalizer=8.0, **given)

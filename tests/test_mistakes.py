@@ -21,7 +21,7 @@ def profile():
 @pytest.mark.parametrize(("mistake", "family", "loss_fn"), MISTAKES, ids=NAMES)
 def test_a_reference_or_micro_batches_catch_the_mistake(mistake, family, loss_fn):
     found = checks_of(family)
-    assert caught(found["same_as"], loss_fn) or caught(found["microbatching"], loss_fn)
+    assert caught(found["same as"], loss_fn) or caught(found["micro-batches"], loss_fn)
 
 
 @pytest.mark.slow
@@ -39,7 +39,7 @@ def test_a_right_loss_in_float32_passes_the_checks_that_compare(family):
         return family.loss()(log_probs.float(), mask=mask, **narrow)
 
     found = checks_of(family)
-    for name in ("same_as", "weights", "sign", "identity", "padding", "packing"):
+    for name in ("same as", "weights", "sign", "identity", "padding", "packing"):
         found[name](in_float32)
     if family.unbiased:
         found["unbiased"](in_float32)

@@ -3,6 +3,7 @@
 import itertools
 import json
 
+import components
 import pytest
 from hypothesis import given
 
@@ -18,7 +19,7 @@ from iscorrect import (
     to_dict,
     to_text,
 )
-from iscorrect.loss import specs
+from iscorrect.loss import bounds, caps, rules, specs, terms
 from iscorrect.testing.strategies import corrections, losses
 
 omegaconf = pytest.importorskip("omegaconf")
@@ -146,14 +147,9 @@ def test_what_is_a_part_already_is_taken_as_it_is():
 
 
 def test_every_part_of_the_library_has_a_name():
-    tables = (specs.BOUNDS, specs.CAPS, specs.RULES, OBJECTIVES, AGGREGATIONS)
-    named = {kind for table in tables for kind in table.values()}
-    for module, base in ((ic.loss.bounds, "bounds"), (ic.loss.rules, "rules"),
-                         (ic.loss.caps, "caps"), (ic.loss.objectives, "objectives")):
-        for value in vars(module).values():
-            part = isinstance(value, type) and value.__module__ == f"iscorrect.loss.{base}"
-            if part and callable(value) and hasattr(value, "__dataclass_fields__"):
-                assert value in named, value
+    for module, table in ((bounds, specs.BOUNDS), (rules, specs.RULES), (caps, specs.CAPS),
+                          (terms, specs.REFERENCE)):
+        assert set(components.parts(module).values()) == set(table.values())
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import csv
+import importlib.util
 import inspect
-import math
+import io
+import json
+import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,14 +21,14 @@ from torch import Tensor
 
 from iscorrect.cli.arguments import positive, seed
 from iscorrect.cli.terminal import say
-from iscorrect.errors import InputError, import_extra, input_error
+from iscorrect.errors import InputError, import_extra, input_error, is_part
 from iscorrect.loss.policy_loss import PolicyLoss
 from iscorrect.loss.presets import PRESETS
-from iscorrect.loss.specs import parse
-from iscorrect.testing.audit import Audit, audit
+from iscorrect.loss.specs import parse, read
+from iscorrect.testing.audit import Audit, LossFn, audit
 from iscorrect.testing.mismatch import parse_mismatch, token_sigma
 from iscorrect.testing.tabular import TabularPolicy, chi2, kl
-from iscorrect.text import Table
+from iscorrect.text import Table, finite
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,12 +50,14 @@ class Setting:
         rollout_policy: μ.
         reward: "n", also the advantage.
         average: sequences that an estimate averages over.
+        losses: of one's own, by name, see :data:`iscorrect.testing.audit.LossFn`.
     """
 
     policy: TabularPolicy
     rollout_policy: TabularPolicy
     reward: Tensor
     average: int
+    losses: Mapping[str, LossFn] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -66,53 +74,60 @@ class Setting:
         return cls(policy, parse_mismatch(mismatch)(policy), reward, average)
 
     def audit(self, correction: str) -> Audit:
-        """The audit of a correction, given as :func:`iscorrect.parse` reads it.
+        """The audit of a correction, given as :func:`iscorrect.parse` reads it, or of a loss.
 
         Corrections that look at the whole batch are sampled in batches of ``average``.
 
         >>> Setting.of("noise=0.1").audit("sequence-is").exact
         True
         """
-        loss_fn = PolicyLoss(correction=parse(correction), aggregation="seq-mean-token-sum")
         case = (self.policy, self.rollout_policy, self.reward)
+        if correction in self.losses:
+            return audit(self.losses[correction], *case)
+        loss_fn = PolicyLoss(correction=parse(correction), aggregation="seq-mean-token-sum")
         if loss_fn.scope == "batch":
             return audit(loss_fn, *case, batch=self.average, samples=SAMPLES)
         return audit(loss_fn, *case)
 
-    def relative_std(self, found: Audit) -> float:
-        """Standard deviation of the average, over ‖∇J‖."""
-        return found.std / math.sqrt(self.average / found.batch) / float(found.target.norm())
-
-    def relative_error(self, found: Audit) -> float:
-        """Root mean squared error of the average, over ‖∇J‖."""
-        return math.sqrt(found.mse(self.average)) / float(found.target.norm())
+    def numbers(self, name: str) -> dict[str, float]:
+        """The row of a table in numbers, see :meth:`iscorrect.testing.Audit.relative`."""
+        return self.audit(name).relative(self.average)
 
 
-def sweep(correction: str) -> list[str]:
-    """A correction at thresholds around its own, which the sweep leaves in the middle.
+def sweep(correction: str, values: Sequence[float] = ()) -> list[str]:
+    """A correction at several values of its threshold.
 
-    Bounds above 1 are raised to powers from 1/8 to 8, others multiplied by them; what the preset
-    refuses is left out. A correction without a threshold is returned alone.
+    Args:
+        correction: as :func:`iscorrect.parse` reads it.
+        values: of the threshold. None given: around its own, which is left in the middle; bounds
+            above 1 are raised to powers from 1/8 to 8, others multiplied by them.
+
+    Returns:
+        What the preset does not refuse; a correction without a threshold alone.
 
     >>> sweep("token-tis:cap=4")[::6]
     ['token-tis:cap=1.18921', 'token-tis:cap=4', 'token-tis:cap=65536']
+    >>> sweep("token-tis", [1, 2.5])
+    ['token-tis:cap=1', 'token-tis:cap=2.5']
     >>> sweep("sequence-is")
     ['sequence-is']
     """
-    name = threshold(correction)
-    preset, _, arguments = correction.partition(":")
-    given = dict(argument.split("=") for argument in arguments.split(",") if argument)
-    default = given.pop(name, inspect.signature(PRESETS[preset]).parameters[name].default) if (
-        name is not None
-    ) else None
-    if default in (None, "none"):
+    key = threshold(correction)
+    if key is None:
         return [correction]
-    middle = float(default)
+    given = read("audit", correction)
+    name = given.pop("name")
+    default = given.pop(key, inspect.signature(PRESETS[name]).parameters[key].default)
+    if not values:
+        try:
+            middle = float(default)
+        except (TypeError, ValueError):
+            return [correction]
+        values = [middle**x if middle > 1 else middle * x for x in FACTORS]
     found = []
-    for factor in FACTORS:
-        value = middle**factor if middle > 1 else middle * factor
-        swept = given | {str(name): f"{value:.6g}"}
-        text = f"{preset}:" + ",".join(f"{key}={value}" for key, value in swept.items())
+    for value in values:
+        swept = given | {key: f"{value:.6g}"}
+        text = f"{name}:" + ",".join(f"{k}={v}" for k, v in swept.items())
         try:
             parse(text)
         except InputError:
@@ -128,8 +143,49 @@ def threshold(correction: str) -> str | None:
     'high'
     """
     parse(correction)
-    parameters = inspect.signature(PRESETS[correction.partition(":")[0]]).parameters
-    return next((name for name in THRESHOLDS if name in parameters), None)
+    name = read("audit", correction)["name"]
+    parameters = inspect.signature(PRESETS[name]).parameters if name in PRESETS else {}
+    return next((key for key in THRESHOLDS if key in parameters), None)
+
+
+def load_loss(path: str) -> LossFn:
+    """A loss of one's own.
+
+    Args:
+        path: ``module:name`` or ``file.py:name``; modules are also looked for in the folder that
+            the command was started in.
+
+    Raises:
+        InputError: there is no such module or name, or it cannot be called.
+    """
+    module, _, name = path.rpartition(":")
+    try:
+        if module.endswith(".py"):
+            found = getattr(_module_of(Path(module)), name)
+        else:
+            sys.path.insert(0, str(Path.cwd()))
+            found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError, OSError) as error:
+        raise input_error(
+            "audit", "--loss", expected="module:function or file.py:function that can be imported",
+            got=f"{path!r} ({error})", fix="pass --loss my_losses:token_loss",
+        ) from error
+    if not is_part(found):
+        raise input_error(
+            "audit", "--loss", expected="a function, or a loss such as a PolicyLoss",
+            got=f"{path!r}, {type(found).__name__}", fix="name what is called on tensors",
+        )
+    loss: LossFn = found
+    return loss
+
+
+def _module_of(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -161,6 +217,20 @@ def add_arguments(parser: ArgumentParser) -> None:
         + ", ".join(THRESHOLDS),
     )
     parser.add_argument(
+        "--values", type=_numbers, default=(), metavar="X,Y,…",
+        help="with --sweep or --plot: these values in place of some around each threshold",
+    )
+    parser.add_argument(
+        "--loss", action="append", default=[], metavar="MODULE:NAME",
+        help="a loss of your own beside them, called as loss(log_probs, *, rollout_log_probs,"
+        " advantages, mask), summing over tokens and averaging over sequences; repeatable",
+    )
+    form = parser.add_mutually_exclusive_group()
+    for kind, purpose in FORMS.items():
+        form.add_argument(
+            f"--{kind}", dest="form", action="store_const", const=kind, help=purpose
+        )
+    parser.add_argument(
         "--plot", type=Path, metavar="FILE",
         help="figure of bias against standard deviation over each correction's threshold",
     )
@@ -168,38 +238,90 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(arguments: Namespace) -> int:
     """0."""
+    losses = {path: load_loss(path) for path in arguments.loss}
     corrections = arguments.corrections or list(PRESETS)
-    setting = Setting.of(
-        arguments.mismatch, vocab=arguments.vocab, length=arguments.length,
-        average=arguments.average, seed=arguments.seed,
-    )
-    rows = corrections
-    if arguments.sweep is not None:
-        rows = [
-            text for correction in corrections if threshold(correction) == arguments.sweep
-            for text in sweep(correction)
-        ]
-    if not rows:
-        raise input_error(
-            "audit", "--sweep", expected="the threshold of one of the corrections",
-            got=repr(arguments.sweep),
-            fix="choose from " + ", ".join(f"{c}: {threshold(c)}" for c in corrections),
-        )
-    pair = (setting.policy, setting.rollout_policy)
-    title = (
-        f"{arguments.mismatch}: σ {token_sigma(*pair):.3g} nats per token,"
-        f" KL(μ‖π) {float(kl(*reversed(pair))):.3g}, χ²(π‖μ) {float(chi2(*pair)):.3g}"
+    setting = replace(
+        Setting.of(
+            arguments.mismatch, vocab=arguments.vocab, length=arguments.length,
+            average=arguments.average, seed=arguments.seed,
+        ),
+        losses=losses,
     )
     if arguments.plot is not None:
         _check_figure(arguments.plot)
-    say(Table(title, HEADER, audit_rows(setting, rows)), (
-        f"\nThe gradient of {setting.average} sequences, in units of ‖∇J‖; * the least error."
-        f" {arguments.vocab} tokens, {arguments.length} steps: {len(setting.reward)} sequences,"
-        " all enumerated; ± where batches were sampled."
-    ))
+    rows, note = corrections, ""
+    if arguments.sweep is not None:
+        swept = [c for c in corrections if threshold(c) == arguments.sweep]
+        rows = [text for c in swept for text in sweep(c, arguments.values)]
+        left = [c for c in corrections if c not in swept]
+        note = f" Without the threshold {arguments.sweep}: {', '.join(left)}." if left else ""
+        if not rows:
+            raise input_error(
+                "audit", "--sweep", expected="the threshold of one of the corrections",
+                got=repr(arguments.sweep),
+                fix="choose from " + ", ".join(f"{c}: {threshold(c)}" for c in corrections),
+            )
+    elif arguments.values and arguments.plot is None:
+        raise input_error(
+            "audit", "--values", expected="with --sweep or --plot", got="alone",
+            fix="pass --sweep cap",
+        )
+    rows = [*rows, *losses]
+    if arguments.form is not None:
+        say(WRITERS[arguments.form]({name: setting.numbers(name) for name in rows}))
+    else:
+        pair = (setting.policy, setting.rollout_policy)
+        title = (
+            f"{arguments.mismatch}: σ {token_sigma(*pair):.3g} nats per token,"
+            f" KL(μ‖π) {float(kl(*reversed(pair))):.3g}, χ²(π‖μ) {float(chi2(*pair)):.3g}"
+        )
+        say(Table(title, HEADER, audit_rows(setting, rows)), (
+            f"\nThe gradient of {setting.average} sequences, in units of ‖∇J‖; * the least error."
+            f" {arguments.vocab} tokens, {arguments.length} steps: {len(setting.reward)} sequences,"
+            f" all enumerated; ± where batches were sampled.{note}"
+        ), *map(partial(_multiple, setting), losses))
     if arguments.plot is not None:
-        frontier_figure(setting, corrections).savefig(arguments.plot, bbox_inches="tight")
+        figure = frontier_figure(setting, [*corrections, *losses], arguments.values)
+        figure.savefig(arguments.plot, bbox_inches="tight")
     return 0
+
+
+def _multiple(setting: Setting, name: str) -> str:
+    """What a loss of one's own has for a scale, which its bias contains."""
+    return f"{name}: {setting.audit(name).scale:.3g} ∇J is nearest to its expected gradient."
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(x) for x in text.split(",")]
+
+
+def as_csv(rows: Mapping[str, Mapping[str, float]]) -> str:
+    """A table as comma-separated values."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["correction", *next(iter(rows.values()))])
+    writer.writerows([name, *numbers.values()] for name, numbers in rows.items())
+    return file.getvalue().rstrip("\n")
+
+
+def as_latex(rows: Mapping[str, Mapping[str, float]]) -> str:
+    """A table for a paper, with the rules of the package booktabs."""
+    columns = HEADER[1:]
+    lines = [
+        r"\begin{tabular}{l" + "r" * len(columns) + "}", r"\toprule",
+        " & ".join(["correction", *columns]) + r" \\", r"\midrule",
+    ]
+    for name, numbers in rows.items():
+        text = name.replace("_", r"\_").replace("%", r"\%").replace("&", r"\&")
+        cells = [f"${value:.3f}$" for value in list(numbers.values())[: len(columns)]]
+        lines.append(" & ".join([rf"\texttt{{{text}}}", *cells]) + r" \\")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"])
+
+
+FORMS = {"json": "all numbers, for machines", "csv": "the same as a table", "latex": "for a paper"}
+WRITERS = {
+    "json": lambda rows: json.dumps(finite(rows), indent=2), "csv": as_csv, "latex": as_latex,
+}
 
 
 def _check_figure(path: Path) -> None:
@@ -225,27 +347,30 @@ def audit_rows(setting: Setting, corrections: Sequence[str]) -> list[list[str]]:
     >>> audit_rows(Setting.of("noise=0.2", vocab=2, length=2), ["sequence-is"])[0][:3]
     ['sequence-is', '0.000', '1.000']
     """
-    audits = [setting.audit(correction) for correction in corrections]
-    best = min(audits, key=setting.relative_error)
+    audits = {name: setting.audit(name) for name in corrections}
+    numbers = {name: found.relative(setting.average) for name, found in audits.items()}
+    best = min(numbers, key=lambda name: numbers[name]["rmse"])
     return [
         [
-            correction,
-            f"{found.relative_bias:.3f}"
-            + ("" if found.exact else f" ± {found.errors['relative_bias']:.3f}"),
-            f"{found.cosine:.3f}", f"{setting.relative_std(found):.3f}",
-            f"{setting.relative_error(found):.3f}{'*' if found is best else ' '}",
-            f"{found.mean_weight:.3f}", f"{found.ess:.3f}",
+            name,
+            f"{row['bias']:.3f}" + ("" if audits[name].exact else f" ± {row['bias_error']:.3f}"),
+            f"{row['cosine']:.3f}", f"{row['std']:.3f}",
+            f"{row['rmse']:.3f}{'*' if name == best else ' '}",
+            f"{row['mean_weight']:.3f}", f"{row['ess']:.3f}",
         ]
-        for correction, found in zip(corrections, audits, strict=True)
+        for name, row in numbers.items()
     ]
 
 
-def frontier_figure(setting: Setting, corrections: Sequence[str]) -> Figure:
+def frontier_figure(
+    setting: Setting, corrections: Sequence[str], values: Sequence[float] = ()
+) -> Figure:
     """Bias against standard deviation, one curve per correction over its threshold.
 
     Args:
         setting: what they are compared on.
-        corrections: as :func:`iscorrect.parse` reads them.
+        corrections: as :func:`iscorrect.parse` reads them, and names of the setting's losses.
+        values: of the thresholds, see :func:`sweep`.
 
     Returns:
         Axes in units of ‖∇J‖. A star marks the least root mean squared error, and the dotted circle
@@ -256,23 +381,27 @@ def frontier_figure(setting: Setting, corrections: Sequence[str]) -> Figure:
 
     figure = Figure(figsize=(7, 5))
     axes = figure.subplots()
-    best, where = float("inf"), (0.0, 0.0, "")
+    distinct = 10 if len(corrections) <= 10 else 20
+    best, where, highest = float("inf"), (0.0, 0.0, ""), 0.0
     for index, correction in enumerate(corrections):
         points = []
-        for text in sweep(correction):
-            found = setting.audit(text)
-            points.append((found.relative_bias, setting.relative_std(found)))
-            if setting.relative_error(found) < best:
-                best, where = setting.relative_error(found), (*points[-1], text)
+        own = correction in setting.losses
+        for text in [correction] if own else sweep(correction, values):
+            row = setting.numbers(text)
+            points.append((row["bias"], row["std"]))
+            if row["rmse"] < best:
+                best, where = row["rmse"], (*points[-1], text)
         bias, std = zip(*points, strict=True)
+        highest = max(highest, *std)
         axes.plot(
-            bias, std, "o-", markersize=3, label=correction,
-            color=colormaps["tab20"](index % 20),
+            bias, std, "D" if own else "o-", markersize=6 if own else 3, label=correction,
+            color=colormaps[f"tab{distinct}"](index % distinct),
         )
     axes.plot(*where[:2], "k*", markersize=12, label=f"least error: {where[2]}")
     angle = torch.linspace(0, torch.pi / 2, 90)
     axes.plot(best * angle.cos(), best * angle.sin(), "k:", linewidth=0.8)
     axes.set(xlabel="bias / ‖∇J‖", ylabel=f"standard deviation / ‖∇J‖, {setting.average} sequences")
-    axes.set_ylim(0, 3 * where[1] + best)
+    axes.set_ylim(0, min(3 * where[1] + best, 1.1 * highest))
+    axes.set_xlim(left=0)
     axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     return figure

@@ -1,45 +1,62 @@
-"""Real rollouts, every preset, and the line to write in a training loop."""
+"""Real rollouts, every preset, a report, and what to do next."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
+from pathlib import Path
 
 from iscorrect.cli.audit import Setting
 from iscorrect.cli.rollouts import MODELS, PAIRS, shipped_rollouts
 from iscorrect.cli.terminal import say
 from iscorrect.loss.presets import PRESETS, sequence_is, token_is
 from iscorrect.report.effects import HEADER, effect_row, effects
-from iscorrect.text import Table, number, percent
+from iscorrect.report.gather import summarise
+from iscorrect.report.render import write_report
+from iscorrect.text import Table, number, percent, visible
 
 HELP = "real rollouts and every preset, in seconds"
 
 SHORT = {"float32": "FP32", "bfloat16": "BF16", "float16": "FP16"}
 
-LINE = """\
-In a training loop:
+NEXT = """\
+In a training loop
 
     loss, metrics = iscorrect.token_tis_loss(
         log_probs, rollout_log_probs=rollout_log_probs, advantages=advantages, mask=mask
     )
 
-Your own rollouts: iscorrect compare FILE --correction token-tis:cap=2 --correction sequence-mis"""
+In the tests of a loss of your own
+
+    from iscorrect.testing.checks import check_same_as
+    check_same_as(my_loss, iscorrect.PolicyLoss(correction=iscorrect.token_tis(cap=2.0)))
+
+For a run of your own: write dumps with iscorrect.dumps.DumpWriter, then
+
+    iscorrect report DUMPS"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """``iscorrect demo`` has none."""
+    """The arguments of ``iscorrect demo``."""
+    parser.add_argument(
+        "--out", type=Path, default=Path("iscorrect-demo"), metavar="DIR",
+        help="where the report on one pair goes (default: %(default)s)",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     """0."""
     say("64 sequences of 128 tokens, sampled by vLLM, scored by Hugging Face transformers.",
         "Same weights, same tokens, and yet other probabilities:")
+    kl: dict[str, float] = {}
     for model in MODELS:
         rows = []
         for rollout, trainer in PAIRS:
             dump = shipped_rollouts(model, rollout, trainer)
             seen = effects([dump], {"token": token_is(), "sequence": sequence_is()}).floats()
             m = seen["token"]
+            kl[f"{model} {rollout} {trainer}"] = m["mismatch/kl_k3"]
             rows.append([
                 f"{SHORT[rollout]} / {SHORT[trainer]}",
                 number(m["mismatch/log_prob_diff/mean"]), number(m["mismatch/log_prob_diff/max"]),
@@ -53,7 +70,8 @@ def run(options: argparse.Namespace) -> int:
         ))
 
     presets = {name: preset() for name, preset in PRESETS.items()}
-    seen = effects([shipped_rollouts("sharp", "bfloat16", "bfloat16")], presets).floats()
+    dump = shipped_rollouts("sharp", "bfloat16", "bfloat16")
+    seen = effects([dump], presets).floats()
     sigma = math.sqrt(2 * seen["token-is"]["mismatch/kl_k2"])
     setting = Setting.of(f"noise={sigma}", length=4, average=1)
     rows = []
@@ -62,8 +80,8 @@ def run(options: argparse.Namespace) -> int:
         if correction.scope == "batch":
             rows.append([*row, "–", "–"])
             continue
-        found = setting.audit(name)
-        rows.append([*row, percent(found.relative_bias), number(setting.relative_std(found))])
+        found = setting.numbers(name)
+        rows.append([*row, percent(found["bias"]), number(found["std"])])
     say("", Table(
         'Model "sharp", BF16 / BF16: every preset, and its gradient on a policy of 81 sequences',
         [*HEADER, "exact bias", "std"], rows,
@@ -72,6 +90,21 @@ Left of the last two columns: on the rollouts above; presets that look at the ad
 given one at random for each sequence. The last two: enumerated, with the same mismatch per token
 (σ = {number(sigma)}), bias and standard deviation of one sequence's gradient, relative to the true
 one. None for pareto-is and m2po, which look at a whole batch.
+""")
+    per_token = kl["sharp bfloat16 bfloat16"]
+    less = f"{per_token / kl['sharp float16 float16']:.0f} times less"
+    write_report(summarise([dump], source='model "sharp", BF16 / BF16'), options.out)
+    without = "" if importlib.util.find_spec("matplotlib") else "; its figures need the extra plots"
+    say(f"""\
+Which numbers matter
+  KL (k3)            nats per token; for "sharp" {number(per_token)} in BF16, {less} in FP16.
+                     Times the tokens of an answer it says how far apart answers are:
+                     {1024 * per_token:.1f} nats for 1,024 tokens.
+  ESS of sequences   what weights of whole sequences leave of a batch; it falls with that product.
+  exact bias, std    what a correction gains and costs: sequence-is has no bias, and the largest
+                     deviation as answers grow long.
 
-{LINE}""")
+To look at: {visible(options.out)}/report.html, the report on this pair{without}
+
+{NEXT}""")
     return 0

@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Sequence
 from types import ModuleType
 
+from iscorrect import __version__
 from iscorrect.cli import audit, compare, convert, demo, env, fp16_check, report
 from iscorrect.cli.terminal import encode_anything, tell
 from iscorrect.errors import InputError
@@ -37,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="iscorrect", description="Corrected policy-gradient losses: what corrections do.",
         epilog=CODES, formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"iscorrect {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():
         command = commands.add_parser(

@@ -9,9 +9,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from iscorrect.errors import describe, input_error
+from iscorrect.errors import check_mask, describe, input_error
 from iscorrect.gradients import differentiates_once
 from iscorrect.head.support import Support, check_support, check_target
+from iscorrect.layout import masked
 
 CPU_BLOCK, GPU_BLOCK = 1 << 19, 1 << 23
 """Logits that are upcast at a time, so that they stay in a cache."""
@@ -21,6 +22,7 @@ def log_probs_from_logits(
     logits: Tensor,
     target: Tensor,
     *,
+    mask: Tensor | None = None,
     temperature: float = 1.0,
     support: Tensor | Support | None = None,
     inplace_backward: bool = False,
@@ -35,7 +37,9 @@ def log_probs_from_logits(
 
     Args:
         logits: "... v".
-        target: int "...", in [0, v).
+        target: int "...", in [0, v) where it counts.
+        mask: bool "...", the tokens that count; targets elsewhere may be anything, such as −100.
+            None: all.
         temperature: τ > 0, the sampler's.
         support: S, the kept ids, each once: int "... k" with −1 for unused places, or a
             :class:`Support`. None: the whole vocabulary.
@@ -43,7 +47,8 @@ def log_probs_from_logits(
             do not read them again; otherwise it is the one copy of them that is made.
 
     Returns:
-        "...", nats, ≤ 0, float32 or wider. −inf where the target is not in its support.
+        "...", nats, ≤ 0, float32 or wider. −inf where the target is not in its support, 0 outside
+        the mask.
 
     Raises:
         InputError: shapes differ, the target is not an integer, or the temperature is not positive.
@@ -55,6 +60,13 @@ def log_probs_from_logits(
     tensor([-0.6931])
     """
     _check(logits, target, temperature, support)
+    if mask is not None:
+        _check_like_target(mask, target)
+        counted = log_probs_from_logits(
+            logits, torch.where(mask, target, 0), temperature=temperature, support=support,
+            inplace_backward=inplace_backward,
+        )
+        return masked(counted, mask)
     target = target.long()
     if support is None and not torch.compiler.is_compiling():
         result: Tensor = _LogProbs.apply(logits, target, temperature, inplace_backward)  # type: ignore[no-untyped-call]
@@ -72,6 +84,16 @@ def log_probs_from_logits(
     chosen = logits.gather(-1, rearrange(target, "... -> ... 1")).to(wide) / temperature
     normalizer = torch.logsumexp(logits.to(wide) / temperature, dim=-1)
     return rearrange(chosen, "... 1 -> ...") - normalizer
+
+
+def _check_like_target(mask: Tensor, target: Tensor) -> None:
+    check_mask("log_probs_from_logits", mask)
+    if mask.shape != target.shape:
+        raise input_error(
+            "log_probs_from_logits", "mask", got=describe(mask),
+            expected=f"of shape {tuple(target.shape)} like `target`",
+            fix="pass the mask of the target tokens",
+        )
 
 
 class _LogProbs(torch.autograd.Function):

@@ -54,15 +54,18 @@ def group_advantages(
     >>> group_advantages(torch.tensor([1.0, 0.0, 1.0]), torch.tensor([7, 7, 7]), estimator="rloo")
     tensor([ 0.5000, -1.0000,  0.5000])
     """
-    if rewards.ndim != 1 or not rewards.is_floating_point():
+    numbers = isinstance(rewards, Tensor) and rewards.is_floating_point()
+    if not numbers or rewards.ndim != 1:
         raise input_error(
             "group_advantages", "rewards", expected="a floating-point tensor `b`",
             got=describe(rewards), fix="pass one reward per response",
         )
-    if group_ids.shape != rewards.shape or group_ids.is_floating_point():
+    ids = isinstance(group_ids, Tensor) and not group_ids.is_floating_point()
+    if not ids or group_ids.shape != rewards.shape:
         raise input_error(
             "group_advantages", "group_ids", expected=f"an integer tensor {tuple(rewards.shape)}",
-            got=describe(group_ids), fix="pass one prompt id per response",
+            got=describe(group_ids),
+            fix="pass one prompt id per response, such as torch.arange(b) // group_size",
         )
     if keep is not None:
         check_mask("group_advantages", keep)

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from iscorrect.errors import check_number, input_error
+from iscorrect.errors import check_number, input_error, is_part
 from iscorrect.loss.caps import Limit
 from iscorrect.loss.divergences import expm1
 from iscorrect.loss.evidence import Evidence, Scope, scope_of, widest
@@ -273,7 +273,7 @@ class ByAge:
 
 
 def _check_limit(caller: str, name: str, limit: object) -> None:
-    if not callable(limit):
+    if not is_part(limit):
         what = "a cap on the ratio itself, not on its log; or a callable (ratio, evidence) -> cap"
         check_number(caller, name, limit, what, above=0, fix=f"pass {name}=2.0")
 

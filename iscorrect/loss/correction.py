@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from iscorrect.errors import check_choice, check_per_token, input_error
+from iscorrect.errors import check_choice, check_per_token, input_error, is_part
 from iscorrect.layout import Layout, as_layout, masked
 from iscorrect.loss.bounds import Bound
 from iscorrect.loss.evidence import Evidence, Given, Scope, level_scope, scope_of, widest
@@ -71,14 +71,14 @@ class Correction:
     def __post_init__(self) -> None:
         check_level("Correction", self.level)
         check_choice("Correction", "nonfinite", self.nonfinite, get_args(Nonfinite))
-        if self.bound is not None and not callable(self.bound):
+        if self.bound is not None and not is_part(self.bound):
             raise input_error(
                 "Correction", "bound", expected="None or a callable (ratio, evidence) -> weights",
-                got=repr(self.bound), fix="pass Truncate(cap=2.0)",
+                got=repr(self.bound), fix="pass Truncate(cap=2.0), an instance and not the class",
             )
         if isinstance(self.reject, Sequence):  # YAML has lists only
             object.__setattr__(self, "reject", tuple(self.reject))
-        if not isinstance(self.reject, tuple) or not all(map(callable, self.reject)):
+        if not isinstance(self.reject, tuple) or not all(map(is_part, self.reject)):
             raise input_error(
                 "Correction", "reject", expected="a tuple of callables (evidence) -> keep",
                 got=repr(self.reject), fix="pass reject=(Veto(),), with its comma",

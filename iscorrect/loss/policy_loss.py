@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass
 from typing import Literal, NamedTuple, get_args
@@ -9,7 +10,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from iscorrect.errors import check_choice, check_per_token, input_error
+from iscorrect.errors import check_choice, check_per_token, input_error, is_part
 from iscorrect.layout import Layout, as_layout, masked
 from iscorrect.loss.aggregate import (
     Aggregation,
@@ -25,7 +26,7 @@ from iscorrect.loss.caps import Limit
 from iscorrect.loss.correction import Correction
 from iscorrect.loss.evidence import Scope, scope_of, widest
 from iscorrect.loss.metrics import Metrics, merge, policy_metrics
-from iscorrect.loss.objectives import Objective, PerToken, Reinforce, made
+from iscorrect.loss.objectives import Objective, PerToken, PPOClip, Reinforce, made
 from iscorrect.loss.presets import sequence_is, sequence_tis, token_tis
 from iscorrect.loss.ratios import Level
 from iscorrect.loss.terms import ReferenceKL
@@ -97,12 +98,12 @@ class PolicyLoss:
                 "PolicyLoss", "correction", expected="a Correction", got=repr(self.correction),
                 fix="pass token_tis(), with its parentheses, or uncorrected()",
             )
-        if not callable(self.objective) or isinstance(self.objective, type):
+        if not is_part(self.objective):
             raise input_error(
                 "PolicyLoss", "objective", expected="a callable on tensors, not a class",
                 got=repr(self.objective), fix="pass Reinforce() or PPOClip(), with parentheses",
             )
-        if self.reference_kl is not None and not callable(self.reference_kl):
+        if self.reference_kl is not None and not is_part(self.reference_kl):
             raise input_error(
                 "PolicyLoss", "reference_kl", expected="a ReferenceKL, or None",
                 got=repr(self.reference_kl), fix="pass reference_kl=ReferenceKL(coefficient=1e-3)",
@@ -240,6 +241,27 @@ class PolicyLoss:
                 got=given, fix="pass reference_kl=ReferenceKL(...) and ref_log_probs together",
             )
         check_normalizer(caller, normalizer, self.aggregation)
+        if not torch.compiler.is_compiling():
+            self._warn(caller, batch, normalizer)
+
+    def _warn(self, caller: str, batch: Batch, normalizer: object) -> None:
+        """Say what is allowed, and hardly ever meant."""
+        if batch.old_log_probs is None and isinstance(self.objective, PPOClip):
+            warnings.warn(
+                f"{caller}: without `old_log_probs` the ratio of PPOClip is 1, so nothing is ever"
+                " clipped. Pass old_log_probs, those of before the update (for two policies"
+                " rollout_log_probs), or take Reinforce(), which has the same gradient.",
+                stacklevel=4,
+            )
+        alone = batch.layout.batch_group is None and normalizer is not None
+        if alone and self.correction.scope == "batch":
+            warnings.warn(
+                f"{caller}: the correction looks at the whole batch and is given a part of it, as"
+                " `normalizer` says: micro-batches will not add up. Pass Layout(batch_group=...)"
+                " for ranks; under accumulation take a correction that looks at tokens or"
+                " sequences; to a part of your own that does so add scope = 'token'.",
+                stacklevel=4,
+            )
 
 
 class _Block(NamedTuple):

@@ -193,7 +193,7 @@ def to_text(spec: Correction | PolicyLoss) -> str:
 def _built(caller: str, key: str, config: Any) -> Any:
     """The part that plain data names; what is a part already stays."""
     if isinstance(config, str):
-        config = _read(caller, config)
+        config = read(caller, config)
     if not isinstance(config, Mapping):
         return config
     table = INSIDE[key]
@@ -273,7 +273,19 @@ def _checked(caller: str, part: Any, kind: type[Correction]) -> Correction:
 # From text to plain data.
 
 
-def _read(caller: str, text: str) -> dict[str, Any]:
+def read(caller: str, text: str) -> dict[str, str]:
+    """The name of a part and its arguments, each still as text.
+
+    Args:
+        caller: what a message begins with.
+        text: ``name``, ``name:key=value,…`` or ``name(key=value,…)``.
+
+    Raises:
+        InputError: it has another form.
+
+    >>> read("parse", "token-tis:cap=ess(target=0.9)")
+    {'name': 'token-tis', 'cap': 'ess(target=0.9)'}
+    """
     found = re.fullmatch(r"\s*([\w-]+)\s*(?::(.*)|\((.*)\))?\s*", text, flags=re.DOTALL)
     if found is None:
         raise input_error(
@@ -281,7 +293,7 @@ def _read(caller: str, text: str) -> dict[str, Any]:
             got=repr(text), fix="pass 'token-tis:cap=2'",
         )
     name, outer, inner = found.groups()
-    config: dict[str, Any] = {"name": name}
+    config = {"name": str(name)}
     for argument in filter(None, map(str.strip, _split(outer or inner or "", ","))):
         key, equals, value = argument.partition("=")
         if not equals:

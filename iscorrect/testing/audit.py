@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
@@ -66,6 +67,21 @@ class Audit:
     def ess(self) -> float:
         """(E w)² / E w²: the share of the sample that the weights leave effective."""
         return self.mean_weight**2 / self.second_moment if self.second_moment else 0.0
+
+    def relative(self, n: int) -> dict[str, float]:
+        """The numbers of a table, for the mean of n sequences in units of ‖∇J‖.
+
+        Returns:
+            bias, cosine, std, rmse (the root of bias² + std²), mean_weight, ess; and bias_error,
+            the standard error of the bias, 0 where it is exact.
+        """
+        size = float(self.target.norm())
+        std = self.std * math.sqrt(self.batch / n)
+        return {
+            "bias": self.bias / size, "cosine": self.cosine, "std": std / size,
+            "rmse": math.sqrt(self.mse(n)) / size, "mean_weight": self.mean_weight,
+            "ess": self.ess, "bias_error": self.errors["bias"] / size,
+        }
 
     def mse(self, n: int) -> float:
         """Mean squared error of the average over n sequences in batches of this size."""

@@ -476,7 +476,7 @@ def check_finite(loss_fn: LossFn, *, old: bool = False) -> None:
             problem = f"the loss is {loss}, its gradient {_shown(gradient)}"
             _fail("check_finite", problem, **_named(scaled, old))
 
-    _run(finite, padded_batches(spread=4.0), st.sampled_from([1.0, 25.0, 250.0]))
+    _run(finite, padded_batches(spread=4.0), st.sampled_from([250.0, 25.0]))
 
 
 def _run(test: Callable[..., None], *strategies: st.SearchStrategy[Any]) -> None:
