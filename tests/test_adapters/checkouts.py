@@ -312,7 +312,8 @@ def nemo_rl(root):
 def check_nemo_rl(_, root):
     world = nemo_rl(root)
     worst = contracts.nemo_rl(world)
-    yield "LossFunction with the metrics that its step reads and its split API", worst.loss, worst.gradient
+    what = "LossFunction with the metrics that its step reads and its split API"
+    yield what, worst.loss, worst.gradient
     kinds = [
         (None, None, None), ("tis", None, 2.0), ("tis", 0.5, 5.0), ("icepop", 0.5, 5.0),
         ("seq-mask-tis", 0.9, 1.2),
