@@ -37,6 +37,7 @@ def contract_of(framework, what, **numbers):
     record(framework, what, version=version, **numbers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", LOADERS)
 def test_context_parallel_ranks_give_the_number_of_one_process(framework):
     for case, apart in contracts.slime_context_parallel(LOADERS[framework]).items():
