@@ -1,6 +1,6 @@
 """For SkyRL: call ``register_corrections`` before training; then
 
-    trainer.algorithm.policy_loss_type=iscorrect generator.sampling_params.logprobs=0
+    trainer.algorithm.policy_loss_type=iscorrect
 """
 
 from iscorrect import PolicyLoss, PPOClip, token_tis

@@ -264,6 +264,8 @@ def verl_metrics(
     """
     from verl.trainer.ppo import rollout_corr_helper
 
+    if not mask.any():  # verl's functions assert that there are tokens
+        return {}
     layout = Layout(mask)
     d = log_ratio(old_log_probs, rollout_log_probs, layout)
     metrics = dict(rollout_corr_helper.compute_offpolicy_metrics(

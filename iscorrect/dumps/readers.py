@@ -359,7 +359,13 @@ def _pt_rows(path: Path) -> Iterator[Any]:
         raise unknown_dialect(visible(path), [type(content).__name__])
     if isinstance(content.get("samples"), list):  # slime, format 2
         yield from content["samples"]
-    elif isinstance(content.get("rollout_data"), dict):  # slime before it
+    elif isinstance(content.get("rollout_data"), dict):  # slime before it, and miles
+        if content.get("cp_size", 1) != 1:
+            raise input_error(
+                "read_dump", "cp_size", expected="1: files of whole sequences",
+                got=f"{content['cp_size']} in {visible(path)}, a rank's shares of sequences",
+                fix="dump the steps to be reported with --context-parallel-size 1",
+            )
         yield from _slime_columns(content["rollout_data"], path)
     else:
         tensors = {name: x for name, x in content.items() if isinstance(x, Tensor)}

@@ -5,10 +5,12 @@ import sys
 import contracts
 import fakes
 import pytest
+import torch
 from outcome import record
 
 from iscorrect import InputError, PolicyLoss, pareto_is
 from iscorrect.adapters.prime_rl import loss as prime_rl_loss
+from iscorrect.dumps import read_dump
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +39,7 @@ def contract_of(framework, what, **numbers):
     record(framework, what, version=version, **numbers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", LOADERS)
 def test_context_parallel_ranks_give_the_number_of_one_process(framework):
     for case, apart in contracts.slime_context_parallel(LOADERS[framework]).items():
@@ -47,6 +50,34 @@ def test_context_parallel_ranks_give_the_number_of_one_process(framework):
 def test_settings_decide_what_is_applied_and_odd_lists_are_refused(framework):
     contracts.slime_switches(LOADERS[framework](None))
     contract_of(framework, "settings and ragged or empty lists")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_dump_of_miles_is_read_where_it_holds_whole_sequences(tmp_path, ranks):
+    """miles/utils/train_dump_utils.py: a file for each rank, with the rank's shares."""
+    totals, lengths = contracts.CUTS["mixed"]
+    old, rollout, masks, _ = contracts.samples(lengths)
+    for rank in range(ranks):
+        world = fakes.miles(rank, ranks)
+
+        def share(rows, world=world):
+            where = zip(rows, totals, lengths, strict=True)
+            return [world.helpers.slice_log_prob_with_cp(x.nan_to_num(), *n) for x, *n in where]
+
+        columns = dict(
+            log_probs=share(old), rollout_log_probs=share(rollout), loss_masks=masks,
+            response_lengths=lengths, total_lengths=totals,
+        )
+        torch.save({
+            "rollout_id": 0, "rank": rank, "rollout_data": columns, "cp_rank": rank,
+            "cp_size": ranks, "qkv_format": "thd",
+        }, tmp_path / f"0_{rank}.pt")
+    if ranks == 1:
+        assert read_dump(tmp_path).mask.sum() == sum(int(mask.sum()) for mask in masks)
+        contract_of("miles", "dump of whole sequences read back")
+    else:
+        with pytest.raises(InputError, match="--context-parallel-size 1"):
+            read_dump(tmp_path)
 
 
 def test_slime_is_warned_when_its_engine_samples_from_a_cut_distribution():

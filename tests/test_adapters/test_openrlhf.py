@@ -58,7 +58,7 @@ def test_the_loss_and_its_gradient_are_those_of_its_own_policy_loss(gate):
 
     agree()
     record(
-        "OpenRLHF", f"PolicyLoss, {' '.join(map(str, gate[:3]))}", distribution="openrlhf",
+        "OpenRLHF", f"PolicyLoss, {' '.join(map(str, gate))}", distribution="openrlhf",
         loss=worst.loss, gradient=worst.gradient,
     )
 

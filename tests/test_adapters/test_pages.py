@@ -1,7 +1,7 @@
 """The pages for the trainers: short, and their code is about names that exist."""
 
 import ast
-import importlib
+import importlib.util
 import re
 from pathlib import Path
 
@@ -45,6 +45,20 @@ def test_a_page_says_what_was_run_and_how_to_check_and_change_precision(page):
     assert "dump" in page.lower()
     assert "FP16" in page
     assert "FP32 head" in page
+
+
+def test_the_table_of_what_was_run_is_what_the_tests_found():
+    folder = PAGES[0].parent
+    spec = importlib.util.spec_from_file_location("table", folder / "table.py")
+    table = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(table)
+    outcomes = (folder / "outcomes.jsonl").read_text()
+    page = (folder / "README.md").read_text()
+    assert table.with_table(page, outcomes) == page
+    on_the_index = ("AReaL", "OpenRLHF", "SkyRL", "ms-swift", "tinker")
+    for line in outcomes.splitlines():
+        if any(f'"{name}"' in line for name in on_the_index):
+            assert "contract" not in line
 
 
 def test_the_example_configurations_name_what_exists(monkeypatch):

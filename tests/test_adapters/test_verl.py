@@ -23,6 +23,7 @@ from iscorrect.dumps import DumpWriter, read_dump
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     helper = pytest.importorskip("verl.trainer.ppo.rollout_corr_helper")
+    from tensordict import TensorDict
     from verl import DataProto
     from verl.trainer.ppo import core_algos
     from verl.workers.config import ActorConfig
@@ -201,6 +202,17 @@ def test_a_correction_of_verl_that_is_left_on_is_an_error(setting):
     config = OFF | {setting: "token"}
     with pytest.raises(InputError, match=f"set algorithm.rollout_correction.{setting}=null"):
         batch_hook(token_tis())(data_proto(make_batch(1)), config)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(3, 5), (0, 5), (2, 0)])
+def test_a_batch_without_a_counted_token_has_weights_of_zero(rows, width):
+    ones = -torch.ones(rows, width)
+    tensors = dict(rollout_log_probs=ones, old_log_probs=ones, response_mask=0 * ones)
+    batch = DataProto(batch=TensorDict(tensors, batch_size=rows))
+    for correction in (token_tis(), from_verl("token", 2.0, True, "seq_max_k2", 0.1)):
+        corrected, metrics = batch_hook(correction)(batch, {})
+        assert not corrected.batch["rollout_is_weights"].any()
+        assert metrics["batch/tokens"] == 0
 
 
 MODES = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean"]
