@@ -33,7 +33,7 @@ from iscorrect.loss.bounds import (
 )
 from iscorrect.loss.caps import ESSCap, IonidesCap, MSEOptimalCap
 from iscorrect.loss.correction import Correction
-from iscorrect.loss.objectives import CISPO, Objective, PPOClip, Reinforce
+from iscorrect.loss.objectives import OBJECTIVES, Objective, PPOClip
 from iscorrect.loss.policy_loss import PolicyLoss
 from iscorrect.loss.presets import PRESETS
 from iscorrect.loss.ratios import Level
@@ -307,11 +307,11 @@ def corrections() -> st.SearchStrategy[Correction]:
 
 
 def objectives() -> st.SearchStrategy[Objective]:
-    """Every objective of the library."""
-    return st.one_of(
-        st.just(Reinforce()), st.just(PPOClip()), st.just(PPOClip(dual=3.0)),
-        st.just(PPOClip(low=1 - 3e-4, high=1 + 4e-4, level="geometric")), st.just(CISPO()),
-    )
+    """Every objective of the library, and variants of the clip."""
+    plain = st.sampled_from(list(OBJECTIVES.values())).map(lambda make: make())
+    return plain | st.sampled_from([
+        PPOClip(dual=3.0), PPOClip(low=1 - 3e-4, high=1 + 4e-4, level="geometric"),
+    ])
 
 
 def aggregations() -> st.SearchStrategy[Aggregation]:
