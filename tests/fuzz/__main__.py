@@ -5,9 +5,8 @@ A case that fails is shrunk and written to tests/cases; tests/test_fuzz.py repla
 
 import argparse
 import importlib
-from pathlib import Path
 
-AREAS = sorted(p.stem for p in Path(__file__).parent.glob("*.py") if not p.stem.startswith("_"))
+AREAS = ("loss", "blocks", "fused", "ranks", "dumps", "convert", "report", "cli")
 
 
 def main():
