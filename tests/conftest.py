@@ -15,3 +15,18 @@ settings.register_profile(
 )
 settings.register_profile("deep", max_examples=5000, deadline=None, suppress_health_check=slow)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--messages", metavar="FILE", help="write every message of the library that tests saw"
+    )
+
+
+def pytest_configure(config):
+    if path := config.getoption("--messages"):
+        from messages import Messages
+
+        messages = Messages()
+        messages.record()
+        config.add_cleanup(lambda: messages.write(path))

@@ -1,6 +1,7 @@
 """Every part is in its table, its oracle, a strategy and the public names; and it is right."""
 
 import dataclasses
+from typing import get_args
 
 import components
 import numpy as np
@@ -12,6 +13,7 @@ from components import AGGREGATIONS, BOUNDS, CAPS, OBJECTIVES, RULES
 from hypothesis import find, given, settings, strategies as st
 
 import iscorrect as ic
+from iscorrect.loss import aggregate
 from iscorrect.testing import strategies
 
 
@@ -19,6 +21,10 @@ from iscorrect.testing import strategies
 def test_a_table_has_every_part_of_its_module(name):
     table, defined = components.TABLES[name]
     assert set(table.values()) == defined
+
+
+def test_every_name_of_an_aggregation_is_one_that_type_checkers_know():
+    assert get_args(aggregate.Name) == tuple(ic.AGGREGATIONS)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import pickle
 import pytest
 import torch
 from batches import make_batch
+from messages import Messages, places
 
 import iscorrect as ic
 from iscorrect import InputError, Layout, PolicyLoss
@@ -195,3 +196,13 @@ def test_the_error_is_a_value_error_and_survives_pickling():
     with pytest.raises(ValueError, match="mask") as error:
         call(mask=MASK.int())
     assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)
+
+
+def test_messages_are_written_beside_the_places_that_no_test_saw(tmp_path):
+    messages = Messages()
+    (file, line, _), *_ = places()
+    messages.seen[str(file), line] = "Truncate: `cap` must be a number > 0"
+    messages.write(tmp_path / "messages.txt")
+    written = (tmp_path / "messages.txt").read_text(encoding="utf-8")
+    assert f"{file}:{line}\n    Truncate: `cap`" in written
+    assert written.count("(no test saw this one)") == len(list(places())) - 1

@@ -54,6 +54,14 @@ Inputs = tuple[
 ]
 
 
+INPUTS = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? mask, Tensor? ids, "
+    "Tensor? offsets, float temperature, float? softcap, SymInt? chunk_size, "
+    "ScalarType head_dtype, SymInt? vocabulary_size, bool compile_kernels, ScalarType? rounded_to"
+)
+"""Inputs and settings as a schema has them; torch 2.6 cannot infer one from these annotations."""
+
+
 def _prepared(inputs: Inputs, settings: Settings) -> tuple[Head, Tokens]:
     hidden, weight, bias, target, mask, ids, offsets = inputs
     head, tokens = prepare(
@@ -67,7 +75,10 @@ def _prepared(inputs: Inputs, settings: Settings) -> tuple[Head, Tokens]:
     return replace(head, rounded_to=settings.rounded_to), tokens
 
 
-@torch.library.custom_op("iscorrect::linear_log_probs", mutates_args=())
+@torch.library.custom_op(
+    "iscorrect::linear_log_probs", mutates_args=(),
+    schema=f"({INPUTS}, bool spread, bool frozen) -> Tensor[]",
+)
 def _forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, mask: Tensor | None,
     ids: Tensor | None, offsets: Tensor | None, temperature: float, softcap: float | None,
@@ -108,7 +119,11 @@ def _(
     return [every, *moments, *rest, every.new_empty(rows) if frozen else nothing]
 
 
-@torch.library.custom_op("iscorrect::linear_log_probs_backward", mutates_args=())
+@torch.library.custom_op(
+    "iscorrect::linear_log_probs_backward", mutates_args=(),
+    schema="(Tensor grad, Tensor log_probs, Tensor largest, Tensor log_total, "
+    f"{INPUTS}, bool[] wanted) -> Tensor[]",
+)
 def _backward(
     grad: Tensor, log_probs: Tensor, largest: Tensor, log_total: Tensor, hidden: Tensor,
     weight: Tensor, bias: Tensor | None, target: Tensor, mask: Tensor | None, ids: Tensor | None,
