@@ -710,6 +710,10 @@ def refused_heads(grid):
         batch["rollout_log_probs"] = torch.zeros(2, 4)
     with pytest.raises(InputError, match=r"one token too many|from rank 1 of .*"):
         ic.fused_policy_loss(PolicyLoss(), mask=torch.ones(2, 3, dtype=bool), **right, **batch)
+    batch["rollout_log_probs"] = torch.zeros(2, 3)
+    loss_fn = PolicyLoss(correction=ic.token_tis()) if last else PolicyLoss()
+    with pytest.raises(InputError, match="`loss_fn` must be the same on all ranks"):
+        ic.fused_policy_loss(loss_fn, mask=torch.ones(2, 3, dtype=bool), **right, **batch)
     assert ic.linear_log_probs(**right).shape == (2, 3)
 
 

@@ -7,6 +7,8 @@ states and weights can be made while a chunk's exponentials are still there.
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import Tensor
 
@@ -131,7 +133,10 @@ def fused_policy_loss(
             hidden, weight, bias, target, layout.mask, support, settings, spread=False
         )
         return loss_fn.evaluate(batch._replace(log_probs=log_probs), normalizer)
-    facts: dict[str, object] | InputError = {"old_log_probs": old_log_probs is not None}
+    facts: dict[str, object] | InputError = {
+        "old_log_probs": old_log_probs is not None,
+        "loss_fn": re.sub(" at 0x[0-9a-f]+", "", repr(loss_fn)),  # functions print where they lie
+    }
     try:
         loss_fn.check("fused_policy_loss", batch, normalizer, gradient=("extra",))
     except InputError as error:
