@@ -72,7 +72,7 @@ def test_importing_costs_torch_numpy_and_einops_only_and_the_figures_no_matplotl
     assert set(new) - set(sys.stdlib_module_names) <= {"iscorrect", "torch"}
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/distributed.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/distributed.md", "docs/async.md"])
 def test_the_python_of_the_documentation_runs(page):
     text = (README.parent / page).read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.S)
@@ -85,3 +85,8 @@ def test_the_python_of_the_documentation_runs(page):
 def test_the_readmes_table_of_corrections_lists_every_preset():
     table = re.findall(r"^\| `([a-z0-9-]+)` \|", README.read_text(), flags=re.M)
     assert table == list(iscorrect.PRESETS)
+
+
+def test_the_readmes_table_of_objectives_lists_every_one():
+    table = re.findall(r"^\| `([A-Z]\w+)` \|", README.read_text(), flags=re.M)
+    assert table == [make.__name__ for make in iscorrect.OBJECTIVES.values()]
