@@ -194,6 +194,17 @@ def test_divergence_rules_agree_with_the_oracle(estimator, over, batch):
         np.testing.assert_array_equal(row[mask], np.broadcast_to(reduced <= limit, x.shape))
 
 
+@pytest.mark.parametrize("old", [0.0, -1e-9, -1e-5])
+@pytest.mark.parametrize("rollout", [0.0, -1e-9, -1e-5])
+def test_a_log_prob_that_was_rounded_to_certainty_rejects_no_sequence(old, rollout):
+    rule = ic.DivergenceAbove(limit=1e-4, estimator="binary-kl", over="mean")
+    keep = Correction(reject=(rule,))(
+        old_log_probs=torch.tensor([[old, -1.0]]), rollout_log_probs=torch.tensor([[rollout, -1.0]]),
+        mask=torch.ones(1, 2, dtype=torch.bool),
+    ).keep
+    assert keep.all()
+
+
 @given(batch=batches(), low=st.floats(0, 1), high=st.floats(1, 4))
 def test_a_veto_drops_the_sequence_of_a_single_outlier(batch, low, high):
     keep = correct(Correction(reject=(ic.Veto(low=low, high=high),), bound=ic.Ignore()), batch).keep

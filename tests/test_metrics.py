@@ -163,6 +163,16 @@ def test_binary_kl_of_certain_tokens_is_zero_or_infinite():
     assert ic.binary_kl(certain, half).item() == pytest.approx(np.log(2))
 
 
+@given(seed=st.integers(0, 99), exponent=st.integers(-7, 0))
+def test_the_distance_of_two_probabilities_keeps_its_digits(seed, exponent):
+    rng = np.random.default_rng(seed)
+    q = -rng.exponential(1.0, 20).astype(np.float32)
+    p = np.minimum(q + np.float32(10.0**exponent) * rng.standard_normal(20, np.float32), 0)
+    exact = abs(np.exp(p.astype(float)) - np.exp(q.astype(float)))
+    actual = ic.probability_gap(torch.from_numpy(p), torch.from_numpy(q)).numpy()
+    np.testing.assert_allclose(actual, exact, rtol=1e-6)
+
+
 OF_A_REPORT = {"is/bias_mass"}
 
 

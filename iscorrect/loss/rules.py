@@ -95,7 +95,7 @@ class DivergenceAbove:
     over: Over = "mean"
 
     def __post_init__(self) -> None:
-        if self.estimator not in PAIRS:
+        if not self._of_pairs():
             estimator("DivergenceAbove", self.estimator, PAIRS)
         check_choice("DivergenceAbove", "over", self.over, get_args(Over))
         check_number("DivergenceAbove", "limit", self.limit, "a divergence in nats")
@@ -115,9 +115,13 @@ class DivergenceAbove:
             value = evidence.layout.sequence_max(value)
         return value <= self.limit
 
+    def _of_pairs(self) -> bool:
+        return isinstance(self.estimator, str) and self.estimator in PAIRS
+
     def _divergence(self, evidence: Evidence) -> Tensor:
-        if isinstance(self.estimator, str) and self.estimator in PAIRS:
-            return PAIRS[self.estimator](evidence.rollout_log_probs, evidence.old_log_probs)
+        if self._of_pairs():
+            pair = PAIRS[str(self.estimator)]
+            return pair(evidence.rollout_log_probs, evidence.old_log_probs)
         return estimator("DivergenceAbove", self.estimator, PAIRS)(evidence.log_ratio)
 
 
