@@ -176,6 +176,36 @@ def test_ipo_has_the_gradient_of_its_capped_ratio_between_two_policies():
     torch.testing.assert_close(x.grad[batch.mask], expected)
 
 
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: ic.SAPO(tau_negative=0), "SAPO: `tau_negative` must be a number > 0"),
+        (lambda: ic.GMPO(low=0), "GMPO: `low` must be in (0, 1]"),
+        (lambda: ic.GMPO(high=0.4), "GMPO: `high` must be a number >= 1"),
+        (lambda: ic.VESPO(lambda_positive=-1), "VESPO: `lambda_positive` must be a number >= 0"),
+        (lambda: ic.ASPO(low=1.2), "ASPO: `low` must be in [0, 1]"),
+        (lambda: ic.ASPO(high=0.2), "ASPO: `high` must be a number >= 1"),
+        (lambda: ic.ASPO(cap=0.5), "ASPO: `cap` must be a number >= 1"),
+        (lambda: ic.PPOClip(high=1.2, cap=1.1), "PPOClip: `cap` must be a number >= 1.2"),
+        (lambda: ic.AgeAbove(limit=-1), "AgeAbove: `limit` must be a number >= 0"),
+        (lambda: ic.SecondMomentAbove(limit=-1), "SecondMomentAbove: `limit` must be a number"),
+        (lambda: ic.SecondMomentAbove(over="some"), "SecondMomentAbove: `over` must be one of"),
+        (
+            lambda: ic.ByAge(limit=1, fresh=2.0, stale=ic.Ignore()),
+            "ByAge: `fresh` must be a callable (ratio, evidence) -> weights, got 2.0",
+        ),
+        (
+            lambda: ic.DivergenceAbove(limit=1.0, estimator="kl"),
+            "DivergenceAbove: `estimator` must be 'k1', 'k2', 'k3', 'binary-kl', 'tv' or a callable",
+        ),
+    ],
+)
+def test_parts_refuse_what_they_cannot_mean(make, named):
+    with pytest.raises(ic.InputError) as error:
+        make()
+    assert str(error.value).startswith(named)
+
+
 def test_gspo_shares_one_ratio_and_its_gradient_over_the_sequence():
     log_probs = torch.tensor([[-1.0, -2.0, 0.0]], requires_grad=True)
     old = torch.tensor([[-1.1, -1.7, 0.0]])

@@ -254,7 +254,8 @@ class ByAge:
     stale: Bound
 
     def __post_init__(self) -> None:
-        check_number("ByAge", "limit", self.limit, "a number of versions", least=0)
+        what = "a number of versions"
+        check_number("ByAge", "limit", self.limit, what, least=0, fix="pass limit=0")
         for name, bound in {"fresh": self.fresh, "stale": self.stale}.items():
             if not callable(bound):
                 raise input_error(

@@ -204,8 +204,8 @@ class SAPO:
 
     def __post_init__(self) -> None:
         what = "how sharply the gate closes"
-        check_number("SAPO", "tau_positive", self.tau_positive, what, above=0)
-        check_number("SAPO", "tau_negative", self.tau_negative, what, above=0)
+        for name in ("tau_positive", "tau_negative"):
+            check_number("SAPO", name, getattr(self, name), what, above=0, fix=f"pass {name}=1.0")
 
     def __call__(
         self, log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, layout: Layout
@@ -244,8 +244,8 @@ class GMPO:
 
     def __post_init__(self) -> None:
         what = "a bound on the ratio itself"
-        check_number("GMPO", "low", self.low, what, above=0, most=1)
-        check_number("GMPO", "high", self.high, what, least=1)
+        check_number("GMPO", "low", self.low, what, above=0, most=1, fix="pass low=0.67")
+        check_number("GMPO", "high", self.high, what, least=1, fix="pass high=1.5")
 
     def __call__(
         self, log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, layout: Layout
@@ -291,7 +291,9 @@ class VESPO:
 
     def __post_init__(self) -> None:
         for name in ("k_positive", "lambda_positive", "k_negative", "lambda_negative"):
-            check_number("VESPO", name, getattr(self, name), "an exponent", least=0)
+            check_number(
+                "VESPO", name, getattr(self, name), "an exponent", least=0, fix=f"pass {name}=2.0"
+            )
 
     def __call__(
         self, log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, layout: Layout
@@ -337,9 +339,10 @@ class ASPO:
 
     def __post_init__(self) -> None:
         what = "a bound on the ratio itself"
-        check_number("ASPO", "low", self.low, what, least=0, most=1)
-        check_number("ASPO", "high", self.high, what, least=1)
-        check_number("ASPO", "cap", self.cap, "a bound on the weight", least=1)
+        check_number("ASPO", "low", self.low, what, least=0, most=1, fix="pass low=0.8")
+        check_number("ASPO", "high", self.high, what, least=1, fix="pass high=1.2")
+        what = "a bound on the weight of positive examples"
+        check_number("ASPO", "cap", self.cap, what, least=1, fix="pass cap=3.0")
 
     def __call__(
         self, log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, layout: Layout

@@ -317,7 +317,8 @@ class AgeAbove:
     scope: ClassVar[Scope] = "token"
 
     def __post_init__(self) -> None:
-        check_number("AgeAbove", "limit", self.limit, "a number of versions", least=0)
+        what = "a number of versions"
+        check_number("AgeAbove", "limit", self.limit, what, least=0, fix="pass limit=8")
 
     def __call__(self, evidence: Evidence) -> Tensor:
         return evidence.age("AgeAbove") <= self.limit
