@@ -199,7 +199,8 @@ def test_divergence_rules_agree_with_the_oracle(estimator, over, batch):
 def test_a_log_prob_that_was_rounded_to_certainty_rejects_no_sequence(old, rollout):
     rule = ic.DivergenceAbove(limit=1e-4, estimator="binary-kl", over="mean")
     keep = Correction(reject=(rule,))(
-        old_log_probs=torch.tensor([[old, -1.0]]), rollout_log_probs=torch.tensor([[rollout, -1.0]]),
+        old_log_probs=torch.tensor([[old, -1.0]]),
+        rollout_log_probs=torch.tensor([[rollout, -1.0]]),
         mask=torch.ones(1, 2, dtype=torch.bool),
     ).keep
     assert keep.all()

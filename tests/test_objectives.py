@@ -196,7 +196,7 @@ def test_ipo_has_the_gradient_of_its_capped_ratio_between_two_policies():
         ),
         (
             lambda: ic.DivergenceAbove(limit=1.0, estimator="kl"),
-            "DivergenceAbove: `estimator` must be 'k1', 'k2', 'k3', 'binary-kl', 'tv' or a callable",
+            "DivergenceAbove: `estimator` must be 'k1', 'k2', 'k3', 'binary-kl', 'tv' or a",
         ),
     ],
 )
