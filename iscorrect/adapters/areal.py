@@ -50,7 +50,8 @@ def loss_function(
 
     The loss is the micro-batch's mean over tokens, which AReaL weights by their number. AReaL
     averages what is logged over micro-batches, so it is given sums:
-    :func:`iscorrect.adapters.averages.from_averages` reads them.
+    :func:`iscorrect.adapters.averages.from_averages` reads them. Corrections may depend on the ages
+    of tokens, which are AReaL's version less the ``versions`` of the rollout.
 
     Args:
         policy_loss: aggregated by "token-mean" over the mask.
@@ -75,7 +76,11 @@ def loss_function(
         _check_settings(policy_loss.correction, settings, input_data)
         mask = input_data["loss_mask"].bool()
         lengths = input_data.get("cu_seqlens")
-        layout = Layout(mask) if lengths is None else Layout.from_cu_seqlens(mask, lengths)
+        age = _age(input_data.get("versions"), settings.get("current_version"))
+        if lengths is None:
+            layout = Layout(mask, age=age)
+        else:
+            layout = Layout.from_cu_seqlens(mask, lengths, age=age)
         batch = dict(
             rollout_log_probs=input_data["logprobs"], old_log_probs=input_data.get("prox_logp"),
             advantages=input_data["advantages"],
@@ -122,6 +127,14 @@ def _check_settings(
             " the two log-probs with the other, and every weight is 1", got="false",
             fix="set actor.use_decoupled_loss=true and actor.recompute_logprob=true",
         )
+
+
+def _age(versions: Tensor | None, current: int | None) -> Tensor | None:
+    """The trainer's version less that of the policy which sampled each token."""
+    if versions is None or current is None:
+        return None
+    # a token's log-prob lies one position before the token, and its version with the token
+    return current - versions.long().roll(-1, -1)
 
 
 def _rows(lengths: Tensor | None, **tensors: Tensor) -> dict[str, Tensor]:

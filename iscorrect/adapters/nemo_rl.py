@@ -30,7 +30,8 @@ class CorrectedLoss:
         use_fused_linear_logprobs: as ``policy.megatron_cfg.use_fused_linear_logprobs`` says.
 
     Raises:
-        InputError: another aggregation, or parts that look across the batch.
+        InputError: another aggregation, or parts that look across the batch; at the call: NeMo-RL
+            has not scored the responses.
     """
 
     def __init__(
@@ -77,6 +78,12 @@ class CorrectedLoss:
         """
         mask = data["token_mask"][:, 1:].bool() & data["sample_mask"].bool()[:, None]
         old, rollout = data["prev_logprobs"][:, 1:], data["generation_logprobs"][:, 1:]
+        if not masked(old, mask).any() and (masked(rollout, mask).abs() > 0.01).any():
+            raise input_error(
+                "nemo_rl", "loss_fn.force_on_policy_ratio", expected="false: with it NeMo-RL passes"
+                " zeros for the trainer's log-probs", got="zeros",
+                fix="set loss_fn.force_on_policy_ratio=false",
+            )
         reference = None
         if self.policy_loss.reference_kl is not None:
             reference = data["reference_policy_logprobs"][:, 1:]

@@ -37,16 +37,28 @@ def install(correction: Correction, dumps: DumpWriter | None = None) -> None:
     Args:
         correction: must not look at advantages, which verl computes later.
         dumps: writes both log-probs of every batch, counted from 0 where verl names no step.
+
+    Raises:
+        InputError: in training: a setting of verl's that would count twice, or pass the hook by.
     """
     from verl.trainer.ppo import rollout_corr_helper
 
     name = "compute_rollout_correction_and_add_to_batch"
     hook = batch_hook(correction, dumps)
     setattr(rollout_corr_helper, name, hook)
+    setattr(rollout_corr_helper, "apply_bypass_mode", _refuse_bypass)  # noqa: B010
     # binds the function when it is imported, which may have happened already
     bound = sys.modules.get("verl.trainer.ppo.v1.trainer_base")
     if bound is not None:
         setattr(bound, name, hook)
+
+
+def _refuse_bypass(*_: Any, **__: Any) -> None:
+    raise input_error(
+        "iscorrect.adapters.verl", "algorithm.rollout_correction.bypass_mode",
+        expected="false: in bypass verl asks for no weights", got="true",
+        fix="set algorithm.rollout_correction.bypass_mode=false",
+    )
 
 
 def batch_hook(correction: Correction, dumps: DumpWriter | None = None) -> Hook:

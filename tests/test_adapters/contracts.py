@@ -274,6 +274,10 @@ def nemo_rl(world):
         all_of_it, _ = penalised(data, *counts, next_token_logprobs=batch.log_probs)
         torch.testing.assert_close(share, all_of_it)
         assert all_of_it > whole
+        unscored = data | {"prev_logprobs": 0 * data["prev_logprobs"]}
+        _refused("loss_fn.force_on_policy_ratio=false", lambda d=unscored, f=loss_fn: f(
+            d, *counts, next_token_logprobs=batch.log_probs  # noqa: B023
+        ))
         empty = data | {"sample_mask": torch.zeros(6)}
         zero = torch.tensor(0.0)
         loss, metrics = loss_fn(empty, zero, zero, next_token_logprobs=batch.log_probs)

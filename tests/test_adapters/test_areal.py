@@ -11,7 +11,7 @@ from hypothesis import given, strategies as st
 from outcome import record, reported
 from stubs import real
 
-from iscorrect import InputError, PolicyLoss, PPOClip, token_tis, uncorrected
+from iscorrect import Correction, InputError, PolicyLoss, PPOClip, token_tis, uncorrected
 from iscorrect.adapters.areal import from_areal, install, loss_function
 from iscorrect.adapters.averages import from_averages
 from iscorrect.dumps import DumpWriter, read_dump
@@ -197,6 +197,31 @@ def test_its_actors_update_runs_with_an_installed_loss(installed):
         "AReaL", "PPOActor._ppo_update through FSDPEngine's loss with metrics read back",
         distribution="areal", gradient=worst.gradient,
     )
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_corrections_see_how_old_each_token_is(flat):
+    """A prompt of two tokens and a response that versions 1, 2 and 3 have sampled."""
+    versions = torch.tensor([[-1, -1, 1, 2, 3], [-1, -1, 3, 3, 3]])
+    mask = torch.tensor([[False, True, True, True, False]] * 2)  # rolled, as AReaL rolls it
+    seen = []
+
+    def remember(evidence):
+        seen.append(evidence.layout.age[evidence.layout.mask])
+        return evidence.layout.mask
+
+    zeros = torch.zeros(2, 5)
+    data = dict(
+        logprobs=zeros, prox_logp=zeros, advantages=zeros, loss_mask=mask, versions=versions
+    )
+    if flat:
+        data = {name: x.flatten() for name, x in data.items()}
+        data["cu_seqlens"] = torch.tensor([0, 5, 10])
+    loss_fn = loss_function(PolicyLoss(correction=Correction(reject=(remember,))))
+    current = data["logprobs"].clone()
+    loss_fn(current, current, data, current_version=3)
+    tracker.export()
+    assert seen[0].tolist() == [2, 1, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("flat", [False, True])

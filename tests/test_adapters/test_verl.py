@@ -17,7 +17,7 @@ from outcome import largest, record
 
 import iscorrect
 from iscorrect import Correction, Ignore, InputError, PPOClip, token_tis
-from iscorrect.adapters.verl import batch_hook, from_verl, register_loss
+from iscorrect.adapters.verl import batch_hook, from_verl, install, register_loss
 from iscorrect.dumps import DumpWriter, read_dump
 
 with warnings.catch_warnings():
@@ -255,6 +255,14 @@ def registered_losses(batch, mode, weighted):
         assert all(isinstance(value, float) for value in metrics.values())
         results.append((loss.detach(), log_prob.grad))
     return results
+
+
+def test_bypass_which_asks_for_no_weights_stops_the_trainer(monkeypatch):
+    for name in ("apply_bypass_mode", "compute_rollout_correction_and_add_to_batch"):
+        monkeypatch.setattr(helper, name, getattr(helper, name))
+    install(token_tis())
+    with pytest.raises(InputError, match="bypass_mode=false"):
+        helper.apply_bypass_mode(batch=None, rollout_corr_config={}, policy_loss_config=None)
 
 
 def test_a_name_of_verls_cannot_be_taken():
