@@ -11,6 +11,7 @@ import tempfile
 import time
 import warnings
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +118,17 @@ def test_what_would_not_be_read_is_not_written(tmp_path, value):
     with pytest.raises(InputError, match=r"`old_log_probs`.*token 1 in sequence 0"):
         write_dump(dump, tmp_path / "dump.npz")
     assert not list(tmp_path.iterdir())
+
+
+def test_numbers_beyond_float32_are_not_written_as_infinite(tmp_path):
+    one = -torch.ones(1, 2)
+    dump = LogProbDump(
+        rollout_log_probs=one, old_log_probs=one, mask=torch.tensor([[True, False]]),
+        advantages=torch.tensor([[1e300, 0.0]], dtype=torch.float64),
+    )
+    with pytest.raises(InputError, match="`advantages` must be within the range of float32"):
+        write_dump(dump, tmp_path / "dump.npz")
+    write_dump(replace(dump, advantages=dump.advantages.flip(1)), tmp_path / "dump.npz")
 
 
 ROW = {
@@ -347,8 +359,9 @@ def test_a_number_for_each_sequence_goes_to_its_tokens(tmp_path, suffix):
     ("changed", "left"),
     [
         ({"entropy": torch.ones(2, 4)}, "entropy"), ({"token_ids": torch.ones(2, 3)}, "token_ids"),
-        ({"group": torch.ones(3).long()}, "group"), ({"log_probs": -1e30 * torch.ones(2, 3)},
-                                                    "log_probs"),
+        ({"group": torch.ones(3).long()}, "group"),
+        ({"log_probs": -1e30 * torch.ones(2, 3)}, "log_probs"),
+        ({"advantages": 1e300 * torch.ones(2, 3).double()}, "advantages"),
     ],
 )
 def test_a_field_that_does_not_fit_is_left_out_and_said_once(tmp_path, suffix, changed, left):
@@ -360,6 +373,14 @@ def test_a_field_that_does_not_fit_is_left_out_and_said_once(tmp_path, suffix, c
         warnings.simplefilter("error")
         writer.write(step=2, **batch(**changed))
     assert len(read_dump(tmp_path)) == 4
+
+
+def test_sparse_and_wide_tensors_are_written_as_they_are(tmp_path):
+    sparse = torch.eye(2, 3).to_sparse()
+    path = DumpWriter(tmp_path).write(
+        step=1, **batch(entropy=sparse, rollout_log_probs=-torch.ones(2, 3).bfloat16())
+    )
+    assert torch.equal(read_dump(path).entropy, torch.eye(2, 3))
 
 
 @pytest.mark.parametrize(

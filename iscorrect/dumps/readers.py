@@ -40,9 +40,9 @@ from iscorrect.text import visible
 PIECE_TOKENS = 2**20
 PIECE_SEQUENCES = 2**14
 
-# Log-probs hardly compress. A file that unpacks to far more than itself is damaged or made to harm.
 PARQUET_ROWS = 16
 
+# Log-probs hardly compress. A file that unpacks to far more than itself is damaged or made to harm.
 EXPANSION = 100
 SMALL = 2**26
 SEQUENCES = 2**20

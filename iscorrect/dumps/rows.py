@@ -206,10 +206,20 @@ def padded(rows: Sequence[Row]) -> LogProbDump:
 
 
 def rows_of(dump: LogProbDump) -> Iterator[Row]:
-    """The sequences of a dump, each up to its last counted token."""
-    arrays = {
-        name: to_numpy(x).astype(DTYPES[name], copy=False) for name, x in dump.given().items()
-    }
+    """The sequences of a dump, each up to its last counted token.
+
+    Raises:
+        InputError: a counted number is beyond float32.
+    """
+    given = {name: to_numpy(x) for name, x in dump.given().items()}
+    with np.errstate(over="ignore"):
+        arrays = {name: x.astype(DTYPES[name], copy=False) for name, x in given.items()}
+    for name, x in arrays.items():
+        if x.dtype.kind == "f" and np.any((np.isinf(x) & np.isfinite(given[name]))[arrays["mask"]]):
+            raise input_error(
+                "write_dump", name, expected="within the range of float32 where the mask is 1",
+                got="larger numbers", fix="find out what made them",
+            )
     for i, mask in enumerate(arrays["mask"]):
         counted = np.flatnonzero(mask)
         length = int(counted[-1]) + 1 if len(counted) else 0

@@ -180,8 +180,8 @@ class DumpWriter:
     """Writes one file for each call, from a training loop; no call overwrites another's file.
 
     What a batch has that no dump can hold is left out, with a warning the first time: a field of
-    another shape or dtype, a sequence's advantage that is not per token (it is spread over its
-    tokens), and counted tokens without log-probs, which are written as masked.
+    another shape or dtype, and counted tokens without a log-prob, which are written as masked. One
+    advantage for each sequence goes to its tokens.
 
     Args:
         directory: made where it does not exist.
@@ -242,10 +242,8 @@ class DumpWriter:
     ) -> LogProbDump | None:
         """What a dump can hold of a batch."""
         # On the host first: a tensor that carries gradient is data here.
-        given = {
-            n: x.detach().cpu() for n, x in tensors.items() if isinstance(x, Tensor)
-        }
-        mask = mask.detach().cpu()
+        given = {n: _on_host(x) for n, x in tensors.items() if x is not None}
+        mask = _on_host(mask)
         if mask.dtype != torch.bool and bool(((mask == 0) | (mask == 1)).all()):
             mask = mask.bool()
         sides = {name: given.pop(name) for name in REQUIRED[:2]}
@@ -273,10 +271,13 @@ class DumpWriter:
             except InputError as error:
                 self._warn(name, str(error))
                 continue
-            if name in LOG_PROBS and not bool(is_log_prob(fitted[mask]).all()):
-                self._warn(name, "not finite where the mask is 1")
-                continue
-            fields[name] = fitted
+            counted = fitted[mask] if fitted.ndim > 1 else fitted
+            if name in LOG_PROBS and not bool(is_log_prob(counted).all()):
+                self._warn(name, "not a log-prob everywhere where the mask is 1")
+            elif bool((counted.float().isinf() & counted.isfinite()).any()):
+                self._warn(name, "beyond what float32 holds")
+            else:
+                fields[name] = fitted
         return LogProbDump(**fields)
 
     def _warn(self, what: str, why: str) -> None:
@@ -286,6 +287,11 @@ class DumpWriter:
         warnings.warn(
             f"DumpWriter left out {what}: {why}. This is said once.", stacklevel=4
         )
+
+
+def _on_host(x: Tensor) -> Tensor:
+    x = x.detach()
+    return (x if x.layout == torch.strided else x.to_dense()).cpu()
 
 
 def _fitted(name: str, x: Tensor, mask: Tensor) -> Tensor:

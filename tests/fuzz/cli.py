@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 from iscorrect import PRESETS
 from iscorrect.cli.main import main
 from iscorrect.dumps import write_dump
+from tests.fuzz._search import search
 from tests.fuzz.dumps import damaged
-from tests.fuzz.samples import SUFFIXES, Failures, random_dump
+from tests.fuzz.samples import SEEDS, SUFFIXES, random_dump
 
 NUMBERS = ["2", "0", "-1", "nan", "inf", "-inf", "1e400", "abc", "", "none", "0.5", "1e-300", "٣"]
 KEYS = ["cap", "low", "high", "limit", "slope", "mean_k3", "max_k2", "x", ""]
@@ -204,34 +205,22 @@ def once(rng, words):
     return code, err.buffer.getvalue().decode("ascii"), broken
 
 
-def run(seed: int, seconds: float) -> dict[str, int]:
-    """Run commands for a while."""
-    rng = np.random.default_rng(seed)
-    found = Failures("cli", seed)
-    end = time.monotonic() + seconds
+def check(case):
+    """Raise unless a command ends with a code that means what the help says."""
+    rng = np.random.default_rng(case["seed"])
     here = Path.cwd()
-    with tempfile.TemporaryDirectory() as temporary:
-        os.chdir(temporary)
+    with tempfile.TemporaryDirectory() as directory:
+        os.chdir(directory)
         try:
-            while time.monotonic() < end:
-                case = found.counts["cases"]
-                found.count("cases")
-                directory = Path(temporary) / str(case % 20)
-                directory.mkdir(exist_ok=True)
-                words = command(rng, directory)
-                try:
-                    code, message, broken = once(rng, words)
-                except Exception as error:
-                    found.fail(case, f"{words}: {type(error).__name__}: {error}")
-                    continue
-                found.count(f"code {code}")
-                may_fail = "--fail-if" in words or words[0] == "fp16-check"
-                if code not in (0, 1, 2) or (code == 1 and not may_fail) or (
-                    code == 2 and not message and not broken
-                ):
-                    found.fail(case, f"{words}: code {code}, {message.strip()[-300:]}")
-                elif "\x1b" in message or "Traceback" in message:
-                    found.fail(case, f"{words}: printed {message[-300:]}")
+            words = command(rng, Path(directory))
+            code, message, broken = once(rng, words)
         finally:
             os.chdir(here)
-    return found.counts
+    may_fail = "--fail-if" in words or words[0] == "fp16-check"
+    assert code in ((0, 1, 2) if may_fail else (0, 2)), f"{words}: code {code}, {message}"
+    assert code != 2 or message or broken, f"{words}: no message"
+    assert "\x1b" not in message, f"{words}: printed {message!r}"
+
+
+CASES = SEEDS
+run = partial(search, "cli", CASES, check)

@@ -2,8 +2,8 @@
 
 import json
 import tempfile
-import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,8 @@ import torch
 
 from iscorrect import InputError
 from iscorrect.dumps import read_dump, write_dump
-from tests.fuzz.samples import SUFFIXES, Failures, random_dump
+from tests.fuzz._search import search
+from tests.fuzz.samples import SEEDS, SUFFIXES, random_dump
 
 ODD = [
     None, True, False, "", "x", "1.5", [], {}, [[]], [None], -1, 0, 2, 1e400, -1e400, 0.5, 2**63,
@@ -71,53 +72,37 @@ def odd_row(rng):
     return row
 
 
-def check(dump):
-    """What is wrong with a dump that was read; or None."""
-    mask = dump.mask
-    for name in ("rollout_log_probs", "old_log_probs"):
-        x = getattr(dump, name)[mask]
-        if not bool(((x <= 0.25) & (x >= -1e4)).all()):
-            return f"{name} {x}"
-    return None
-
-
-def run(seed: int, seconds: float) -> dict[str, int]:
-    """Read damaged dumps for a while."""
-    rng = np.random.default_rng(seed)
-    found = Failures("dumps", seed)
-    end = time.monotonic() + seconds
+def check(case):
+    """Raise unless a damaged dump is refused with a message, or read as log-probs."""
+    rng = np.random.default_rng(case["seed"])
     with tempfile.TemporaryDirectory() as directory, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch's, of damaged headers
-        while time.monotonic() < end:
-            case = found.counts["cases"]
-            found.count("cases")
-            suffix = SUFFIXES[rng.integers(len(SUFFIXES))]
-            path = Path(directory) / f"{case % 50}{suffix}"
-            kind = rng.random()
-            if kind < 0.2:
-                path = path.with_suffix(".jsonl")
-                path.write_text(json.dumps(odd_row(rng)), encoding="utf-8")
-            elif kind < 0.3:
-                path = path.with_suffix(".pt")
-                rows = [odd_row(rng) for _ in range(rng.integers(1, 3))]
-                columns = {name: [row.get(name) for row in rows] for name in rows[0]}
-                content = [{"samples": rows}, {"rollout_data": columns}, rows[0], columns]
-                try:
-                    torch.save(content[rng.integers(4)], path)
-                except OverflowError:  # pickle has no way to write them
-                    continue
-            else:
-                write_dump(random_dump(rng), path)
-                path.write_bytes(damaged(rng, path.read_bytes()))
+        path = Path(directory) / f"dump{SUFFIXES[rng.integers(len(SUFFIXES))]}"
+        kind = rng.random()
+        if kind < 0.2:
+            path = path.with_suffix(".jsonl")
+            path.write_text(json.dumps(odd_row(rng)), encoding="utf-8")
+        elif kind < 0.3:
+            path = path.with_suffix(".pt")
+            rows = [odd_row(rng) for _ in range(rng.integers(1, 3))]
+            columns = {name: [row.get(name) for row in rows] for name in rows[0]}
+            content = [{"samples": rows}, {"rollout_data": columns}, rows[0], columns]
             try:
-                wrong = check(read_dump(path))
-            except InputError as error:
-                found.count("refused")
-                wrong = None if "Fix:" in str(error) else f"no fix in {error}"
-            except Exception as error:
-                wrong = f"{type(error).__name__}: {error}"
-            else:
-                found.count("read")
-            if wrong:
-                found.fail(case, f"{path.suffix} {wrong}")
-    return found.counts
+                torch.save(content[rng.integers(4)], path)
+            except OverflowError:  # pickle has no way to write them
+                return
+        else:
+            write_dump(random_dump(rng), path)
+            path.write_bytes(damaged(rng, path.read_bytes()))
+        try:
+            dump = read_dump(path)
+        except InputError as error:
+            assert "Fix:" in str(error)
+            return
+        for name in ("rollout_log_probs", "old_log_probs"):
+            x = getattr(dump, name)[dump.mask]
+            assert bool(((x <= 0.25) & (x >= -1e4)).all()), f"{name} {x}"
+
+
+CASES = SEEDS
+run = partial(search, "dumps", CASES, check)

@@ -2,8 +2,8 @@
 
 import io
 import json
-import time
 import warnings
+from functools import partial
 
 import numpy as np
 
@@ -13,7 +13,8 @@ from iscorrect.report.figures import FIGURES
 from iscorrect.report.gather import summarise
 from iscorrect.report.limits import check_thresholds
 from iscorrect.report.render import blocks, to_html, to_markdown
-from tests.fuzz.samples import Failures, random_dump
+from tests.fuzz._search import search
+from tests.fuzz.samples import SEEDS, random_dump
 
 
 def wrong_numbers(report, dump):
@@ -44,39 +45,32 @@ def wrong_numbers(report, dump):
     return None
 
 
-def run(seed: int, seconds: float) -> dict[str, int]:
-    """Report for a while."""
-    rng = np.random.default_rng(seed)
-    found = Failures("report", seed)
-    end = time.monotonic() + seconds
+def check(case):
+    """Raise unless the report on a dump is made in every form, with the numbers of float64."""
+    rng = np.random.default_rng(case["seed"])
+    counted = rng.random() < 0.95
+    pieces = [random_dump(rng, counted=counted) for _ in range(rng.integers(1, 4))]
+    whole = concatenate(pieces)
     presets = list(PRESETS)
-    while time.monotonic() < end:
-        case = found.counts["cases"]
-        found.count("cases")
-        counted = rng.random() < 0.95
-        pieces = [random_dump(rng, counted=counted) for _ in range(rng.integers(1, 4))]
-        whole = concatenate(pieces)
-        chosen = [presets[i] for i in rng.integers(len(presets), size=3)]
+    chosen = [presets[i] for i in rng.integers(len(presets), size=3)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")
-                report = summarise(pieces, corrections=chosen, source="a|b\\<c>")
-                text = "\n".join(map(str, blocks(report)))
-                json.dumps(report.to_json(), allow_nan=False)
-                to_markdown(report)
-                to_html(report, {})
-                check_thresholds(["mismatch/kl_k3>0.01"], report.metrics)
-                wrong = wrong_numbers(report, whole) or ("nan in the text" if "nan" in text else "")
-                if case % 20 == 0:
-                    tabulate, draw = list(FIGURES.values())[case // 20 % len(FIGURES)]
-                    tabulate(report.sample)
-                    draw(report.sample).figure.savefig(io.BytesIO(), format="png")
-                    found.count("drawn")
-        except InputError as error:
-            found.count("refused")
-            wrong = "" if not whole.mask.any() else f"refused: {error}"
-        except Exception as error:
-            wrong = f"{type(error).__name__}: {error}"
-        if wrong:
-            found.fail(case, wrong)
-    return found.counts
+            report = summarise(pieces, corrections=chosen, source="a|b\\<c>")
+        except InputError:
+            assert not whole.mask.any()
+            return
+        assert "nan" not in "\n".join(map(str, blocks(report)))
+        json.dumps(report.to_json(), allow_nan=False)
+        to_markdown(report)
+        to_html(report, {})
+        check_thresholds(["mismatch/kl_k3>0.01"], report.metrics)
+        assert not (wrong := wrong_numbers(report, whole)), wrong
+        if rng.random() < 0.05:
+            tabulate, draw = list(FIGURES.values())[rng.integers(len(FIGURES))]
+            tabulate(report.sample)
+            draw(report.sample).figure.savefig(io.BytesIO(), format="png")
+
+
+CASES = SEEDS
+run = partial(search, "report", CASES, check)

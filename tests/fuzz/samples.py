@@ -2,8 +2,12 @@
 
 import numpy as np
 import torch
+from hypothesis import strategies as st
 
 from iscorrect.dumps import LogProbDump
+
+SEEDS = st.fixed_dictionaries({"seed": st.integers(0, 2**64 - 1)})
+"""A case of these areas is what numpy's generator makes of a number."""
 
 SUFFIXES = (".npz", ".safetensors", ".pt", ".jsonl", ".parquet")
 FLOATS = ("log_probs", "advantages", "entropy", "varentropy")
@@ -76,18 +80,3 @@ def difference(a, b):
             if not same:
                 return f"{name} of sequence {i}"
     return None
-
-
-class Failures:
-    """Counts of a run, and what failed, printed as it happens."""
-
-    def __init__(self, area, seed):
-        self.area, self.seed = area, seed
-        self.counts = {"cases": 0, "failures": 0}
-
-    def count(self, name):
-        self.counts[name] = self.counts.get(name, 0) + 1
-
-    def fail(self, case, what):
-        self.counts["failures"] += 1
-        print(f"{self.area}: seed {self.seed}, case {case}: {what}", flush=True)
