@@ -1,10 +1,12 @@
 """The ready checks pass what is right and catch each planted mistake."""
 
+import os
 import re
 from functools import partial
 
 import pytest
 import torch
+from hypothesis import settings
 
 from iscorrect import (
     PRESETS,
@@ -43,10 +45,19 @@ def sequences_of_the_batch(mask):
     return mask.any(-1).sum()
 
 
+settings.register_profile(
+    "failing", settings.get_profile("ci"), max_examples=300, derandomize=True
+)
+
+
 def fails(check, *arguments, **options):
-    """The message with which a check fails."""
-    with pytest.raises(AssertionError) as error:
-        check(*arguments, **options)
+    """The message with which a check fails, within three hundred examples."""
+    settings.load_profile("failing")
+    try:
+        with pytest.raises(AssertionError) as error:
+            check(*arguments, **options)
+    finally:
+        settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
     return str(error.value)
 
 
@@ -321,3 +332,22 @@ def test_truncation_is_monotone_and_masking_is_not(correction):
     assert "so that every ratio is larger" in fails(
         check_monotone, PolicyLoss(correction=sequence_mis())
     )
+
+
+def test_a_loss_that_narrows_its_log_probs_and_no_other_input_is_compared_as_float32():
+    right = PolicyLoss(correction=token_tis())
+
+    def narrowed(log_probs, *, rollout_log_probs, advantages, mask):
+        weights = (log_probs.float() - rollout_log_probs.float()).detach().exp().clamp(max=2)
+        return -(weights * log_probs.float() * advantages)[mask].mean()
+
+    check_same_as(narrowed, right)
+    assert "tolerance 1e-05" in fails(
+        check_same_as, lambda *a, **k: narrowed(*a, **k) * (1 + 1e-3), right
+    )
+
+
+def test_the_librarys_own_losses_are_compared_as_float64():
+    right = PolicyLoss(correction=sequence_tis(), objective=PPOClip())
+    message = fails(check_same_as, lambda *a, **k: right(*a, **k).loss * (1 + 1e-7), right)
+    assert "tolerance 1e-09" in message

@@ -6,8 +6,10 @@ one with other names. It is given float64. What it returns must agree with what 
 
     |found − expected| ≤ tolerance · max(1, |expected|)
 
-where the tolerance is that of the dtype the loss returns, :data:`TOLERANCES`, if it is not told.
-How many examples are tried is up to hypothesis' profile.
+where the tolerance, if it is not told, is that of the dtype in which the loss computes
+(:data:`TOLERANCES`): float32 where any of its intermediate results is narrower than float64, a
+16-bit dtype where that is what it returns. How many examples are tried is up to hypothesis'
+profile.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from einops import rearrange
 from hypothesis import Phase, given, settings, strategies as st
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from iscorrect.layout import Layout
 from iscorrect.loss.advantages import Baseline
@@ -52,7 +55,9 @@ __all__ = [
 TOLERANCES = {
     torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 2e-2
 }
-"""Relative to the larger of 1 and the number expected, by the dtype of the loss."""
+"""Relative to the larger of 1 and the number expected, by the dtype in which a loss computes."""
+
+__tracebackhide__ = True  # pytest shows the caller's line alone
 
 OUTSIDE = (torch.nan, torch.inf, -torch.inf, 1e4)
 
@@ -88,13 +93,15 @@ def check_same_as(
     ...     return -(weights * advantages * log_probs)[mask].mean()
     >>> check_same_as(mine, PolicyLoss(correction=token_tis(cap=2.0)))
     """
+    limit = _Tolerance(tolerance, loss_fn, old)
 
     def same(inputs: LossInputs) -> None:
         mask = inputs.layout if packed else inputs.layout.mask
         _agree(
             "check_same_as", "it differs from the reference",
             _evaluate(loss_fn, inputs, old=old, mask=mask),
-            _evaluate(reference, inputs, old=old, mask=mask), inputs, old, tolerance,
+            _evaluate(reference, inputs, old=old, mask=mask), inputs, old,
+            limit(inputs, mask=mask),
         )
 
     _run(same, batches() if packed else padded_batches())
@@ -131,11 +138,12 @@ def check_weights(
     ...     return torch.where(d.exp() <= 3, d.exp(), 0)
     >>> check_weights(PolicyLoss(correction=sequence_mis(high=3.0)), weights)
     """
+    limit = _Tolerance(tolerance, loss_fn, old)
 
     def weighted(inputs: LossInputs) -> None:
         mask = inputs.layout.mask
         before = inputs.old_log_probs if old else inputs.log_probs
-        loss, gradient = _evaluate(loss_fn, inputs, old=old)
+        _, gradient = _evaluate(loss_fn, inputs, old=old)
         _, plain = _evaluate(loss_fn, inputs._replace(rollout_log_probs=before), old=old)
         weights = weight_fn(
             old_log_probs=before, rollout_log_probs=inputs.rollout_log_probs, mask=mask,
@@ -145,9 +153,8 @@ def check_weights(
         shares = plain.double()
         expected = torch.where(mask & (shares != 0), weights, 0).double()
         found = gradient.double() / torch.where(shares != 0, shares, 1)
-        limit = _tolerance(loss, tolerance)
-        _close("check_weights", "weights", "the weights are others", found, expected, limit,
-               _named(inputs, old))
+        _close("check_weights", "weights", "the weights are others", found, expected,
+               limit(inputs), _named(inputs, old))
 
     _run(weighted, padded_batches())
 
@@ -169,15 +176,15 @@ def check_sign(loss_fn: LossFn, *, old: bool = False, tolerance: float | None = 
     >>> from iscorrect import PolicyLoss, PPOClip, token_tis
     >>> check_sign(PolicyLoss(correction=token_tis(), objective=PPOClip()), old=True)
     """
+    limit = _Tolerance(tolerance, loss_fn, old)
 
     def pushes(inputs: LossInputs) -> None:
-        loss, gradient = _evaluate(loss_fn, inputs, old=old)
-        gradient = gradient.double()
+        gradient = _evaluate(loss_fn, inputs, old=old)[1].double()
         wrong = torch.where(
             inputs.advantages == 0, gradient.abs(), gradient * inputs.advantages.sign()
         )
-        limit = _tolerance(loss, tolerance) * max(1.0, _largest(gradient))
-        if not wrong.amax() <= limit:
+        largest = max(1.0, _largest(gradient))
+        if not wrong.amax() <= limit(inputs) * largest:
             _fail(
                 "check_sign",
                 f"the gradient of the loss is {_shown(gradient)}, and −gradient · A < 0 at"
@@ -204,13 +211,15 @@ def check_monotone(loss_fn: LossFn, *, old: bool = False, tolerance: float | Non
     >>> from iscorrect import PolicyLoss, sequence_tis
     >>> check_monotone(PolicyLoss(correction=sequence_tis()))
     """
+    limit = _Tolerance(tolerance, loss_fn, old)
 
     def monotone(inputs: LossInputs, step: float) -> None:
         lower = inputs._replace(rollout_log_probs=inputs.rollout_log_probs - step)
-        loss, gradient = _evaluate(loss_fn, inputs, old=old)
+        _, gradient = _evaluate(loss_fn, inputs, old=old)
         _, raised = _evaluate(loss_fn, lower, old=old)
         fall = gradient.double().abs() - raised.double().abs()
-        if not fall.amax() <= _tolerance(loss, tolerance) * max(1.0, _largest(gradient)):
+        largest = max(1.0, _largest(gradient))
+        if not fall.amax() <= limit(inputs) * largest:
             _fail(
                 "check_monotone",
                 f"with rollout_log_probs {step:g} lower, so that every ratio is larger, the"
@@ -250,16 +259,15 @@ def check_unbiased(
     >>> from iscorrect import PolicyLoss, sequence_is
     >>> check_unbiased(PolicyLoss(correction=sequence_is(), aggregation="seq-mean-token-sum"))
     """
+    limit = _Tolerance(tolerance, loss_fn, old)
 
     def unbiased(case: Case, third: TabularPolicy) -> None:
         old_policy = third if old else None
         found = audit(loss_fn, *case, batch=batch, group=group, old_policy=old_policy)
         expected = scale * found.target
         error = found.expected - expected
-        limit = tolerance
-        if limit is None:
-            limit = _tolerance(_one_call(loss_fn, case, batch, old), None)
-        if not error.norm() <= limit * max(1.0, found.std):
+        scale_of = max(1.0, found.std)
+        if not error.norm() <= limit(_first_batch(case, batch)) * scale_of:
             _fail(
                 "check_unbiased",
                 f"the expected gradient is {_shown(found.expected, expected)}, not {scale:g} times"
@@ -296,6 +304,7 @@ def check_identity_when_equal(
     ...     PolicyLoss(correction=icepop()), PolicyLoss(correction=uncorrected())
     ... )
     """
+    limit = _Tolerance(tolerance, loss_fn, old)
 
     def identity(inputs: LossInputs) -> None:
         before = inputs.old_log_probs if old else inputs.log_probs
@@ -303,7 +312,7 @@ def check_identity_when_equal(
         _agree(
             "check_identity_when_equal", "the corrected loss differs from the uncorrected one",
             _evaluate(loss_fn, inputs, old=old), _evaluate(uncorrected_loss_fn, inputs, old=old),
-            inputs, old, tolerance,
+            inputs, old, limit(inputs),
         )
 
     _run(identity, padded_batches())
@@ -325,6 +334,7 @@ def check_invariant_to_padding(
     >>> from iscorrect import PolicyLoss, sequence_tis
     >>> check_invariant_to_padding(PolicyLoss(correction=sequence_tis()))
     """
+    limit = _Tolerance(tolerance, loss_fn, old)
 
     def invariant(inputs: LossInputs, left: int, right: int) -> None:
         mask, width = inputs.layout.mask, inputs.layout.mask.shape[1]
@@ -336,7 +346,7 @@ def check_invariant_to_padding(
             "check_invariant_to_padding",
             f"{left} columns before and {right} after change the loss",
             (loss, gradient[:, left : left + width]), _evaluate(loss_fn, inputs, old=old), inputs,
-            old, tolerance,
+            old, limit(inputs),
         )
 
     _run(invariant, padded_batches(), st.integers(0, 2), st.integers(0, 2))
@@ -359,6 +369,7 @@ def check_invariant_to_packing(
     >>> from iscorrect import PolicyLoss, sequence_tis
     >>> check_invariant_to_packing(PolicyLoss(correction=sequence_tis()))
     """
+    limit = _Tolerance(tolerance, loss_fn, old)
 
     def invariant(inputs: LossInputs) -> None:
         mask = inputs.layout.mask
@@ -373,7 +384,7 @@ def check_invariant_to_packing(
         _agree(
             "check_invariant_to_packing", "the packed loss differs from the padded one",
             (loss, back), _evaluate(loss_fn, inputs, old=old, mask=inputs.layout), inputs, old,
-            tolerance,
+            limit(inputs, mask=inputs.layout),
         )
 
     _run(invariant, padded_batches())
@@ -402,6 +413,7 @@ def check_invariant_to_microbatching(
     >>> whole = partial(global_normalizer, group=None, gradients="summed")
     >>> check_invariant_to_microbatching(PolicyLoss(correction=token_tis()), whole)
     """
+    limit = _Tolerance(tolerance, loss_fn, old)
 
     def invariant(inputs: LossInputs) -> None:
         whole = normalizer(inputs.layout.mask)
@@ -413,7 +425,8 @@ def check_invariant_to_microbatching(
         _agree(
             "check_invariant_to_microbatching", "the parts do not add up to the whole",
             (torch.stack(losses).sum(), torch.cat(gradients)),
-            _evaluate(loss_fn, inputs, old=old), inputs, old, tolerance,
+            _evaluate(loss_fn, inputs, old=old), inputs, old,
+            limit(inputs),
         )
 
     _run(invariant, padded_batches())
@@ -435,6 +448,7 @@ def check_no_gradient_outside_mask(
     >>> from iscorrect import PolicyLoss, sequence_tis
     >>> check_no_gradient_outside_mask(PolicyLoss(correction=sequence_tis()))
     """
+    limit = _Tolerance(tolerance, loss_fn, old)
 
     def nothing(inputs: LossInputs, ours: float, theirs: float) -> None:
         mask = inputs.layout.mask
@@ -447,7 +461,7 @@ def check_no_gradient_outside_mask(
             "check_no_gradient_outside_mask",
             f"log_probs={ours} and rollout_log_probs={theirs} outside the mask change the loss",
             _evaluate(loss_fn, dirty, old=old), _evaluate(loss_fn, inputs, old=old), inputs, old,
-            tolerance,
+            limit(inputs),
         )
 
     filling = st.sampled_from(OUTSIDE)
@@ -512,23 +526,46 @@ def _evaluate(
     return loss.detach(), gradient
 
 
-def _one_call(loss_fn: LossFn, case: Case, batch: int, old: bool) -> Tensor:
+def _first_batch(case: Case, batch: int) -> LossInputs:
     rows = [0] * batch
     ours, theirs = case.policy.log_probs[rows], case.rollout_policy.reported_log_probs[rows]
-    inputs = LossInputs(ours, ours, theirs, torch.ones_like(ours),
-                        Layout(case.policy.sequences.mask[rows]))
-    return _evaluate(loss_fn, inputs, old=old)[0]
+    layout = Layout(case.policy.sequences.mask[rows])
+    return LossInputs(ours, ours, theirs, torch.ones_like(ours), layout)
 
 
-def _tolerance(loss: Tensor, told: float | None) -> float:
-    return TOLERANCES[loss.dtype] if told is None else told
+class _Narrower(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes whether any operation returns a floating dtype narrower than float64."""
+
+    seen = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64:
+                self.seen = True
+        return result
+
+
+class _Tolerance:
+    """The tolerance of a loss: told, or found on the first inputs it is called with."""
+
+    def __init__(self, told: float | None, loss_fn: LossFn, old: bool) -> None:
+        self.limit, self.loss_fn, self.old = told, loss_fn, old
+
+    def __call__(self, inputs: LossInputs, **others: Any) -> float:
+        if self.limit is None:
+            mode = _Narrower()  # type: ignore[no-untyped-call]
+            with mode:
+                loss, _ = _evaluate(self.loss_fn, inputs, old=self.old, **others)
+            narrow = loss.dtype == torch.float64 and mode.seen
+            self.limit = TOLERANCES[torch.float32 if narrow else loss.dtype]
+        return self.limit
 
 
 def _agree(
     check: str, problem: str, found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor],
-    inputs: LossInputs, old: bool, tolerance: float | None,
+    inputs: LossInputs, old: bool, limit: float,
 ) -> None:
-    limit = _tolerance(found[0], tolerance)
     for what, a, b in zip(("loss", "gradient"), found, expected, strict=True):
         _close(check, what, problem, a, b, limit, _named(inputs, old))
 
