@@ -8,8 +8,9 @@ them; probabilities, from logits that were kept or are computed again, make grad
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,10 @@ from torch import Tensor
 from iscorrect.head.block import EAGER, Allowed, Entry, Moments, compiled
 from iscorrect.head.inputs import Head, Tokens
 from iscorrect.head.products import add_product, leaves_float32, product
+from iscorrect.head.threads import in_threads, threads_for
 from iscorrect.ranks import max_over, sum_over
+
+Blocks = list[tuple[int, slice]]
 
 CPU_ROWS, GPU_ROWS = 2048, 16384
 """Rows of the head that are worked on at a time: on a CPU what comes of them stays in cache."""
@@ -144,8 +148,62 @@ class Kept(NamedTuple):
     """
 
     values: Tensor
-    references: list[Tensor] | None
+    references: dict[int, Tensor] | None
     hidden: Tensor
+
+
+class _Slopes(NamedTuple):
+    """What multiplies the derivatives of some tokens' log-probs.
+
+    Attributes:
+        scale: "c"; where there is a power, 2^power is still to be multiplied.
+        power: int "c", or None.
+        idle: bool "c", tokens whose derivative is 0 whatever else is there; None: none.
+        hidden: "c d".
+        states: "c d", what the gradient of the weight takes for ``hidden``.
+    """
+
+    scale: Tensor
+    power: Tensor | None
+    idle: Tensor | None
+    hidden: Tensor
+    states: Tensor
+
+
+@dataclass(eq=False)
+class _Sums:
+    """Of some blocks of rows.
+
+    Attributes:
+        largest: "c", logit but for the target's.
+        others: "c", Σ exp(z − largest) without the target's.
+        own: "c", the target's logit, or 0 where it is not among the rows.
+        references: "c", by block.
+        moments: entropy and variance, or None.
+        mean: "c d", Σ exp(z − largest) ∂z/∂h without the target's, or None.
+    """
+
+    largest: Tensor
+    others: Tensor
+    own: Tensor
+    references: dict[int, Tensor] = field(default_factory=dict)
+    moments: Moments | None = None
+    mean: Tensor | None = None
+
+    @classmethod
+    def joined(cls, parts: list[_Sums]) -> _Sums:
+        first, *rest = parts
+        for part in rest:
+            largest = torch.maximum(first.largest, part.largest)
+            mine, theirs = (first.largest - largest).exp(), (part.largest - largest).exp()
+            first.largest, first.own = largest, first.own + part.own
+            first.others = mine * first.others + theirs * part.others
+            if first.mean is not None and part.mean is not None:
+                first.mean.mul_(rearrange(mine, "c -> c 1"))
+                first.mean.addcmul_(part.mean, rearrange(theirs, "c -> c 1"))
+            if first.moments is not None and part.moments is not None:
+                first.moments.join(part.moments)
+        return first
 
 
 class Reader:
@@ -173,7 +231,7 @@ class Reader:
         self.on_cpu = device.type == "cpu"
         self._axis = 0 if self.on_cpu else 1
         self._rows = max(1, min(CPU_ROWS if self.on_cpu else GPU_ROWS, len(head.weight)))
-        self._upcast: Tensor | None = None
+        self._of_thread = threading.local()
         eager = not head.compile_kernels or head.softcap is not None or self.dtype != torch.float32
         self._kernels = EAGER if eager else compiled(device)
 
@@ -200,51 +258,68 @@ class Reader:
             spread: ask for the moments.
             mean: zeros "c d", where Σ p_j ∂z_j/∂h comes, over this rank's rows but the target's.
         """
-        head, states = self.head, chunk.states()
+        states = chunk.states()
         hidden, unknown = self._operands(states), self._unknown(states, chunk)
-        lowest = torch.finfo(self.dtype).min
-        largest = hidden.new_full((len(chunk),), lowest, dtype=self.dtype)
-        others, own = torch.zeros_like(largest), torch.zeros_like(largest)
-        moments = Moments(largest, self._axis) if spread else None
-        allowed = Allowed.of(chunk.support, head)
-        room = self._scratch(len(chunk)) if keep is None else keep
-        references = []
-        for rows in self._blocks():
-            z = self._logits(hidden, rows, allowed, room if keep is None else self._of(room, rows))
-            if moments is not None:
-                moments.add(z)
-            # The sum over the others has digits left where p of the target is all but 1.
-            own = Entry.of(chunk.target, rows, head, self._axis).replace(z, -torch.inf, own)
-            slope = None if mean is None or head.softcap is None else head.slope(z)
-            before = largest
-            largest, total = self._kernels.total(z, largest, self._axis)
-            fade = (before - largest).exp()
-            others = others * fade + total
-            references.append(largest)
-            if mean is not None:
-                mean.mul_(rearrange(fade, "c -> c 1"))
-                self._add_rows(z, largest, slope, rows, mean)
+        allowed = Allowed.of(chunk.support, self.head)
+        parts = in_threads(
+            lambda blocks: self._read(chunk, hidden, allowed, blocks, keep, spread, mean),
+            self._shares(),
+        )
+        sums = _Sums.joined(parts)
+        head, references = self.head, {i: x for part in parts for i, x in part.references.items()}
+        largest, others, own = sums.largest, sums.others, sums.own
         top = max_over(largest, head.group)
         others = others * (largest - top).exp()
         if head.group is not None:
             others, own = sum_over(torch.stack([others, own]), head.group)
-        largest = torch.maximum(top, own)
-        others, own = others * (top - largest).exp(), own - largest
+        highest = torch.maximum(top, own)
+        others, own = others * (top - highest).exp(), own - highest
         if allowed is not None:
             own = own.masked_fill(allowed.nothing, -torch.inf)
-        log_total = torch.log1p(others + torch.expm1(own))
-        if allowed is not None:
             unknown = unknown | allowed.outside
+        log_total = torch.log1p(others + torch.expm1(own))
         log_probs = (own - log_total).masked_fill(unknown, torch.nan)
-        if mean is not None:
-            mean.mul_(rearrange((references[-1] - largest - log_total).exp(), "c -> c 1"))
+        if mean is not None and sums.mean is not None:
+            fade = (largest - highest - log_total).exp()
+            torch.mul(sums.mean, rearrange(fade, "c -> c 1"), out=mean)
         kept = None
         if keep is not None:
             kept = Kept(keep, references if self._kernels.exponentials else None, hidden)
+        moments = sums.moments
         return Reading(
-            log_probs, largest, log_total,
-            () if moments is None else moments.over(largest, log_total, head.group), kept,
+            log_probs, highest, log_total,
+            () if moments is None else moments.over(highest, log_total, head.group), kept,
         )
+
+    def _read(
+        self, chunk: Tokens, hidden: Tensor, allowed: Allowed | None, blocks: Blocks,
+        keep: Tensor | None, spread: bool, mean: Tensor | None,
+    ) -> _Sums:
+        """The running maximum and sum over some of the blocks."""
+        head, lowest = self.head, torch.finfo(self.dtype).min
+        largest = hidden.new_full((len(chunk),), lowest, dtype=self.dtype)
+        others, own = torch.zeros_like(largest), torch.zeros_like(largest)
+        sums = _Sums(largest, others, own)
+        sums.moments = Moments(largest, self._axis) if spread else None
+        sums.mean = None if mean is None else torch.zeros_like(mean)
+        room = self._scratch(len(chunk)) if keep is None else keep
+        for i, rows in blocks:
+            z = self._logits(hidden, rows, allowed, room if keep is None else self._of(room, rows))
+            if sums.moments is not None:
+                sums.moments.add(z)
+            # The sum over the others has digits left where p of the target is all but 1.
+            entry = Entry.of(chunk.target, rows, head, self._axis)
+            sums.own = entry.replace(z, -torch.inf, sums.own)
+            slope = None if mean is None or head.softcap is None else head.slope(z)
+            before = sums.largest
+            sums.largest, total = self._kernels.total(z, before, self._axis)
+            fade = (before - sums.largest).exp()
+            sums.others = sums.others * fade + total
+            sums.references[i] = sums.largest
+            if sums.mean is not None:
+                sums.mean.mul_(rearrange(fade, "c -> c 1"))
+                self._add_rows(z, sums.largest, slope, rows, sums.mean)
+        return sums
 
     def differentiate(
         self, chunk: Tokens, reading: Reading, coefficient: Tensor, into: Gradients
@@ -276,14 +351,34 @@ class Reader:
             # a coefficient of 0 may stand for a log-prob that is not finite, and 0 · NaN is no 0
             idle = coefficient == 0
         states = hidden if into.weight is None or power is None else _in_unit(hidden, power, into)
-        here, places = chunk.here()
-        sums = None
+        slopes = _Slopes(scale, power, idle, hidden, states)
+
+        def work(blocks: Blocks) -> Tensor | None:
+            return self._differentiate(chunk, reading, slopes, blocks, kept, busy, into)
+
+        parts = in_threads(work, self._shares())
         if into.hidden is not None:
-            whole = isinstance(places, slice)
-            sums = into.hidden[places] if whole else scale.new_zeros(len(chunk), hidden.shape[1])
+            sums = sum(x for x in parts if x is not None)
+            assert isinstance(sums, Tensor)
+            if power is not None:
+                sums.mul_(rearrange(_power(power), "c -> c 1"))
+            self._place(sums, into, *chunk.here())
+        into.fresh = False
+
+    def _differentiate(
+        self, chunk: Tokens, reading: Reading, slopes: _Slopes, blocks: Blocks, kept: Kept | None,
+        busy: Tensor | None, into: Gradients,
+    ) -> Tensor | None:
+        """Add what some of the blocks give to weight and bias; returns the sums for ``hidden``."""
+        sums, power, hidden = None, slopes.power, slopes.hidden
+        if into.hidden is not None:
+            sums = slopes.scale.new_zeros(len(chunk), hidden.shape[1])
         scratch = self._scratch(len(chunk), self._operand)
-        values = self._kept(kept, busy) if kept else self._again(chunk, hidden, scratch)
-        for block, grad in self._derivatives(chunk, reading, scale, idle, values, scratch):
+        if kept is None:
+            values = self._again(chunk, hidden, blocks, scratch)
+        else:
+            values = self._kept(kept, blocks, busy)
+        for block, grad in self._derivatives(chunk, reading, slopes, blocks, values, scratch):
             if into.bias is not None:
                 wide = grad if power is None else grad * rearrange(_power(power), "c -> c 1")
                 into.bias[block] += wide.sum(0, dtype=self.dtype)
@@ -291,15 +386,11 @@ class Reader:
                 add_product(grad, self._weight(block), sums)
             if into.weight is not None:
                 write = product if into.fresh else add_product
-                write(grad.T, states, into.weight[block])
-        if sums is not None:
-            if power is not None:
-                sums.mul_(rearrange(_power(power), "c -> c 1"))
-            self._place(sums, into, here, places)
-        into.fresh = False
+                write(grad.T, slopes.states, into.weight[block])
+        return sums
 
     def _derivatives(
-        self, chunk: Tokens, reading: Reading, scale: Tensor, idle: Tensor | None,
+        self, chunk: Tokens, reading: Reading, slopes: _Slopes, blocks: Blocks,
         values: Iterator[tuple[Tensor, Tensor | None]], scratch: Tensor,
     ) -> Iterator[tuple[slice, Tensor]]:
         """Blocks of scale · ∂ log p / ∂ z, "c v", in the dtype of the products.
@@ -307,19 +398,19 @@ class Reader:
         Args:
             chunk: the tokens.
             reading: of them.
-            scale: "c".
-            idle: "c", tokens whose derivative is 0 whatever else is there.
-            values: blocks of logits, or of exp(z − reference) with the reference "c".
+            slopes: what multiplies them.
+            blocks: which.
+            values: their logits, or exp(z − reference) with the reference "c".
             scratch: where each block is written, after the other.
         """
-        head, axis = self.head, self._axis
+        head, axis, scale, idle = self.head, self._axis, slopes.scale, slopes.idle
         # 1 − p of the target itself: expm1 keeps its digits where p is near 1
         own = -torch.expm1(reading.log_probs) * scale
         if head.softcap is not None:
             own *= head.slope(reading.log_probs + reading.log_total + reading.largest)
         if idle is not None:
             own = own.masked_fill(idle, 0)
-        for block, (z, subtracted) in zip(self._blocks(), values, strict=True):
+        for (_, block), (z, subtracted) in zip(blocks, values, strict=True):
             grad = self._of(scratch, slice(0, block.stop - block.start))
             reference = reading.largest if subtracted is None else subtracted
             subtract = reference if subtracted is None else None
@@ -333,8 +424,10 @@ class Reader:
             Entry.of(chunk.target, block, head, axis).replace(grad, own, own)
             yield block, grad.T if axis == 0 else grad
 
-    def _kept(self, kept: Kept, busy: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
-        for i, block in enumerate(self._blocks()):
+    def _kept(
+        self, kept: Kept, blocks: Blocks, busy: Tensor | None
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        for i, block in blocks:
             z = self._of(kept.values, block)
             reference = None if kept.references is None else kept.references[i]
             if busy is not None:
@@ -343,11 +436,11 @@ class Reader:
             yield z, reference
 
     def _again(
-        self, chunk: Tokens, hidden: Tensor, scratch: Tensor
+        self, chunk: Tokens, hidden: Tensor, blocks: Blocks, scratch: Tensor
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
         allowed = Allowed.of(chunk.support, self.head)
         room = scratch if scratch.dtype == self.dtype else self._scratch(len(chunk))
-        for block in self._blocks():
+        for _, block in blocks:
             yield self._logits(hidden, block, allowed, room), None
 
     def score(self, tokens: Tokens, step: int, *, spread: bool = False) -> Reading:
@@ -444,10 +537,11 @@ class Reader:
             states = torch.where(finite, states, 0)
         return states if self._native else states.to(self.dtype)
 
-    def _blocks(self) -> Iterator[slice]:
-        every = len(self.head.weight)
-        for start in range(0, every, self._rows):
-            yield slice(start, min(start + self._rows, every))
+    def _shares(self) -> list[Blocks]:
+        """The blocks of rows, numbered, in a share for each thread."""
+        blocks = list(enumerate(chunks(len(self.head.weight), self._rows)))
+        n = max(1, min(threads_for(self.head.weight.device), len(blocks)))
+        return [blocks[k::n] for k in range(n)]
 
     def _scratch(self, n: int, dtype: torch.dtype | None = None) -> Tensor:
         shape = (self._rows, n) if self._axis == 0 else (n, self._rows)
@@ -462,9 +556,11 @@ class Reader:
         weight = self._weights[rows]
         if self._native or weight.dtype == self.dtype:
             return weight
-        if self._upcast is None:
-            self._upcast = weight.new_empty(self._rows, weight.shape[1], dtype=self.dtype)
-        return self._upcast[: len(weight)].copy_(weight)
+        mine = self._of_thread
+        if not hasattr(mine, "upcast"):
+            mine.upcast = weight.new_empty(self._rows, weight.shape[1], dtype=self.dtype)
+        upcast: Tensor = mine.upcast[: len(weight)]
+        return upcast.copy_(weight)
 
     def _logits(
         self, hidden: Tensor, rows: slice, allowed: Allowed | None, room: Tensor
