@@ -13,7 +13,8 @@ import importlib
 import os
 import sys
 
-CASES = ("overhead", "linear", "emulated", "memory", "head", "fp16_switch", "predicted")
+CASES = ("overhead", "linear", "emulated", "memory", "head", "fp16_switch", "predicted",
+         "threads")
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from benchmarks.harness import RECORDS
 
 ROOT = Path(__file__).parents[1]
-CPU_ONLY = {"emulated", "predicted"}
+CPU_ONLY = {"emulated", "predicted", "threads"}
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 MARKED = re.compile(
     r"(<!-- benchmark:(?P<case>\w+)(?:/(?P<workload>[\w-]+))? -->\n).*?(<!-- /benchmark -->)",
