@@ -9,18 +9,25 @@ them; probabilities, from logits that were kept or are computed again, make grad
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import torch
-import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor
 
 from iscorrect.head.block import EAGER, Allowed, Entry, Moments, compiled
-from iscorrect.head.inputs import Head, Tokens
+from iscorrect.head.inputs import Counted, Head
 from iscorrect.head.products import add_product, leaves_float32, product
+from iscorrect.head.state import (
+    Gradients,
+    Kept,
+    Reading,
+    Slopes,
+    Sums,
+    in_unit,
+    power_of_two,
+    split_exponent,
+)
 from iscorrect.head.threads import in_threads, threads_for
 from iscorrect.ranks import max_over, sum_over
 
@@ -51,161 +58,6 @@ def chunks(n: int, step: int) -> Iterator[slice]:
         yield slice(start, min(start + step, n))
 
 
-@dataclass(eq=False)
-class Gradients:
-    """Sums of what the chunks give, in float32 or wider; None where nothing asks for them.
-
-    Attributes:
-        hidden: "m d".
-        weight: "v d", without any meaning as long as it is ``fresh``.
-        bias: "v".
-        fresh: nothing has been added to ``weight``.
-        exponent: int "", where ``weight`` is to be multiplied by 2^exponent.
-    """
-
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    fresh: bool = True
-    exponent: Tensor | None = None
-    _late: tuple[dist.Work, Callable[[], None]] | None = None
-
-    @classmethod
-    def of(cls, head: Head, tokens: Tokens, *, hidden: bool, weight: bool, bias: bool) -> Gradients:
-        """Sums of nothing yet."""
-        dtype, device = head.wide(tokens.hidden), tokens.hidden.device
-        return cls(
-            torch.zeros(tokens.hidden.shape, dtype=dtype, device=device) if hidden else None,
-            # contiguous, whatever the strides of the parameter
-            torch.empty(head.weight.shape, dtype=dtype, device=device) if weight else None,
-            torch.zeros(len(head.weight), dtype=dtype, device=device) if bias else None,
-        )
-
-    def reduce(self, sums: Tensor, group: dist.ProcessGroup, then: Callable[[], None]) -> None:
-        """Sum a chunk's rows of ``hidden`` over ranks while the next chunk is worked on."""
-        self.settle()
-        work = dist.all_reduce(sums, group=group, async_op=True)
-        self._late = (work, then)
-
-    def settle(self) -> None:
-        """Wait for what other ranks add to the rows of ``hidden``."""
-        if self._late is not None:
-            work, then = self._late
-            work.wait()
-            then()
-            self._late = None
-
-    def total(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Of hidden, weight and bias, once all chunks are through."""
-        self.settle()
-        if self.fresh and self.weight is not None:
-            self.weight.zero_()
-        if self.exponent is not None and self.weight is not None:
-            self.weight.mul_(_power(self.exponent))
-            self.exponent = None
-        return self.hidden, self.weight, self.bias
-
-
-@dataclass(frozen=True, eq=False)
-class Reading:
-    """What is known of some tokens "c" once all logits have been seen.
-
-    Attributes:
-        log_probs: of the targets, z_y − largest − log_total.
-        largest: logit.
-        log_total: log Σ exp(z − largest).
-        moments: entropy and variance of the surprisal, or nothing.
-        kept: what saves computing the logits again, or None.
-    """
-
-    log_probs: Tensor
-    largest: Tensor
-    log_total: Tensor
-    moments: tuple[Tensor, ...] = ()
-    kept: Kept | None = None
-
-    def __getitem__(self, part: slice | Tensor) -> Reading:
-        return Reading(self.log_probs[part], self.largest[part], self.log_total[part])
-
-    @classmethod
-    def joined(cls, readings: list[Reading]) -> Reading:
-        log_probs, largest, log_total, moments = zip(
-            *[(x.log_probs, x.largest, x.log_total, x.moments) for x in readings], strict=True
-        )
-        return cls(
-            torch.cat(log_probs), torch.cat(largest), torch.cat(log_total),
-            tuple(torch.cat(x) for x in zip(*moments, strict=True)),
-        )
-
-
-class Kept(NamedTuple):
-    """What the reading of a chunk leaves behind, but for the targets.
-
-    Attributes:
-        values: "v c" or "c v", logits z, or exp(z − reference).
-        references: "c" for each block of rows; None where the values are logits.
-        hidden: "c d".
-    """
-
-    values: Tensor
-    references: dict[int, Tensor] | None
-    hidden: Tensor
-
-
-class _Slopes(NamedTuple):
-    """What multiplies the derivatives of some tokens' log-probs.
-
-    Attributes:
-        scale: "c"; where there is a power, 2^power is still to be multiplied.
-        power: int "c", or None.
-        idle: bool "c", tokens whose derivative is 0 whatever else is there; None: none.
-        hidden: "c d".
-        states: "c d", what the gradient of the weight takes for ``hidden``.
-    """
-
-    scale: Tensor
-    power: Tensor | None
-    idle: Tensor | None
-    hidden: Tensor
-    states: Tensor
-
-
-@dataclass(eq=False)
-class _Sums:
-    """Of some blocks of rows.
-
-    Attributes:
-        largest: "c", logit but for the target's.
-        others: "c", Σ exp(z − largest) without the target's.
-        own: "c", the target's logit, or 0 where it is not among the rows.
-        references: "c", by block.
-        moments: entropy and variance, or None.
-        mean: "c d", Σ exp(z − largest) ∂z/∂h without the target's, or None.
-    """
-
-    largest: Tensor
-    others: Tensor
-    own: Tensor
-    references: dict[int, Tensor] = field(default_factory=dict)
-    moments: Moments | None = None
-    mean: Tensor | None = None
-
-    @classmethod
-    def joined(cls, parts: list[_Sums]) -> _Sums:
-        first, *rest = parts
-        for part in rest:
-            largest = torch.maximum(first.largest, part.largest)
-            mine, theirs = (first.largest - largest).exp(), (part.largest - largest).exp()
-            first.largest, first.own = largest, first.own + part.own
-            first.others = mine * first.others + theirs * part.others
-            if first.mean is not None and part.mean is not None:
-                first.mean.mul_(rearrange(mine, "c -> c 1"))
-                first.mean.addcmul_(part.mean, rearrange(theirs, "c -> c 1"))
-            if first.moments is not None and part.moments is not None:
-                first.moments.join(part.moments)
-        return first
-
-
 class Reader:
     """The head over chunks of tokens and, for each, over blocks of rows of the vocabulary.
 
@@ -216,7 +68,7 @@ class Reader:
     and their log-probs are NaN.
     """
 
-    def __init__(self, head: Head, tokens: Tokens):
+    def __init__(self, head: Head, tokens: Counted):
         self.head = head
         self.dtype = head.wide(tokens.hidden)
         device, self._weights = head.weight.device, head.weight.detach()
@@ -247,7 +99,7 @@ class Reader:
         return room.narrow(1 - self._axis, 0, n)
 
     def read(
-        self, chunk: Tokens, *, keep: Tensor | None = None, spread: bool = False,
+        self, chunk: Counted, *, keep: Tensor | None = None, spread: bool = False,
         mean: Tensor | None = None,
     ) -> Reading:
         """Log-probs of the targets, from a running maximum and sum over the blocks.
@@ -265,7 +117,7 @@ class Reader:
             lambda blocks: self._read(chunk, hidden, allowed, blocks, keep, spread, mean),
             self._shares(),
         )
-        sums = _Sums.joined(parts)
+        sums = Sums.joined(parts)
         head, references = self.head, {i: x for part in parts for i, x in part.references.items()}
         largest, others, own = sums.largest, sums.others, sums.own
         top = max_over(largest, head.group)
@@ -292,14 +144,14 @@ class Reader:
         )
 
     def _read(
-        self, chunk: Tokens, hidden: Tensor, allowed: Allowed | None, blocks: Blocks,
+        self, chunk: Counted, hidden: Tensor, allowed: Allowed | None, blocks: Blocks,
         keep: Tensor | None, spread: bool, mean: Tensor | None,
-    ) -> _Sums:
+    ) -> Sums:
         """The running maximum and sum over some of the blocks."""
         head, lowest = self.head, torch.finfo(self.dtype).min
         largest = hidden.new_full((len(chunk),), lowest, dtype=self.dtype)
         others, own = torch.zeros_like(largest), torch.zeros_like(largest)
-        sums = _Sums(largest, others, own)
+        sums = Sums(largest, others, own)
         sums.moments = Moments(largest, self._axis) if spread else None
         sums.mean = None if mean is None else torch.zeros_like(mean)
         room = self._scratch(len(chunk)) if keep is None else keep
@@ -322,7 +174,7 @@ class Reader:
         return sums
 
     def differentiate(
-        self, chunk: Tokens, reading: Reading, coefficient: Tensor, into: Gradients
+        self, chunk: Counted, reading: Reading, coefficient: Tensor, into: Gradients
     ) -> None:
         """Add Σ_i c_i ∂ log p_i.
 
@@ -345,13 +197,13 @@ class Reader:
             hidden = kept.hidden if busy is None else kept.hidden[busy]
         scale, power = coefficient / self.head.temperature, None
         if self._operand == torch.float16:
-            scale, power = _normal(scale)
+            scale, power = split_exponent(scale)
         idle = None
         if not self.on_cpu:
             # a coefficient of 0 may stand for a log-prob that is not finite, and 0 · NaN is no 0
             idle = coefficient == 0
-        states = hidden if into.weight is None or power is None else _in_unit(hidden, power, into)
-        slopes = _Slopes(scale, power, idle, hidden, states)
+        states = hidden if into.weight is None or power is None else in_unit(hidden, power, into)
+        slopes = Slopes(scale, power, idle, hidden, states)
 
         def work(blocks: Blocks) -> Tensor | None:
             return self._differentiate(chunk, reading, slopes, blocks, kept, busy, into)
@@ -361,12 +213,12 @@ class Reader:
             sums = sum(x for x in parts if x is not None)
             assert isinstance(sums, Tensor)
             if power is not None:
-                sums.mul_(rearrange(_power(power), "c -> c 1"))
+                sums.mul_(rearrange(power_of_two(power), "c -> c 1"))
             self._place(sums, into, *chunk.here())
         into.fresh = False
 
     def _differentiate(
-        self, chunk: Tokens, reading: Reading, slopes: _Slopes, blocks: Blocks, kept: Kept | None,
+        self, chunk: Counted, reading: Reading, slopes: Slopes, blocks: Blocks, kept: Kept | None,
         busy: Tensor | None, into: Gradients,
     ) -> Tensor | None:
         """Add what some of the blocks give to weight and bias; returns the sums for ``hidden``."""
@@ -380,7 +232,7 @@ class Reader:
             values = self._kept(kept, blocks, busy)
         for block, grad in self._derivatives(chunk, reading, slopes, blocks, values, scratch):
             if into.bias is not None:
-                wide = grad if power is None else grad * rearrange(_power(power), "c -> c 1")
+                wide = grad if power is None else grad * rearrange(power_of_two(power), "c -> c 1")
                 into.bias[block] += wide.sum(0, dtype=self.dtype)
             if sums is not None:
                 add_product(grad, self._weight(block), sums)
@@ -390,7 +242,7 @@ class Reader:
         return sums
 
     def _derivatives(
-        self, chunk: Tokens, reading: Reading, slopes: _Slopes, blocks: Blocks,
+        self, chunk: Counted, reading: Reading, slopes: Slopes, blocks: Blocks,
         values: Iterator[tuple[Tensor, Tensor | None]], scratch: Tensor,
     ) -> Iterator[tuple[slice, Tensor]]:
         """Blocks of scale · ∂ log p / ∂ z, "c v", in the dtype of the products.
@@ -436,14 +288,14 @@ class Reader:
             yield z, reference
 
     def _again(
-        self, chunk: Tokens, hidden: Tensor, blocks: Blocks, scratch: Tensor
+        self, chunk: Counted, hidden: Tensor, blocks: Blocks, scratch: Tensor
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
         allowed = Allowed.of(chunk.support, self.head)
         room = scratch if scratch.dtype == self.dtype else self._scratch(len(chunk))
         for _, block in blocks:
             yield self._logits(hidden, block, allowed, room), None
 
-    def score(self, tokens: Tokens, step: int, *, spread: bool = False) -> Reading:
+    def score(self, tokens: Counted, step: int, *, spread: bool = False) -> Reading:
         """Read any number of tokens, so many at a time, without keeping anything."""
         readings = [self.read(tokens[part], spread=spread) for part in chunks(len(tokens), step)]
         if readings:
@@ -452,7 +304,7 @@ class Reader:
         return Reading(nothing, nothing, nothing, (nothing, nothing) if spread else ())
 
     def differentiate_all(
-        self, tokens: Tokens, reading: Reading, coefficient: Tensor, into: Gradients, step: int
+        self, tokens: Counted, reading: Reading, coefficient: Tensor, into: Gradients, step: int
     ) -> None:
         """The same for any number of tokens, whose logits are computed again."""
         busy = self._busy(coefficient)
@@ -473,7 +325,7 @@ class Reader:
         return idle.int().argsort(stable=True)[: -(-count // TILE) * TILE]
 
     def with_gradients(
-        self, tokens: Tokens, step: int, *, spread: bool = False
+        self, tokens: Counted, step: int, *, spread: bool = False
     ) -> tuple[Reading, Tensor]:
         """Read tokens, and ∂ log p / ∂ h "m d" of each, whatever a loss makes of log p.
 
@@ -525,7 +377,7 @@ class Reader:
         busy = coefficient.nonzero().squeeze(-1)
         return None if len(busy) == len(coefficient) else busy
 
-    def _unknown(self, states: Tensor, chunk: Tokens) -> Tensor:
+    def _unknown(self, states: Tensor, chunk: Counted) -> Tensor:
         """Tokens whose log-prob is NaN whatever their logits are."""
         unknown = chunk.outside(self.head.vocabulary)
         return unknown if self.on_cpu else unknown | ~states.isfinite().all(-1)
@@ -606,28 +458,3 @@ class Reader:
             put()
         else:
             into.reduce(sums, group, put)
-
-
-def _power(exponent: Tensor) -> Tensor:
-    return torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent)
-
-
-def _normal(scale: Tensor) -> tuple[Tensor, Tensor]:
-    """``scale`` as m · 2^e, so that float16 holds m · p, and e waits for the float32 sums."""
-    mantissa, exponent = torch.frexp(scale)
-    return mantissa, torch.where(mantissa == 0, -126, exponent)
-
-
-def _in_unit(hidden: Tensor, power: Tensor, into: Gradients) -> Tensor:
-    """Rows times 2^power, over the unit in which the weight's gradient is summed.
-
-    The unit is the largest 2^power there has been, so float16 holds the rows.
-    """
-    unit = power.amax()
-    if into.exponent is not None:
-        assert into.weight is not None
-        unit = torch.maximum(unit, into.exponent)
-        into.weight.mul_(_power(into.exponent - unit))
-    into.exponent = unit
-    rows = rearrange(_power(power - unit), "c -> c 1")
-    return torch.mul(hidden, rows, out=torch.empty_like(hidden))
