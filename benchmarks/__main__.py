@@ -2,6 +2,7 @@
 
 ``python -m benchmarks diagnose --help`` for how often the diagnosis is right;
 ``python -m benchmarks gpu`` for all that a GPU has to show, within minutes;
+``python -m benchmarks kernels`` for the code that a compiler makes for one, without one;
 ``python -m benchmarks counts`` for how many operations on tensors each call is.
 """
 
@@ -12,7 +13,8 @@ import importlib
 import os
 import sys
 
-CASES = ("overhead", "linear", "emulated", "memory", "head", "fp16_switch")
+CASES = ("overhead", "linear", "emulated", "memory", "head", "fp16_switch", "predicted",
+         "threads")
 
 
 def main() -> None:
@@ -24,6 +26,10 @@ def main() -> None:
         from benchmarks import gpu
 
         sys.exit(gpu.main(sys.argv[2:]))
+    if sys.argv[1:] == ["kernels"]:
+        from benchmarks import kernels
+
+        sys.exit(kernels.main())
     if sys.argv[1:] == ["counts"]:  # neither timed nor recorded
         from benchmarks import counts
 

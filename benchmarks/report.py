@@ -11,7 +11,8 @@ from pathlib import Path
 from benchmarks.harness import RECORDS
 
 ROOT = Path(__file__).parents[1]
-CPU_ONLY = {"emulated"}
+GPU_ONLY = {"gpu"}
+CPU_ONLY = {"emulated", "predicted", "threads"}
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 MARKED = re.compile(
     r"(<!-- benchmark:(?P<case>\w+)(?:/(?P<workload>[\w-]+))? -->\n).*?(<!-- /benchmark -->)",
@@ -44,10 +45,11 @@ def tables(case: str, workload: str | None) -> str:
         if workload in (None, name)
     ]
     parts += [
-        f"Not run on {name}: no record of `python -m benchmarks {case} --device {device}`.\n"
+        f"Not run on {name}: no record of `python -m benchmarks {case}"
+        f"{'' if case in GPU_ONLY else f' --device {device}'}`.\n"
         for device, name in {"cpu": "a CPU", "cuda": "a GPU"}.items()
         if not (RECORDS / f"{case}-{device}.csv").exists()
-        and (device == "cpu" or case not in CPU_ONLY)
+        and case not in (GPU_ONLY if device == "cpu" else CPU_ONLY)
     ]
     return "\n".join(parts)
 

@@ -157,17 +157,25 @@ class Moments:
 
     def add(self, z: Tensor) -> None:
         """Logits of a block."""
-        self._raise(torch.maximum(self.largest, z.amax(self.axis)))
+        largest = z.amax(self.axis)
+        block = Moments(torch.maximum(self.largest, largest), self.axis)
         # what has probability 0 adds nothing
-        u = (z - self.largest.unsqueeze(self.axis)).clamp_(min=-(torch.finfo(z.dtype).max ** 0.25))
+        u = (z - block.largest.unsqueeze(self.axis)).clamp_(min=-(torch.finfo(z.dtype).max ** 0.25))
         e = u.exp()
-        weight, first = e.sum(self.axis), (e * u).sum(self.axis)
-        mean = first / _positive(weight)
-        apart = mean - self.first / _positive(self.weight)
-        both = self.weight * weight / _positive(self.weight + weight)
-        within = e.mul_(u.sub_(mean.unsqueeze(self.axis)).square_()).sum(self.axis)
-        self.second = self.second + within + apart.square() * both
-        self.weight, self.first = self.weight + weight, self.first + first
+        block.weight, block.first = e.sum(self.axis), (e * u).sum(self.axis)
+        mean = block.first / _positive(block.weight)
+        block.second = e.mul_(u.sub_(mean.unsqueeze(self.axis)).square_()).sum(self.axis)
+        self.join(block)
+
+    def join(self, other: Moments) -> None:
+        """Add the moments of other rows."""
+        largest = torch.maximum(self.largest, other.largest)
+        self._raise(largest)
+        other._raise(largest)
+        apart = other.first / _positive(other.weight) - self.first / _positive(self.weight)
+        both = self.weight * other.weight / _positive(self.weight + other.weight)
+        self.second = self.second + other.second + apart.square() * both
+        self.weight, self.first = self.weight + other.weight, self.first + other.first
 
     def _raise(self, largest: Tensor) -> None:
         """Take them about another maximum."""

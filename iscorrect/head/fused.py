@@ -2,7 +2,7 @@
 
 In a corrected policy-gradient loss the derivative in a token's log-prob is known as soon as that
 log-prob is: weights carry no gradient, and denominators count the mask. So the gradients of hidden
-states and weights can be made while a chunk's exponentials are still there.
+states and weights can be made while a chunk's logits are still there.
 """
 
 from __future__ import annotations
@@ -58,13 +58,18 @@ def fused_policy_loss(
         loss_fn(linear_log_probs(hidden, weight, target), …)
 
     One pass over the vocabulary makes log-probs and gradients, 6 n v d operations instead of 8.
-    The exponentials of the first d tokens wait where the gradient of ``weight`` is going to be,
-    those of later chunks in a buffer; logits for which there is none are computed twice.
-    Tokens outside the mask cost nothing, tokens whose derivative is 0 no gradient. Where
-    the loss of a token looks farther than the tokens at hand (a correction of whole sequences
-    under the policy being trained, a batch-wide bound), a second pass recomputes the logits.
-    Leaving tokens out takes their number: a GPU is asked for it before the first chunk, twice, and
-    once a chunk.
+    A chunk's logits are kept until its derivative is known: in a buffer, and on a CPU those of the
+    first d tokens in the memory of the gradient of ``weight``, which is not needed before. Logits
+    for which there is no room are computed twice. Where the loss of a token depends on log-probs
+    outside its chunk (a correction of whole sequences under the policy being trained, a batch-wide
+    bound), and under ``torch.compile``, a second pass recomputes them, but with a frozen head,
+    which takes one pass for every loss.
+
+    Tokens outside the mask cost nothing, and tokens without an advantage no gradient. On a CPU
+    neither do others whose derivative is 0; on a GPU they do, for the host would have to wait for
+    their number in every chunk. It waits twice a call, for how many tokens count and how many of
+    them have an advantage, once more where some have none, and once or twice more for weights of
+    whole sequences.
 
     Args:
         loss_fn: the loss.
@@ -81,8 +86,8 @@ def fused_policy_loss(
         bias: "v", with gradient.
         temperature: τ > 0, the sampler's.
         softcap: c > 0, as in Gemma's final logits; None for none.
-        chunk_size: tokens the buffer is for, v float32 numbers each. None: one in 40, on a GPU 1024
-            or more; on a CPU no buffer where these are fewer than 192 and ``weight`` is trained.
+        chunk_size: tokens the buffer is for, v float32 numbers each. None: on a GPU 4096; on a CPU
+            one in 40, and no buffer where these are fewer than 192 and ``weight`` is trained.
         head_dtype: what the head's output is rounded to; see :func:`linear_log_probs`.
         support: the kept ids, as in :func:`log_probs_from_logits`.
         vocabulary_group: the ranks that hold the other rows of the head (tensor parallelism), as in

@@ -89,7 +89,7 @@ class Head:
 
 
 @dataclass(frozen=True, eq=False)
-class Tokens:
+class Counted:
     """The tokens that count, one after the other.
 
     Attributes:
@@ -114,7 +114,7 @@ class Tokens:
     def of(
         cls, caller: str, *, hidden: Tensor, target: Tensor, mask: Tensor | None,
         support: Tensor | Support | None, part: Part | None,
-    ) -> Tokens:
+    ) -> Counted:
         """Pick what counts; asks a GPU once how many tokens that is."""
         flat = target.flatten().long()
         if mask is None:
@@ -176,7 +176,7 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitem__(self, part: slice | Tensor) -> Tokens:
+    def __getitem__(self, part: slice | Tensor) -> Counted:
         support = self.support
         if support is not None:
             every = torch.arange(len(self), device=self.index.device)
@@ -217,7 +217,7 @@ def prepare(
     support: Tensor | Support | None, layout: Tensor | Layout | None, vocabulary_group: Group,
     vocabulary_size: int | None, sequence_parallel: bool, compile_kernels: bool,
     facts: Mapping[str, object] | InputError,
-) -> tuple[Head, Tokens]:
+) -> tuple[Head, Counted]:
     """The head and the tokens that count, once all inputs are checked.
 
     The arguments are those of the caller. Where ranks share the head, ``facts`` are what else has
@@ -241,7 +241,7 @@ def prepare(
             if cut > 1:
                 width = hidden.shape[-2]
                 part = Part(group, rank * width, width, ranks * width)
-            tokens = Tokens.of(
+            tokens = Counted.of(
                 caller, hidden=hidden, target=target, mask=mask, support=support, part=part
             )
             checksum = ((tokens.target + 1) * (tokens.index + 1)).sum()

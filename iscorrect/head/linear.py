@@ -10,8 +10,9 @@ from einops import rearrange
 from torch import Tensor
 
 from iscorrect.gradients import differentiates_once
-from iscorrect.head.inputs import Head, Tokens, prepare
-from iscorrect.head.reader import Gradients, Reader, Reading, default_step
+from iscorrect.head.inputs import Counted, Head, prepare
+from iscorrect.head.reader import Reader, default_step
+from iscorrect.head.state import Gradients, Reading
 from iscorrect.head.support import Support
 from iscorrect.layout import Layout, as_layout
 from iscorrect.ranks import Group, first_over
@@ -150,7 +151,7 @@ def linear_log_probs(
 
 
 def log_probs_of(
-    head: Head, tokens: Tokens, step: int, *, spread: bool = False
+    head: Head, tokens: Counted, step: int, *, spread: bool = False
 ) -> tuple[Tensor, ...]:
     """Log-probs of the targets, in their shape, with gradient; entropy and variance if asked for.
 
@@ -173,7 +174,7 @@ class _TrainedHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, tokens: Tokens,
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, tokens: Counted,
         step: int, spread: bool,
     ) -> tuple[Tensor, ...]:
         with torch.autocast(hidden.device.type, enabled=False):
@@ -208,7 +209,7 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Head, tokens: Tokens, step: int, spread: bool
+        ctx: Any, hidden: Tensor, head: Head, tokens: Counted, step: int, spread: bool
     ) -> tuple[Tensor, ...]:
         with torch.autocast(hidden.device.type, enabled=False):
             reading, gradients = Reader(head, tokens).with_gradients(tokens, step, spread=spread)
@@ -232,7 +233,7 @@ class _FrozenHead(torch.autograd.Function):
         return made.masked_fill_(row == 0, 0), None, None, None, None
 
 
-def _in_shape(ctx: Any, tokens: Tokens, reading: Reading) -> tuple[Tensor, ...]:
+def _in_shape(ctx: Any, tokens: Counted, reading: Reading) -> tuple[Tensor, ...]:
     """Log-probs and moments in the shape of the target; the moments carry no gradient."""
     out = [tokens.in_shape(x) for x in (reading.log_probs, *reading.moments)]
     ctx.mark_non_differentiable(*out[1:])

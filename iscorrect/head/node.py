@@ -13,8 +13,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from iscorrect.head.inputs import Head, Tokens, autocast_to, prepare
-from iscorrect.head.reader import Gradients, Reader, Reading, default_step
+from iscorrect.head.inputs import Counted, Head, autocast_to, prepare
+from iscorrect.head.reader import Reader, default_step
+from iscorrect.head.state import Gradients, Reading
 from iscorrect.head.support import Support
 
 
@@ -62,7 +63,7 @@ INPUTS = (
 """Inputs and settings as a schema has them; torch 2.6 cannot infer one from these annotations."""
 
 
-def _prepared(inputs: Inputs, settings: Settings) -> tuple[Head, Tokens]:
+def _prepared(inputs: Inputs, settings: Settings) -> tuple[Head, Counted]:
     hidden, weight, bias, target, mask, ids, offsets = inputs
     head, tokens = prepare(
         "linear_log_probs", hidden=hidden, weight=weight, target=target, bias=bias,

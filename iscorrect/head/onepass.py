@@ -13,8 +13,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from iscorrect.head.inputs import Head, Tokens
-from iscorrect.head.reader import GPU_TOKENS, Gradients, Reader, default_step
+from iscorrect.head.inputs import Counted, Head
+from iscorrect.head.reader import GPU_TOKENS, Reader, default_step
+from iscorrect.head.state import Gradients
 from iscorrect.layout import Layout, masked
 from iscorrect.loss.aggregate import Aggregation, Normalizer
 from iscorrect.loss.batch import Batch
@@ -26,7 +27,7 @@ from iscorrect.ranks import Group, first_over
 
 @torch.no_grad()
 def in_one_pass(
-    loss_fn: PolicyLoss, batch: Batch, head: Head, tokens: Tokens, *,
+    loss_fn: PolicyLoss, batch: Batch, head: Head, tokens: Counted, *,
     normalizer: Normalizer | None, chunk_size: int | None, wanted: list[bool],
 ) -> tuple[Tensor, list[Tensor | None]] | None:
     """Log-probs "b t" and the gradients of hidden, weight, bias and extra; None if it takes two.
@@ -86,8 +87,8 @@ def in_one_pass(
 
 
 def _idle_last(
-    loss_fn: PolicyLoss, batch: Batch, tokens: Tokens, scope: Scope, group: Group
-) -> tuple[Tokens, int]:
+    loss_fn: PolicyLoss, batch: Batch, tokens: Counted, scope: Scope, group: Group
+) -> tuple[Counted, int]:
     """Tokens, or sequences, without any advantage come last; how many tokens are not among them.
 
     They rarely have a derivative, so that their logits need not be kept.
@@ -175,7 +176,7 @@ class _Room:
         return self.reader.part(self._buffer, n)
 
 
-def _whole_sequences(layout: Layout, tokens: Tokens, room: _Room) -> list[slice]:
+def _whole_sequences(layout: Layout, tokens: Counted, room: _Room) -> list[slice]:
     """Chunks of as many sequences as there is room for; a longer one by itself."""
     first = layout.sequence_starts().flatten()[tokens.index].nonzero().squeeze(-1).tolist()
     parts: list[slice] = []

@@ -8,19 +8,30 @@ them; probabilities, from logits that were kept or are computed again, make grad
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+import threading
+from collections.abc import Iterator
 
 import torch
-import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor
 
 from iscorrect.head.block import EAGER, Allowed, Entry, Moments, compiled
-from iscorrect.head.inputs import Head, Tokens
+from iscorrect.head.inputs import Counted, Head
 from iscorrect.head.products import add_product, leaves_float32, product
+from iscorrect.head.state import (
+    Gradients,
+    Kept,
+    Reading,
+    Slopes,
+    Sums,
+    in_unit,
+    power_of_two,
+    split_exponent,
+)
+from iscorrect.head.threads import in_threads, threads_for
 from iscorrect.ranks import max_over, sum_over
+
+Blocks = list[tuple[int, slice]]
 
 CPU_ROWS, GPU_ROWS = 2048, 16384
 """Rows of the head that are worked on at a time: on a CPU what comes of them stays in cache."""
@@ -47,107 +58,6 @@ def chunks(n: int, step: int) -> Iterator[slice]:
         yield slice(start, min(start + step, n))
 
 
-@dataclass(eq=False)
-class Gradients:
-    """Sums of what the chunks give, in float32 or wider; None where nothing asks for them.
-
-    Attributes:
-        hidden: "m d".
-        weight: "v d", without any meaning as long as it is ``fresh``.
-        bias: "v".
-        fresh: nothing has been added to ``weight``.
-        exponent: int "", where ``weight`` is to be multiplied by 2^exponent.
-    """
-
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    fresh: bool = True
-    exponent: Tensor | None = None
-    _late: tuple[dist.Work, Callable[[], None]] | None = None
-
-    @classmethod
-    def of(cls, head: Head, tokens: Tokens, *, hidden: bool, weight: bool, bias: bool) -> Gradients:
-        """Sums of nothing yet."""
-        dtype, device = head.wide(tokens.hidden), tokens.hidden.device
-        return cls(
-            torch.zeros(tokens.hidden.shape, dtype=dtype, device=device) if hidden else None,
-            # contiguous, whatever the strides of the parameter
-            torch.empty(head.weight.shape, dtype=dtype, device=device) if weight else None,
-            torch.zeros(len(head.weight), dtype=dtype, device=device) if bias else None,
-        )
-
-    def reduce(self, sums: Tensor, group: dist.ProcessGroup, then: Callable[[], None]) -> None:
-        """Sum a chunk's rows of ``hidden`` over ranks while the next chunk is worked on."""
-        self.settle()
-        work = dist.all_reduce(sums, group=group, async_op=True)
-        self._late = (work, then)
-
-    def settle(self) -> None:
-        """Wait for what other ranks add to the rows of ``hidden``."""
-        if self._late is not None:
-            work, then = self._late
-            work.wait()
-            then()
-            self._late = None
-
-    def total(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Of hidden, weight and bias, once all chunks are through."""
-        self.settle()
-        if self.fresh and self.weight is not None:
-            self.weight.zero_()
-        if self.exponent is not None and self.weight is not None:
-            self.weight.mul_(_power(self.exponent))
-            self.exponent = None
-        return self.hidden, self.weight, self.bias
-
-
-@dataclass(frozen=True, eq=False)
-class Reading:
-    """What is known of some tokens "c" once all logits have been seen.
-
-    Attributes:
-        log_probs: of the targets, z_y − largest − log_total.
-        largest: logit.
-        log_total: log Σ exp(z − largest).
-        moments: entropy and variance of the surprisal, or nothing.
-        kept: what saves computing the logits again, or None.
-    """
-
-    log_probs: Tensor
-    largest: Tensor
-    log_total: Tensor
-    moments: tuple[Tensor, ...] = ()
-    kept: Kept | None = None
-
-    def __getitem__(self, part: slice | Tensor) -> Reading:
-        return Reading(self.log_probs[part], self.largest[part], self.log_total[part])
-
-    @classmethod
-    def joined(cls, readings: list[Reading]) -> Reading:
-        log_probs, largest, log_total, moments = zip(
-            *[(x.log_probs, x.largest, x.log_total, x.moments) for x in readings], strict=True
-        )
-        return cls(
-            torch.cat(log_probs), torch.cat(largest), torch.cat(log_total),
-            tuple(torch.cat(x) for x in zip(*moments, strict=True)),
-        )
-
-
-class Kept(NamedTuple):
-    """What the reading of a chunk leaves behind, but for the targets.
-
-    Attributes:
-        values: "v c" or "c v", logits z, or exp(z − reference).
-        references: "c" for each block of rows; None where the values are logits.
-        hidden: "c d".
-    """
-
-    values: Tensor
-    references: list[Tensor] | None
-    hidden: Tensor
-
-
 class Reader:
     """The head over chunks of tokens and, for each, over blocks of rows of the vocabulary.
 
@@ -158,7 +68,7 @@ class Reader:
     and their log-probs are NaN.
     """
 
-    def __init__(self, head: Head, tokens: Tokens):
+    def __init__(self, head: Head, tokens: Counted):
         self.head = head
         self.dtype = head.wide(tokens.hidden)
         device, self._weights = head.weight.device, head.weight.detach()
@@ -173,7 +83,7 @@ class Reader:
         self.on_cpu = device.type == "cpu"
         self._axis = 0 if self.on_cpu else 1
         self._rows = max(1, min(CPU_ROWS if self.on_cpu else GPU_ROWS, len(head.weight)))
-        self._upcast: Tensor | None = None
+        self._of_thread = threading.local()
         eager = not head.compile_kernels or head.softcap is not None or self.dtype != torch.float32
         self._kernels = EAGER if eager else compiled(device)
 
@@ -189,7 +99,7 @@ class Reader:
         return room.narrow(1 - self._axis, 0, n)
 
     def read(
-        self, chunk: Tokens, *, keep: Tensor | None = None, spread: bool = False,
+        self, chunk: Counted, *, keep: Tensor | None = None, spread: bool = False,
         mean: Tensor | None = None,
     ) -> Reading:
         """Log-probs of the targets, from a running maximum and sum over the blocks.
@@ -200,54 +110,71 @@ class Reader:
             spread: ask for the moments.
             mean: zeros "c d", where Σ p_j ∂z_j/∂h comes, over this rank's rows but the target's.
         """
-        head, states = self.head, chunk.states()
+        states = chunk.states()
         hidden, unknown = self._operands(states), self._unknown(states, chunk)
-        lowest = torch.finfo(self.dtype).min
-        largest = hidden.new_full((len(chunk),), lowest, dtype=self.dtype)
-        others, own = torch.zeros_like(largest), torch.zeros_like(largest)
-        moments = Moments(largest, self._axis) if spread else None
-        allowed = Allowed.of(chunk.support, head)
-        room = self._scratch(len(chunk)) if keep is None else keep
-        references = []
-        for rows in self._blocks():
-            z = self._logits(hidden, rows, allowed, room if keep is None else self._of(room, rows))
-            if moments is not None:
-                moments.add(z)
-            # The sum over the others has digits left where p of the target is all but 1.
-            own = Entry.of(chunk.target, rows, head, self._axis).replace(z, -torch.inf, own)
-            slope = None if mean is None or head.softcap is None else head.slope(z)
-            before = largest
-            largest, total = self._kernels.total(z, largest, self._axis)
-            fade = (before - largest).exp()
-            others = others * fade + total
-            references.append(largest)
-            if mean is not None:
-                mean.mul_(rearrange(fade, "c -> c 1"))
-                self._add_rows(z, largest, slope, rows, mean)
+        allowed = Allowed.of(chunk.support, self.head)
+        parts = in_threads(
+            lambda blocks: self._read(chunk, hidden, allowed, blocks, keep, spread, mean),
+            self._shares(),
+        )
+        sums = Sums.joined(parts)
+        head, references = self.head, {i: x for part in parts for i, x in part.references.items()}
+        largest, others, own = sums.largest, sums.others, sums.own
         top = max_over(largest, head.group)
         others = others * (largest - top).exp()
         if head.group is not None:
             others, own = sum_over(torch.stack([others, own]), head.group)
-        largest = torch.maximum(top, own)
-        others, own = others * (top - largest).exp(), own - largest
+        highest = torch.maximum(top, own)
+        others, own = others * (top - highest).exp(), own - highest
         if allowed is not None:
             own = own.masked_fill(allowed.nothing, -torch.inf)
-        log_total = torch.log1p(others + torch.expm1(own))
-        if allowed is not None:
             unknown = unknown | allowed.outside
+        log_total = torch.log1p(others + torch.expm1(own))
         log_probs = (own - log_total).masked_fill(unknown, torch.nan)
-        if mean is not None:
-            mean.mul_(rearrange((references[-1] - largest - log_total).exp(), "c -> c 1"))
+        if mean is not None and sums.mean is not None:
+            fade = (largest - highest - log_total).exp()
+            torch.mul(sums.mean, rearrange(fade, "c -> c 1"), out=mean)
         kept = None
         if keep is not None:
             kept = Kept(keep, references if self._kernels.exponentials else None, hidden)
+        moments = sums.moments
         return Reading(
-            log_probs, largest, log_total,
-            () if moments is None else moments.over(largest, log_total, head.group), kept,
+            log_probs, highest, log_total,
+            () if moments is None else moments.over(highest, log_total, head.group), kept,
         )
 
+    def _read(
+        self, chunk: Counted, hidden: Tensor, allowed: Allowed | None, blocks: Blocks,
+        keep: Tensor | None, spread: bool, mean: Tensor | None,
+    ) -> Sums:
+        """The running maximum and sum over some of the blocks."""
+        head, lowest = self.head, torch.finfo(self.dtype).min
+        largest = hidden.new_full((len(chunk),), lowest, dtype=self.dtype)
+        others, own = torch.zeros_like(largest), torch.zeros_like(largest)
+        sums = Sums(largest, others, own)
+        sums.moments = Moments(largest, self._axis) if spread else None
+        sums.mean = None if mean is None else torch.zeros_like(mean)
+        room = self._scratch(len(chunk)) if keep is None else keep
+        for i, rows in blocks:
+            z = self._logits(hidden, rows, allowed, room if keep is None else self._of(room, rows))
+            if sums.moments is not None:
+                sums.moments.add(z)
+            # The sum over the others has digits left where p of the target is all but 1.
+            entry = Entry.of(chunk.target, rows, head, self._axis)
+            sums.own = entry.replace(z, -torch.inf, sums.own)
+            slope = None if mean is None or head.softcap is None else head.slope(z)
+            before = sums.largest
+            sums.largest, total = self._kernels.total(z, before, self._axis)
+            fade = (before - sums.largest).exp()
+            sums.others = sums.others * fade + total
+            sums.references[i] = sums.largest
+            if sums.mean is not None:
+                sums.mean.mul_(rearrange(fade, "c -> c 1"))
+                self._add_rows(z, sums.largest, slope, rows, sums.mean)
+        return sums
+
     def differentiate(
-        self, chunk: Tokens, reading: Reading, coefficient: Tensor, into: Gradients
+        self, chunk: Counted, reading: Reading, coefficient: Tensor, into: Gradients
     ) -> None:
         """Add Σ_i c_i ∂ log p_i.
 
@@ -270,36 +197,52 @@ class Reader:
             hidden = kept.hidden if busy is None else kept.hidden[busy]
         scale, power = coefficient / self.head.temperature, None
         if self._operand == torch.float16:
-            scale, power = _normal(scale)
+            scale, power = split_exponent(scale)
         idle = None
         if not self.on_cpu:
             # a coefficient of 0 may stand for a log-prob that is not finite, and 0 · NaN is no 0
             idle = coefficient == 0
-        states = hidden if into.weight is None or power is None else _in_unit(hidden, power, into)
-        here, places = chunk.here()
-        sums = None
+        states = hidden if into.weight is None or power is None else in_unit(hidden, power, into)
+        slopes = Slopes(scale, power, idle, hidden, states)
+
+        def work(blocks: Blocks) -> Tensor | None:
+            return self._differentiate(chunk, reading, slopes, blocks, kept, busy, into)
+
+        parts = in_threads(work, self._shares())
         if into.hidden is not None:
-            whole = isinstance(places, slice)
-            sums = into.hidden[places] if whole else scale.new_zeros(len(chunk), hidden.shape[1])
+            sums = sum(x for x in parts if x is not None)
+            assert isinstance(sums, Tensor)
+            if power is not None:
+                sums.mul_(rearrange(power_of_two(power), "c -> c 1"))
+            self._place(sums, into, *chunk.here())
+        into.fresh = False
+
+    def _differentiate(
+        self, chunk: Counted, reading: Reading, slopes: Slopes, blocks: Blocks, kept: Kept | None,
+        busy: Tensor | None, into: Gradients,
+    ) -> Tensor | None:
+        """Add what some of the blocks give to weight and bias; returns the sums for ``hidden``."""
+        sums, power, hidden = None, slopes.power, slopes.hidden
+        if into.hidden is not None:
+            sums = slopes.scale.new_zeros(len(chunk), hidden.shape[1])
         scratch = self._scratch(len(chunk), self._operand)
-        values = self._kept(kept, busy) if kept else self._again(chunk, hidden, scratch)
-        for block, grad in self._derivatives(chunk, reading, scale, idle, values, scratch):
+        if kept is None:
+            values = self._again(chunk, hidden, blocks, scratch)
+        else:
+            values = self._kept(kept, blocks, busy)
+        for block, grad in self._derivatives(chunk, reading, slopes, blocks, values, scratch):
             if into.bias is not None:
-                wide = grad if power is None else grad * rearrange(_power(power), "c -> c 1")
+                wide = grad if power is None else grad * rearrange(power_of_two(power), "c -> c 1")
                 into.bias[block] += wide.sum(0, dtype=self.dtype)
             if sums is not None:
                 add_product(grad, self._weight(block), sums)
             if into.weight is not None:
                 write = product if into.fresh else add_product
-                write(grad.T, states, into.weight[block])
-        if sums is not None:
-            if power is not None:
-                sums.mul_(rearrange(_power(power), "c -> c 1"))
-            self._place(sums, into, here, places)
-        into.fresh = False
+                write(grad.T, slopes.states, into.weight[block])
+        return sums
 
     def _derivatives(
-        self, chunk: Tokens, reading: Reading, scale: Tensor, idle: Tensor | None,
+        self, chunk: Counted, reading: Reading, slopes: Slopes, blocks: Blocks,
         values: Iterator[tuple[Tensor, Tensor | None]], scratch: Tensor,
     ) -> Iterator[tuple[slice, Tensor]]:
         """Blocks of scale · ∂ log p / ∂ z, "c v", in the dtype of the products.
@@ -307,19 +250,19 @@ class Reader:
         Args:
             chunk: the tokens.
             reading: of them.
-            scale: "c".
-            idle: "c", tokens whose derivative is 0 whatever else is there.
-            values: blocks of logits, or of exp(z − reference) with the reference "c".
+            slopes: what multiplies them.
+            blocks: which.
+            values: their logits, or exp(z − reference) with the reference "c".
             scratch: where each block is written, after the other.
         """
-        head, axis = self.head, self._axis
+        head, axis, scale, idle = self.head, self._axis, slopes.scale, slopes.idle
         # 1 − p of the target itself: expm1 keeps its digits where p is near 1
         own = -torch.expm1(reading.log_probs) * scale
         if head.softcap is not None:
             own *= head.slope(reading.log_probs + reading.log_total + reading.largest)
         if idle is not None:
             own = own.masked_fill(idle, 0)
-        for block, (z, subtracted) in zip(self._blocks(), values, strict=True):
+        for (_, block), (z, subtracted) in zip(blocks, values, strict=True):
             grad = self._of(scratch, slice(0, block.stop - block.start))
             reference = reading.largest if subtracted is None else subtracted
             subtract = reference if subtracted is None else None
@@ -333,8 +276,10 @@ class Reader:
             Entry.of(chunk.target, block, head, axis).replace(grad, own, own)
             yield block, grad.T if axis == 0 else grad
 
-    def _kept(self, kept: Kept, busy: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
-        for i, block in enumerate(self._blocks()):
+    def _kept(
+        self, kept: Kept, blocks: Blocks, busy: Tensor | None
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        for i, block in blocks:
             z = self._of(kept.values, block)
             reference = None if kept.references is None else kept.references[i]
             if busy is not None:
@@ -343,14 +288,14 @@ class Reader:
             yield z, reference
 
     def _again(
-        self, chunk: Tokens, hidden: Tensor, scratch: Tensor
+        self, chunk: Counted, hidden: Tensor, blocks: Blocks, scratch: Tensor
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
         allowed = Allowed.of(chunk.support, self.head)
         room = scratch if scratch.dtype == self.dtype else self._scratch(len(chunk))
-        for block in self._blocks():
+        for _, block in blocks:
             yield self._logits(hidden, block, allowed, room), None
 
-    def score(self, tokens: Tokens, step: int, *, spread: bool = False) -> Reading:
+    def score(self, tokens: Counted, step: int, *, spread: bool = False) -> Reading:
         """Read any number of tokens, so many at a time, without keeping anything."""
         readings = [self.read(tokens[part], spread=spread) for part in chunks(len(tokens), step)]
         if readings:
@@ -359,7 +304,7 @@ class Reader:
         return Reading(nothing, nothing, nothing, (nothing, nothing) if spread else ())
 
     def differentiate_all(
-        self, tokens: Tokens, reading: Reading, coefficient: Tensor, into: Gradients, step: int
+        self, tokens: Counted, reading: Reading, coefficient: Tensor, into: Gradients, step: int
     ) -> None:
         """The same for any number of tokens, whose logits are computed again."""
         busy = self._busy(coefficient)
@@ -380,7 +325,7 @@ class Reader:
         return idle.int().argsort(stable=True)[: -(-count // TILE) * TILE]
 
     def with_gradients(
-        self, tokens: Tokens, step: int, *, spread: bool = False
+        self, tokens: Counted, step: int, *, spread: bool = False
     ) -> tuple[Reading, Tensor]:
         """Read tokens, and ∂ log p / ∂ h "m d" of each, whatever a loss makes of log p.
 
@@ -432,7 +377,7 @@ class Reader:
         busy = coefficient.nonzero().squeeze(-1)
         return None if len(busy) == len(coefficient) else busy
 
-    def _unknown(self, states: Tensor, chunk: Tokens) -> Tensor:
+    def _unknown(self, states: Tensor, chunk: Counted) -> Tensor:
         """Tokens whose log-prob is NaN whatever their logits are."""
         unknown = chunk.outside(self.head.vocabulary)
         return unknown if self.on_cpu else unknown | ~states.isfinite().all(-1)
@@ -444,10 +389,11 @@ class Reader:
             states = torch.where(finite, states, 0)
         return states if self._native else states.to(self.dtype)
 
-    def _blocks(self) -> Iterator[slice]:
-        every = len(self.head.weight)
-        for start in range(0, every, self._rows):
-            yield slice(start, min(start + self._rows, every))
+    def _shares(self) -> list[Blocks]:
+        """The blocks of rows, numbered, in a share for each thread."""
+        blocks = list(enumerate(chunks(len(self.head.weight), self._rows)))
+        n = max(1, min(threads_for(self.head.weight.device), len(blocks)))
+        return [blocks[k::n] for k in range(n)]
 
     def _scratch(self, n: int, dtype: torch.dtype | None = None) -> Tensor:
         shape = (self._rows, n) if self._axis == 0 else (n, self._rows)
@@ -462,9 +408,11 @@ class Reader:
         weight = self._weights[rows]
         if self._native or weight.dtype == self.dtype:
             return weight
-        if self._upcast is None:
-            self._upcast = weight.new_empty(self._rows, weight.shape[1], dtype=self.dtype)
-        return self._upcast[: len(weight)].copy_(weight)
+        mine = self._of_thread
+        if not hasattr(mine, "upcast"):
+            mine.upcast = weight.new_empty(self._rows, weight.shape[1], dtype=self.dtype)
+        upcast: Tensor = mine.upcast[: len(weight)]
+        return upcast.copy_(weight)
 
     def _logits(
         self, hidden: Tensor, rows: slice, allowed: Allowed | None, room: Tensor
@@ -510,28 +458,3 @@ class Reader:
             put()
         else:
             into.reduce(sums, group, put)
-
-
-def _power(exponent: Tensor) -> Tensor:
-    return torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent)
-
-
-def _normal(scale: Tensor) -> tuple[Tensor, Tensor]:
-    """``scale`` as m · 2^e, so that float16 holds m · p, and e waits for the float32 sums."""
-    mantissa, exponent = torch.frexp(scale)
-    return mantissa, torch.where(mantissa == 0, -126, exponent)
-
-
-def _in_unit(hidden: Tensor, power: Tensor, into: Gradients) -> Tensor:
-    """Rows times 2^power, over the unit in which the weight's gradient is summed.
-
-    The unit is the largest 2^power there has been, so float16 holds the rows.
-    """
-    unit = power.amax()
-    if into.exponent is not None:
-        assert into.weight is not None
-        unit = torch.maximum(unit, into.exponent)
-        into.weight.mul_(_power(into.exponent - unit))
-    into.exponent = unit
-    rows = rearrange(_power(power - unit), "c -> c 1")
-    return torch.mul(hidden, rows, out=torch.empty_like(hidden))

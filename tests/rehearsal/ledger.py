@@ -81,7 +81,8 @@ class Ledger:
         name = func.overloadpacket.__name__
         if name in WAITS or (name == "repeat_interleave" and kwargs.get("output_size") is None):
             self.wait(name)
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        given = {key: x for key, x in kwargs.items() if key != "out"}
+        tensors = [x for x in tree_leaves((args, given)) if isinstance(x, torch.Tensor)]
         made = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
         if name in {"index", "index_put", "index_put_", "_index_put_impl_"} and any(
             x is not None and x.dtype == torch.bool for x in args[1]
@@ -92,10 +93,11 @@ class Ledger:
         if name in PRODUCTS:
             a, b = args[-2:] if name.endswith("bmm") else args[len(args) - 2 - out_dtype(args):][:2]
             kernel = Kernel(
-                name, where(), 0, (a.dtype, b.dtype), a.numel() * b.shape[-1]
+                name, where(), moved(name, tensors, made), (a.dtype, b.dtype),
+                a.numel() * b.shape[-1],
             )
         else:
-            kernel = Kernel(name, where(), moved(name, tensors, made, kwargs.get("out")))
+            kernel = Kernel(name, where(), moved(name, tensors, made))
         self.kernels.append(kernel)
 
 
@@ -108,15 +110,13 @@ def is_view(func):
     return any(x.alias_info is not None and not x.alias_info.is_write for x in returns)
 
 
-def moved(name, tensors, made, out):
-    """Bytes that an operation reads and writes."""
+def moved(name, tensors, made):
+    """Bytes that an operation reads from its inputs and writes to its results."""
     if name in GATHERS:
         return 2 * sum(map(size, made)) + sum(map(size, tensors[1:]))
     if name in SCATTERS:
         return 2 * sum(map(size, tensors[1:]))
-    read = [x for x in tensors if x is not out]
-    if name in ONLY_WRITES:
-        read = tensors[1:]
+    read = tensors[1:] if name in ONLY_WRITES else tensors
     again = (PASSES.get(name, 1) - 1) * size(tensors[0]) if tensors else 0
     return sum(map(size, read)) + again + sum(map(size, made))
 
