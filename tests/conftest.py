@@ -5,8 +5,11 @@ from importlib.util import find_spec
 
 from hypothesis import HealthCheck, settings
 
-# imports its framework when it is collected
-collect_ignore = [] if find_spec("trl") else ["test_adapters/tiny_trl.py"]
+FRAMEWORKS = {"tiny_trl.py": "trl", "verl_on_cpu.py": "tensordict"}
+# they import their framework when they are collected
+collect_ignore = [
+    f"test_adapters/{file}" for file, name in FRAMEWORKS.items() if find_spec(name) is None
+]
 
 slow = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile("dev", max_examples=20, deadline=None, suppress_health_check=slow)

@@ -35,11 +35,16 @@ def room(path):
 
 
 def imports(path):
-    """The modules of this package that a file imports, as tuples of names; ("",) is its root."""
+    """The modules of this package that a file imports, as tuples of names.
+
+    ("",) is the root, of which the version alone is in no room.
+    """
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
             modules = [node.module or ""]
             relative = node.level > 0
+            if modules == ["iscorrect"] and [a.name for a in node.names] == ["__version__"]:
+                continue
         elif isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
             relative = False

@@ -154,3 +154,41 @@ def test_an_aggregation_agrees_with_its_oracle(name, batch):
     expected = oracle.AGGREGATIONS[name](rows, **vars(AGGREGATIONS[name])) if rows else 0
     value = AGGREGATIONS[name](batch.advantages, ic.Layout(batch.mask))
     assert value.item() == pytest.approx(expected, rel=1e-10, abs=1e-12)
+
+
+def seen(*, log_probs=-1.0, rollout=-1.0, advantage=1.0):
+    """The evidence of one token."""
+    def one(x):
+        return torch.tensor([[x]], dtype=torch.float64)
+
+    found = []
+    ic.Correction(bound=lambda ratio, known: found.append(known) or ratio)(
+        old_log_probs=one(log_probs), rollout_log_probs=one(rollout), advantages=one(advantage),
+        mask=torch.ones(1, 1, dtype=torch.bool),
+    )
+    return found[0]
+
+
+def test_a_bound_keeps_the_edges_of_its_band():
+    edges = torch.tensor([[0.5, 2.0]])
+    assert torch.equal(ic.Mask(0.5, 2.0)(edges, None), edges)
+    assert torch.equal(ic.Mask(0.5)(edges, None), edges)
+
+
+SHIFT = seen(log_probs=-0.5, rollout=-1.0)
+EDGES = [
+    (ic.RatioOutside(low=1.0, high=1.0), seen()),
+    (ic.Veto(low=1.0, high=1.0), seen()),
+    (ic.DivergenceAbove(limit=0.0), seen()),
+    (ic.DivergenceAbove(limit=0.125, estimator="k2"), SHIFT),
+    (ic.BinaryKL(limit=0.0), seen()),
+    (ic.ProbabilityShift(
+        limit=(SHIFT.old_log_probs.exp() - SHIFT.rollout_log_probs.exp()).item()), SHIFT),
+    (ic.OffPolicyNegative(limit=0.5), seen(log_probs=-1.0, rollout=-0.5, advantage=-1.0)),
+    (ic.SecondMomentAbove(limit=0.25), SHIFT),
+]
+
+
+@pytest.mark.parametrize(("rule", "evidence"), EDGES, ids=lambda x: type(x).__name__)
+def test_a_rule_keeps_what_is_exactly_at_its_limit(rule, evidence):
+    assert rule(evidence).all()
