@@ -137,17 +137,19 @@ def import_extra(caller: str, module: str, extra: str) -> Any:
         ) from error
 
 
-def check_mask(caller: str, mask: object) -> None:
+def check_mask(
+    caller: str, mask: object, argument: str = "mask", *, expected: str = "a bool tensor"
+) -> None:
     """Raise unless ``mask`` is a bool tensor with a token axis."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         raise input_error(
-            caller, "mask", expected="a bool tensor or a Layout", got=describe(mask),
-            fix="pass mask.bool()" if isinstance(mask, Tensor) else "pass a bool tensor, True where"
-            " a token counts",
+            caller, argument, expected=expected, got=describe(mask),
+            fix=f"pass {argument}.bool()" if isinstance(mask, Tensor) else "pass a bool tensor,"
+            " True where a token counts",
         )
     if mask.ndim == 0:
         raise input_error(
-            caller, "mask", expected="at least one-dimensional (its last axis is the token)",
+            caller, argument, expected="at least one-dimensional (its last axis is the token)",
             got=describe(mask), fix="pass the mask as `b t`",
         )
 

@@ -341,7 +341,7 @@ def as_layout(caller: str, mask: Tensor | Layout) -> Layout:
     """A mask is the layout in which each row is one sequence; a layout is itself."""
     if isinstance(mask, Layout):
         return mask
-    check_mask(caller, mask)
+    check_mask(caller, mask, expected="a bool tensor or a Layout")
     return Layout(mask)
 
 

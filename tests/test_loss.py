@@ -608,3 +608,13 @@ def test_a_correction_of_the_whole_batch_says_that_it_sees_a_part():
         warnings.simplefilter("error")
         loss_fn(x.clone().requires_grad_(), **given)
         PolicyLoss()(x.clone().requires_grad_(), normalizer=8.0, **given)
+
+
+def test_over_what_is_kept_a_rejected_token_brings_no_extra_term_either():
+    loss_fn = PolicyLoss(correction=ic.token_mis(high=3.0), over="kept")
+    loss, _ = loss_fn(
+        torch.full((1, 2), -1.0), rollout_log_probs=torch.tensor([[-1.0, -9.0]]),
+        advantages=torch.zeros(1, 2), mask=torch.ones(1, 2, dtype=torch.bool),
+        extra=torch.tensor([[1.0, 100.0]]),
+    )
+    assert loss.item() == 1.0

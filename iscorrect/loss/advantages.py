@@ -68,7 +68,7 @@ def group_advantages(
             fix="pass one prompt id per response, such as torch.arange(b) // group_size",
         )
     if keep is not None:
-        check_mask("group_advantages", keep)
+        check_mask("group_advantages", keep, "keep")
     if keep is not None and keep.shape != rewards.shape:
         raise input_error(
             "group_advantages", "keep", expected=f"of shape {tuple(rewards.shape)}",

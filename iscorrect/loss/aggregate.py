@@ -253,6 +253,11 @@ def named_aggregation(caller: str, how: object, horizon: int | None) -> Aggregat
         )
     if isinstance(how, Aggregation):
         return how
+    if isinstance(how, type) and issubclass(how, Aggregation):
+        raise input_error(
+            caller, "aggregation", expected="an aggregation, not a class", got=how.__name__,
+            fix=f"pass {how.__name__}(), with its parentheses",
+        )
     check_choice(caller, "aggregation", how, get_args(Name))
     if takes:
         check_horizon(caller, horizon)

@@ -178,6 +178,6 @@ def _raise_nonfinite(where: Tensor) -> None:
         more = f" and {len(positions) - 8} more" if len(positions) > 8 else ""
         raise input_error(
             "Correction", "old_log_probs, rollout_log_probs", expected="finite under the mask",
-            got=f"NaN or ±inf at {shown}{more}",
+            got=f"NaN, ±inf, or 10⁴ nats and more at {shown}{more}",
             fix="mask these tokens, or pass nonfinite='drop' to give them weight 0",
         )
