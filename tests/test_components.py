@@ -192,3 +192,9 @@ EDGES = [
 @pytest.mark.parametrize(("rule", "evidence"), EDGES, ids=lambda x: type(x).__name__)
 def test_a_rule_keeps_what_is_exactly_at_its_limit(rule, evidence):
     assert rule(evidence).all()
+
+
+@pytest.mark.parametrize("name", AGGREGATIONS)
+def test_where_nothing_counts_an_aggregation_is_zero(name):
+    nothing = ic.Layout(torch.zeros(2, 3, dtype=torch.bool))
+    assert AGGREGATIONS[name](torch.ones(2, 3), nothing).item() == 0
