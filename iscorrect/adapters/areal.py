@@ -115,6 +115,12 @@ def _check_settings(
                 "areal", f"actor.{name}", expected=f"{off!r}, since the policy_loss replaces it",
                 got=repr(settings[name]), fix=fix,
             )
+    if settings.get("prox_logp_method") == "loglinear":
+        raise input_error(
+            "areal", "actor.prox_logp_method", expected="'recompute', or another that does not make"
+            " the proximal log-probs up inside the loss", got="'loglinear'",
+            fix="set actor.prox_logp_method=recompute",
+        )
     if input_data.get("teacher_logp") is not None:
         raise input_error(
             "areal", "teacher", expected="None, since the policy_loss does not distil",

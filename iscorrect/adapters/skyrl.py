@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -51,7 +50,7 @@ def register(name: str, policy_loss: PolicyLoss, dumps: DumpWriter | None = None
             fix="pass aggregation='sum'; SkyRL divides the advantages",
         )
 
-    calls = itertools.count()
+    calls = 0
 
     def corrected(
         log_probs: Tensor,
@@ -61,6 +60,7 @@ def register(name: str, policy_loss: PolicyLoss, dumps: DumpWriter | None = None
         loss_mask: Tensor | None = None,
         rollout_logprobs: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, float]]:
+        nonlocal calls  # SkyRL pickles the function, and iterators are losing their pickling
         own = getattr(config, "off_policy_correction", None)
         for setting in OFF_POLICY_CORRECTION:
             if getattr(own, setting, None) is not None:
@@ -80,7 +80,8 @@ def register(name: str, policy_loss: PolicyLoss, dumps: DumpWriter | None = None
             advantages=advantages, mask=mask,
         )
         if dumps is not None:
-            dumps.write(step=next(calls), **batch)
+            dumps.write(step=calls, **batch)
+            calls += 1
         loss, metrics = policy_loss(log_probs, **batch)
         return loss, floats(sums(metrics) | maxima(metrics))
 

@@ -251,6 +251,7 @@ def test_a_micro_batch_without_a_counted_token_changes_nothing():
     (dict(importance_sampling_level="sequence"), "actor.importance_sampling_level"),
     (dict(use_sapo_loss=True), "actor.use_sapo_loss"),
     (dict(c_clip=3.0), "actor.c_clip"),
+    (dict(prox_logp_method="loglinear"), "actor.prox_logp_method=recompute"),
 ])
 def test_settings_that_make_weights_1_or_would_be_ignored_stop_its_actor(
     installed, changes, setting
