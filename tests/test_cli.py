@@ -104,6 +104,7 @@ def test_compare_reads_a_plain_npz(tmp_path, capsys):
         (["compare", "nowhere.npz"], "nowhere.npz"),
         (["compare", "{file}", "--correction", "token-tsi"], "did you mean 'token-tis'?"),
         (["compare", "{file}", "--correction", "token-tis:cap=-1"], "Truncate: `cap` must be"),
+        (["compare", "{file}", "--correction", "geometric-rs:low=none"], "Outside: `low` must"),
     ],
 )
 def test_bad_input_ends_with_code_2_and_a_message(tmp_path, capsys, arguments, message):

@@ -120,6 +120,8 @@ def values(x: Any, name: str, where: str) -> Array:
             fix="write one number for each sequence" if name in PER_SEQUENCE
             else "write one number per token",
         ) from error
+    if array.dtype == dtype:
+        return array
     with np.errstate(over="ignore", invalid="ignore"):
         held = array.astype(dtype)
         if dtype.kind == "b":

@@ -51,6 +51,7 @@ class RatioOutside:
 
     def __post_init__(self) -> None:
         check_level("RatioOutside", self.level)
+        check_number("RatioOutside", "low", self.low, "a bound on the ratio itself", least=0)
         check_band("RatioOutside", self.low, self.high)
 
     @property
@@ -148,6 +149,7 @@ class Veto:
     scope: ClassVar[Scope] = "sequence"
 
     def __post_init__(self) -> None:
+        check_number("Veto", "low", self.low, "a bound on the ratio itself", least=0)
         check_band("Veto", self.low, self.high)
 
     def __call__(self, evidence: Evidence) -> Tensor:

@@ -106,21 +106,33 @@ class _Sums:
         self.lengths += [
             np.count_nonzero(length), x.sum(), (x * x).sum(), total.sum(), (x * total).sum(),
         ]
-        values = np.stack([np.ones(len(tokens)), tokens.k3, tokens.outside])
+        values = [None, tokens.k3, tokens.outside]
         for name, of_token in (
             ("position", tokens.position), ("length", length[tokens.row]),
             ("rollout probability", p),
         ):
-            self._place(name, np.searchsorted(EDGES[name][1:], of_token, "right"), values)
+            index = np.searchsorted(EDGES[name][1:], of_token, "right")
+            self._place(name, range(len(EDGES[name])), index, values)
         for name, of_sequence in (("step", tokens.step), ("policy_version", tokens.version)):
             if of_sequence is not None:
-                self._place(name, of_sequence[tokens.row], values)
+                keys, index = np.unique(of_sequence, return_inverse=True)
+                self._place(name, keys.tolist(), index[tokens.row], values)
 
-    def _place(self, name: str, keys: Array, values: Array) -> None:
-        found, inverse = np.unique(keys, return_inverse=True)
-        sums = np.stack([np.bincount(inverse, weights=x, minlength=len(found)) for x in values])
-        for key, of_place in zip(found.tolist(), sums.T, strict=True):
-            self.places[name, key] = self.places.get((name, key), np.zeros(3)) + of_place
+    def _place(
+        self, name: str, keys: Sequence[int], index: Array, values: list[Array | None]
+    ) -> None:
+        """Add to each place the number of its tokens and the sums of their values.
+
+        Args:
+            name: of the kind of place.
+            keys: which places there are.
+            index: int "n", the place of each token.
+            values: "n" each; None for ones.
+        """
+        sums = np.stack([np.bincount(index, weights=x, minlength=len(keys)) for x in values])
+        for key, of_place in zip(keys, sums.T, strict=True):
+            if of_place[0]:
+                self.places[name, key] = self.places.get((name, key), np.zeros(3)) + of_place
 
     def pearson(self) -> float:
         """Correlation of the probabilities; NaN where one side is constant."""
@@ -167,7 +179,7 @@ class _Sample:
     def _keep(self, tokens: Tokens, keys: Array) -> None:
         below = keys <= self.bar
         if below.any():
-            self.parts.append(tokens.of_sequences(below))
+            self.parts.append(tokens if below.all() else tokens.of_sequences(below))
             self.keys.append(keys[below])
 
     def joined(self) -> Tokens:
