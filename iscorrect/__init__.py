@@ -165,7 +165,7 @@ from iscorrect.loss.terms import (
     score_centering as score_centering,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     name for name, value in sorted(vars().items())
