@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from iscorrect.head.inputs import Head
-from iscorrect.head.support import Support
+from iscorrect.head.support import KeptIds
 from iscorrect.ranks import Group, sum_over
 
 
@@ -125,7 +125,7 @@ class Allowed(NamedTuple):
     outside: Tensor
 
     @classmethod
-    def of(cls, support: Support | None, head: Head) -> Allowed | None:
+    def of(cls, support: KeptIds | None, head: Head) -> Allowed | None:
         if support is None:
             return None
         counts, ids = support.offsets.diff(), support.ids

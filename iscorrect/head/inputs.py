@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from iscorrect.errors import InputError, describe, input_error
-from iscorrect.head.support import Support, as_rows, check_target, select
+from iscorrect.head.support import KeptIds, Support, as_rows, check_target
 from iscorrect.layout import Layout, as_layout
 from iscorrect.ranks import Group, agree, sum_over
 
@@ -106,7 +106,7 @@ class Counted:
     shape: torch.Size
     index: Tensor
     target: Tensor
-    support: Support | None = None
+    support: KeptIds | None = None
     part: Part | None = None
     start: int | None = None
 
@@ -121,11 +121,12 @@ class Counted:
             index = torch.arange(flat.numel(), device=flat.device)
         else:
             index = mask.flatten().nonzero().squeeze(-1)
+        kept = None
         if support is not None:
-            support = select(as_rows(caller, support, target), index)
+            kept = KeptIds.of(as_rows(caller, support, target)).select(index)
         states = hidden.reshape(-1, hidden.shape[-1])
         start = 0 if part is None and len(index) == len(flat) else None
-        return cls(states, target.shape, index, flat[index], support, part, start)
+        return cls(states, target.shape, index, flat[index], kept, part, start)
 
     def check(self, caller: str, vocabulary: int) -> None:
         """Raise on a token id that the vocabulary does not have, where a look costs nothing.
@@ -156,32 +157,29 @@ class Counted:
         """Bool "n", targets that the vocabulary does not have."""
         return (self.target < 0) | (self.target >= vocabulary)
 
-    def here(self) -> tuple[slice | Tensor, slice | Tensor]:
-        """The tokens whose hidden states are on this rank, and in which rows."""
+    def places(self) -> slice | Tensor:
+        """In which rows the hidden states are; one row behind the last for those elsewhere."""
         if self.part is not None:
-            return self.part.find(self.index)
+            return self.part.find(self.index, len(self.hidden))
         if self.start is not None:
-            return slice(None), slice(self.start, self.start + len(self))
-        return slice(None), self.index
+            return slice(self.start, self.start + len(self))
+        return self.index
 
     def states(self) -> Tensor:
         """"n d", the hidden states, from the ranks that hold them."""
-        here, rows = self.here()
-        if self.part is None:
-            return self.hidden[rows]
-        states = self.hidden.new_zeros(len(self), self.hidden.shape[1])
-        states[here] = self.hidden[rows]
-        return sum_over(states, self.part.group)
+        places = self.places()
+        if self.part is None or isinstance(places, slice):
+            return self.hidden[places]
+        nothing = self.hidden.new_zeros(1, self.hidden.shape[1])
+        return sum_over(torch.cat([self.hidden, nothing])[places], self.part.group)
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getitem__(self, part: slice | Tensor) -> Counted:
-        support = self.support
+        support, start = self.support, None
         if support is not None:
-            every = torch.arange(len(self), device=self.index.device)
-            support = select(support, every[part])
-        start = None
+            support = support.cut(part) if isinstance(part, slice) else support.select(part)
         if isinstance(part, slice) and self.start is not None:
             start = self.start + part.indices(len(self))[0]
         return replace(
@@ -204,11 +202,11 @@ class Part(NamedTuple):
     width: int
     columns: int
 
-    def find(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Which of some positions are here, and in which rows of the hidden states."""
+    def find(self, index: Tensor, elsewhere: int) -> Tensor:
+        """In which rows of the hidden states some positions are, or ``elsewhere``."""
         column = index % self.columns - self.start
         here = (column >= 0) & (column < self.width)
-        return here, (index // self.columns * self.width + column)[here]
+        return torch.where(here, index // self.columns * self.width + column, elsewhere)
 
 
 def prepare(

@@ -214,8 +214,8 @@ class _FrozenHead(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             reading, gradients = Reader(head, tokens).with_gradients(tokens, step, spread=spread)
         ctx.save_for_backward(gradients)
+        ctx.places, ctx.group = tokens.places(), head.group
         ctx.tokens = replace(tokens, hidden=hidden.new_empty(0))
-        ctx.group = head.group
         return _in_shape(ctx, tokens, reading)
 
     @staticmethod
@@ -223,10 +223,10 @@ class _FrozenHead(torch.autograd.Function):
         differentiates_once("linear_log_probs")
         (gradients,) = ctx.saved_tensors
         tokens = ctx.tokens
-        here, places = tokens.here()
-        row = gradients.new_zeros(len(gradients))
-        row[places] = first_over(grad.flatten()[tokens.index], ctx.group)[here]
-        row = rearrange(row, "m -> m 1")
+        # one row more, for tokens whose hidden states are on other ranks
+        row = gradients.new_zeros(len(gradients) + 1)
+        row[ctx.places] = first_over(grad.flatten()[tokens.index], ctx.group)
+        row = rearrange(row[:-1], "m -> m 1")
         made = torch.empty_like(gradients, dtype=tokens.hidden.dtype)
         torch.mul(gradients, row, out=made)
         # 0 · NaN is no 0

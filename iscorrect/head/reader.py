@@ -214,7 +214,7 @@ class Reader:
             assert isinstance(sums, Tensor)
             if power is not None:
                 sums.mul_(rearrange(power_of_two(power), "c -> c 1"))
-            self._place(sums, into, *chunk.here())
+            self._place(sums, into, chunk.places())
         into.fresh = False
 
     def _differentiate(
@@ -338,7 +338,6 @@ class Reader:
         into = Gradients.of(head, tokens, hidden=True, weight=False, bias=False)
         for part in chunks(len(tokens), step):
             chunk = tokens[part]
-            here, places = chunk.here()
             mean = self._weights.new_zeros(len(chunk), self._weights.shape[1], dtype=self.dtype)
             reading = self.read(chunk, spread=spread, mean=mean)
             row = chunk.target - head.start
@@ -351,7 +350,7 @@ class Reader:
             sums = rows.mul_(own).sub_(mean).div_(head.temperature)
             # what the support excludes has no gradient
             nothing = rearrange(reading.log_probs == -torch.inf, "c -> c 1")
-            self._place(sums.masked_fill_(nothing, 0), into, here, places)
+            self._place(sums.masked_fill_(nothing, 0), into, chunk.places())
             readings.append(reading)
         gradients, _, _ = into.total()
         assert gradients is not None
@@ -445,14 +444,14 @@ class Reader:
         z.mul_(slope)
 
     def _place(
-        self, sums: Tensor, into: Gradients, here: slice | Tensor, places: slice | Tensor
+        self, sums: Tensor, into: Gradients, places: slice | Tensor
     ) -> None:
         """Put rows of the gradient of the hidden states where they belong."""
         group, hidden = self.head.group, into.hidden
         assert hidden is not None
 
         def put() -> None:
-            hidden[places] = sums[here]
+            hidden[places] = sums
 
         if group is None:
             put()

@@ -20,9 +20,10 @@ class Gradients:
     """Sums of what the chunks give, in float32 or wider; None where nothing asks for them.
 
     Attributes:
-        hidden: "m d".
+        hidden: "m d", or "m+1 d" where some of the hidden states are on other ranks.
         weight: "v d", without any meaning as long as it is ``fresh``.
         bias: "v".
+        here: m.
         fresh: nothing has been added to ``weight``.
         exponent: int "", where ``weight`` is to be multiplied by 2^exponent.
     """
@@ -30,6 +31,7 @@ class Gradients:
     hidden: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
+    here: int
     fresh: bool = True
     exponent: Tensor | None = None
     _late: tuple[dist.Work, Callable[[], None]] | None = None
@@ -40,11 +42,15 @@ class Gradients:
     ) -> Gradients:
         """Sums of nothing yet."""
         dtype, device = head.wide(tokens.hidden), tokens.hidden.device
+        # one row more, for tokens whose hidden states are on other ranks
+        m, d = tokens.hidden.shape
+        m += tokens.part is not None
         return cls(
-            torch.zeros(tokens.hidden.shape, dtype=dtype, device=device) if hidden else None,
+            torch.zeros(m, d, dtype=dtype, device=device) if hidden else None,
             # contiguous, whatever the strides of the parameter
             torch.empty(head.weight.shape, dtype=dtype, device=device) if weight else None,
             torch.zeros(len(head.weight), dtype=dtype, device=device) if bias else None,
+            len(tokens.hidden),
         )
 
     def reduce(self, sums: Tensor, group: dist.ProcessGroup, then: Callable[[], None]) -> None:
@@ -62,14 +68,15 @@ class Gradients:
             self._late = None
 
     def total(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Of hidden, weight and bias, once all chunks are through."""
+        """Of hidden "m d", weight and bias, once all chunks are through."""
         self.settle()
         if self.fresh and self.weight is not None:
             self.weight.zero_()
         if self.exponent is not None and self.weight is not None:
             self.weight.mul_(power_of_two(self.exponent))
             self.exponent = None
-        return self.hidden, self.weight, self.bias
+        hidden = None if self.hidden is None else self.hidden[: self.here]
+        return hidden, self.weight, self.bias
 
 
 @dataclass(frozen=True, eq=False)

@@ -69,10 +69,40 @@ def as_rows(caller: str, support: Tensor | Support, target: Tensor) -> Support:
     return Support(kept[used], torch.nn.functional.pad(used.sum(1).cumsum(0), (1, 0)))
 
 
-def select(support: Support, index: Tensor) -> Support:
-    """The rows of some positions."""
-    lengths = support.offsets.diff()[index]
-    offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-    shift = (support.offsets[:-1][index] - offsets[:-1]).repeat_interleave(lengths)
-    places = torch.arange(len(shift), device=shift.device) + shift
-    return Support(support.ids[places], offsets)
+class KeptIds(NamedTuple):
+    """Rows of a support, and where they begin as the host knows it too.
+
+    Attributes:
+        ids: int "m".
+        offsets: int "n+1".
+        bounds: the same numbers on the host, so that cutting rows out needs no synchronisation.
+    """
+
+    ids: Tensor
+    offsets: Tensor
+    bounds: list[int]
+
+    @classmethod
+    def of(cls, support: Support) -> KeptIds:
+        """All rows; asks a GPU once for the offsets."""
+        return cls(*support, support.offsets.tolist())
+
+    def cut(self, part: slice) -> KeptIds:
+        """Rows that follow one another."""
+        start, stop, _ = part.indices(len(self.bounds) - 1)
+        stop = max(start, stop)
+        bounds = self.bounds[start : stop + 1]
+        return KeptIds(
+            self.ids[bounds[0] : bounds[-1]], self.offsets[start : stop + 1] - bounds[0],
+            [x - bounds[0] for x in bounds],
+        )
+
+    def select(self, index: Tensor) -> KeptIds:
+        """Any rows; asks a GPU once for their offsets."""
+        lengths = self.offsets.diff()[index]
+        offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        bounds: list[int] = offsets.tolist()
+        shift = self.offsets[:-1][index] - offsets[:-1]
+        shift = shift.repeat_interleave(lengths, output_size=bounds[-1])
+        places = torch.arange(len(shift), device=shift.device) + shift
+        return KeptIds(self.ids[places], offsets, bounds)

@@ -257,6 +257,22 @@ def test_the_head_makes_nobody_wait():
     assert sum(gpu.ledger.waits.values()) == 1
 
 
+def test_a_support_is_asked_for_its_offsets_before_the_first_chunk():
+    problem = Problem.make()
+    ids = torch.stack([problem.target[0], (problem.target[0] + 1) % V], -1).flatten()
+    support = Support(ids, torch.arange(0, 2 * N + 1, 2))
+
+    def waits(n):
+        with Rehearsal() as gpu:
+            loss = linear_log_probs(
+                problem.hidden, problem.weight, problem.target, support=support, chunk_size=n
+            )
+            loss.sum().backward()
+        return sum(gpu.ledger.waits.values())
+
+    assert waits(N) == waits(4) == 2
+
+
 def large(monkeypatch, dtype=BF16, train=("hidden", "weight")):
     """Sizes in the proportions of training: d/v = 1/40, five blocks, chunks as long as d."""
     monkeypatch.setattr(reader_module, "GPU_ROWS", 1024)
