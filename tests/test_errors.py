@@ -145,6 +145,8 @@ SPECS = {
     "denominator": (lambda: PolicyLoss(over="all"), "PolicyLoss", "over"),
     "horizon missing": (lambda: PolicyLoss(aggregation="seq-mean-token-sum-norm"), "PolicyLoss",
                         "horizon", "max_new_tokens"),
+    "half a token": (lambda: PolicyLoss(aggregation="seq-mean-token-sum-norm", horizon=1.5),
+                     "PolicyLoss", "horizon", "an int > 0"),
     "horizon idle": (lambda: PolicyLoss(horizon=5), "PolicyLoss", "horizon", "got 5"),
     "sum with normalizer": (lambda: ic.aggregate(torch.ones(1, 1), MASK[:1, :1], "sum",
                                                  normalizer=3), "aggregate", "normalizer"),

@@ -618,3 +618,9 @@ def test_over_what_is_kept_a_rejected_token_brings_no_extra_term_either():
         extra=torch.tensor([[1.0, 100.0]]),
     )
     assert loss.item() == 1.0
+
+
+@pytest.mark.parametrize("how", ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"])
+def test_a_denominator_is_at_least_one(how):
+    nothing = Layout(torch.zeros(2, 3, dtype=torch.bool))
+    assert ic.AGGREGATIONS[how]().denominator(nothing) == 1

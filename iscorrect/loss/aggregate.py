@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from iscorrect.errors import check_choice, check_number, describe, input_error
+from iscorrect.errors import check_choice, describe, input_error
 from iscorrect.layout import Layout, as_layout, masked
 from iscorrect.loss.evidence import Scope
 from iscorrect.ranks import Group, accumulator, check_member, sum_over
@@ -118,7 +118,7 @@ class SequenceMeanTokenSumNorm(SequenceMeanTokenSum):
         horizon: H, the generation budget in tokens. The padded width is no property of the data.
 
     Raises:
-        InputError: the horizon is no number > 0.
+        InputError: the horizon is no int > 0.
 
     References:
         Dr.GRPO (arXiv 2503.20783).
@@ -261,16 +261,19 @@ def named_aggregation(caller: str, how: object, horizon: int | None) -> Aggregat
     check_choice(caller, "aggregation", how, get_args(Name))
     if takes:
         check_horizon(caller, horizon)
-        return SequenceMeanTokenSumNorm(int(horizon or 0))
+        assert horizon is not None
+        return SequenceMeanTokenSumNorm(horizon)
     return AGGREGATIONS[str(how)]()
 
 
 def check_horizon(caller: str, horizon: object) -> None:
     """Raise unless a horizon is a number of tokens."""
-    what = "the generation budget in tokens; the padded width is no property of the data"
-    check_number(
-        caller, "horizon", horizon, what, above=0, fix="pass horizon=max_new_tokens"
-    )
+    if not isinstance(horizon, int) or isinstance(horizon, bool) or horizon <= 0:
+        raise input_error(
+            caller, "horizon", expected="the generation budget in tokens, an int > 0",
+            got=repr(horizon), fix="pass horizon=max_new_tokens; the padded width is no property"
+            " of the data",
+        )
 
 
 def check_normalizer(caller: str, normalizer: object, how: object) -> None:

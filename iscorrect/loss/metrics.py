@@ -362,7 +362,14 @@ def _stack(values: list[Tensor]) -> Tensor:
 
 
 def _widened(totals: Totals) -> dict[str, Tensor]:
-    return {name: value.to(accumulator(value.device)) for name, value in totals.items()}
+    """The totals in the widest type of their device; those of one dtype are converted together."""
+    by_dtype: dict[torch.dtype, list[str]] = {}
+    for name, value in totals.items():
+        by_dtype.setdefault(value.dtype, []).append(name)
+    wide: dict[str, Tensor] = {}
+    for names in by_dtype.values():
+        wide |= zip(names, _stack([totals[name] for name in names]).unbind(), strict=True)
+    return {name: wide[name] for name in totals}
 
 
 def _max(x: Tensor) -> Tensor:
