@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from importlib.util import find_spec
 
 import components
 import pytest
@@ -57,7 +58,8 @@ def test_every_preset_objective_and_aggregation_comes_back(preset, objective, ag
         correction=PRESETS[preset](), objective=OBJECTIVES[objective](),
         aggregation=aggregation(aggregated),
     )
-    assert parse_loss(through_json(to_dict(loss))) == loss
+    for route in (through_json, through_yaml) if find_spec("yaml") else (through_json,):
+        assert parse_loss(route(to_dict(loss))) == loss
     assert parse_loss(to_text(loss)) == loss
     assert to_text(loss).split()[0].partition(":")[0] in PRESETS
 
