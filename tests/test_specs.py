@@ -171,6 +171,9 @@ def test_every_part_of_the_library_has_a_name():
         (lambda: parse_loss("token-tis icepop"), ("correction", "given once")),
         (lambda: parse_loss("token-tis overr=kept"), ("argument of PolicyLoss", "'overr=kept'")),
         (lambda: parse_loss("token-tis seq-mean-token-sum-norm"), ("horizon",)),
+        (lambda: parse_loss("seq-mean-token-sum-norm:horizon=1.5"), ("horizon", "1.5")),
+        (lambda: parse_loss({"aggregation": "seq-mean-token-sum-norm", "horizon": 0.5}),
+         ("horizon", "0.5")),
         (
             lambda: to_dict(ic.Correction(bound=lambda ratio, evidence: ratio)),
             ("bound", "has a name", "replace"),

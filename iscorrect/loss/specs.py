@@ -119,8 +119,8 @@ def parse_loss(config: str | Mapping[str, Any] | PolicyLoss) -> PolicyLoss:
         # The name of an aggregation alone: its horizon may stand beside it.
         alone = key == "aggregation" and isinstance(value, str) and value in AGGREGATIONS
         arguments[key] = value if alone else _value("parse_loss", key, value)
-    if isinstance(arguments.get("horizon"), float):
-        arguments["horizon"] = int(arguments["horizon"])
+    if "horizon" in arguments:
+        arguments["horizon"] = _whole(arguments["horizon"])
     return PolicyLoss(**{key: x for key, x in arguments.items() if x is not None})
 
 
@@ -213,8 +213,8 @@ def _built(caller: str, key: str, config: Any) -> Any:
     check_keys(caller, str(name), arguments, known)
     values = {key: _value(caller, key, value) for key, value in arguments.items()}
     for argument, value in values.items():
-        if known[argument].annotation == "int" and isinstance(value, float):
-            values[argument] = int(value)
+        if known[argument].annotation == "int":
+            values[argument] = _whole(value)
     missing = [key for key, x in known.items() if x.default is x.empty and key not in values]
     if missing:
         raise input_error(
@@ -246,6 +246,11 @@ def _value(caller: str, key: str, value: Any) -> Any:
         return float(value)
     except ValueError:
         return _built(caller, key, value) if key in INSIDE else value
+
+
+def _whole(value: Any) -> Any:
+    """An int from a float that is one; all text is read as floats."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def check_keys(
