@@ -137,7 +137,11 @@ def fused_policy_loss(
         (log_probs,) = log_probs_in_graph(
             hidden, weight, bias, target, layout.mask, support, settings, spread=False
         )
-        return loss_fn.evaluate(batch._replace(log_probs=log_probs), normalizer)
+        batch = Batch(
+            log_probs, rollout_log_probs, batch.advantages, layout, old_log_probs, ref_log_probs,
+            extra,
+        )
+        return loss_fn.evaluate(batch, normalizer)
     facts: dict[str, object] | InputError = {
         "old_log_probs": old_log_probs is not None,
         "loss_fn": re.sub(" at 0x[0-9a-f]+", "", repr(loss_fn)),  # functions print where they lie

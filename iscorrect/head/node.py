@@ -43,9 +43,10 @@ def log_probs_in_graph(
     ids, offsets = support if isinstance(support, Support) else (support, None)
     trained = [x is not None and x.requires_grad for x in (weight, bias)]
     frozen = torch.is_grad_enabled() and hidden.requires_grad and not any(trained)
-    settings = settings._replace(rounded_to=autocast_to(hidden, weight))
     out = _forward(
-        hidden, weight, bias, target, mask, ids, offsets, *settings, spread, frozen
+        hidden, weight, bias, target, mask, ids, offsets, settings.temperature, settings.softcap,
+        settings.chunk_size, settings.head_dtype, settings.vocabulary_size,
+        settings.compile_kernels, autocast_to(hidden, weight), spread, frozen,
     )
     return tuple(out[: 3 if spread else 1])
 
