@@ -79,7 +79,8 @@ def linear_log_probs(
     16-bit hidden states and weights are multiplied in 16 bits with float32 sums and results where
     the device can, and as float32 elsewhere. Hidden states and weights of different dtypes are
     multiplied in the wider one, but for float32 weights under autocast, which are rounded as
-    autocast rounds them when the hidden states come in its dtype.
+    autocast rounds them when the hidden states come in its dtype. Products of float32 follow
+    ``torch.backends.cuda.matmul.allow_tf32``, which takes from them what a float32 head is for.
 
     Nothing waits for the device, but that a layout on a GPU is asked once how many tokens count.
     Under ``torch.compile`` a whole head is one node of the graph.
