@@ -84,8 +84,8 @@ class Reader:
         self._axis = 0 if self.on_cpu else 1
         self._rows = max(1, min(CPU_ROWS if self.on_cpu else GPU_ROWS, len(head.weight)))
         self._of_thread = threading.local()
-        eager = not head.compile_kernels or head.softcap is not None or self.dtype != torch.float32
-        self._kernels = EAGER if eager else compiled(device)
+        plain = self.on_cpu or head.softcap is not None or self.dtype != torch.float32
+        self._kernels = compiled(device) if head.compile_kernels and not plain else EAGER
 
     def room(self, n: int) -> Tensor:
         """Memory for the logits of n tokens."""

@@ -1,5 +1,6 @@
 """The LM head on a rehearsed GPU: every dtype runs, is exact, and costs what is stated."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import pytest
@@ -14,7 +15,7 @@ from iscorrect import (
     token_tis,
 )
 from iscorrect.head import onepass as onepass_module, reader as reader_module
-from iscorrect.head.block import compiled
+from iscorrect.head.block import EAGER, compiled
 from rehearsal import Rehearsal
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -265,6 +266,32 @@ def test_the_head_makes_nobody_wait():
     assert sum(gpu.ledger.waits.values()) == 1
 
 
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("support", [False, True])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_options_give_on_a_device_what_they_give_on_a_cpu(trained, support, softcap):
+    found = []
+    for device in (nullcontext(), Rehearsal()):
+        problem = Problem.make(torch.float64, train=("hidden", "weight", "bias") if trained else (
+            "hidden",
+        ))
+        ids = torch.stack([problem.target, (problem.target + 7) % V, -problem.mask.long()], -1)
+        ids[0, 3] = -1
+        layout = problem.mask.clone()
+        layout[0, ::5] = False
+        with device:
+            out = linear_log_probs(
+                problem.hidden, problem.weight, problem.target, bias=problem.bias, softcap=softcap,
+                temperature=0.7, support=ids if support else None, layout=layout, entropy=True,
+                vocabulary_size=V, chunk_size=11,
+            )
+            finite = torch.where(out.log_probs.isfinite(), out.log_probs, 0)
+            (finite * problem.advantages).sum().backward()
+        found.append(([x.detach() for x in out], [x.grad for x in problem.leaves()]))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-11)
+    assert found[0][0][0].isfinite().all() != support
+
+
 def test_a_support_is_asked_for_its_offsets_before_the_first_chunk():
     problem = Problem.make()
     ids = torch.stack([problem.target[0], (problem.target[0] + 1) % V], -1).flatten()
@@ -389,3 +416,19 @@ def test_without_a_compiler_a_warning_says_that_kernels_stay_eager(monkeypatch):
         value, _, _ = run(problem, "one_pass", compile_kernels=True)
     compiled.cache_clear()
     torch.testing.assert_close(value, run(Problem.make(), "one_pass")[0])
+
+
+@pytest.mark.slow
+def test_the_compiler_makes_kernels_that_compute_what_the_eager_ones_do():
+    """Its code for a CPU stands for that of a GPU."""
+    compiled.cache_clear()
+    kernels = compiled(torch.device("cpu"))
+    assert not kernels.exponentials
+    z = 3 * torch.randn(12, 70, generator=torch.Generator().manual_seed(0))
+    z[:, 4] = -torch.inf
+    before, factor, out = torch.zeros(12), -torch.rand(12), torch.empty(12, 70, dtype=BF16)
+    largest, total = kernels.total(z, before, 1)
+    made = kernels.derivative(z, largest, factor, 1, out)
+    expected = EAGER.total(z, before, 1)
+    torch.testing.assert_close((largest, total), expected)
+    torch.testing.assert_close(made, EAGER.derivative(z, None, factor, 1, out), rtol=8e-3, atol=0)
