@@ -9,6 +9,7 @@ What it cannot show: times, the choice of cuBLAS' kernels, what the allocator ho
 capture, and NCCL itself.
 """
 
+import sys
 from contextlib import ExitStack
 from unittest.mock import patch
 
@@ -79,6 +80,9 @@ class Rehearsal(TorchDispatchMode):
     def __exit__(self, *error):
         result = super().__exit__(*error)
         self._patches.close()
+        # what a compiler has learned of torch's functions, it may have learned of the patched ones
+        if "torch._dynamo.trace_rules" in sys.modules:
+            sys.modules["torch._dynamo.trace_rules"].clear_lru_cache()
         return result
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
