@@ -15,7 +15,8 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ["TORCHDYNAMO_DISABLE"] = "1"
+if __name__ == "__main__":  # pytest imports this file too, and its compilers stay as they are
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
