@@ -54,7 +54,7 @@ def test_brackets_accept_every_word_that_closes():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_fp16_on_both_sides_is_closer_than_bf16(folder, kind):
-    small = ["--seeds", "2", "--sequences", "8", "--length", "24"]
+    small = ["--seeds", "2", "--sequences", "32", "--length", "24"]
     with torch.compiler.set_stance("force_eager"):  # compiling takes a minute
         lab(folder, kind, "offline", TASK, "sharp", *small)
     for column in ("sigma", "kl"):
