@@ -210,7 +210,7 @@ FUSED = {
     "tokens": ({}, PolicyLoss(correction=token_tis(cap=1.2))),
     # Adam makes full steps out of gradients that differ by rounding; weights of sequences show it
     "sequences under the trained policy": (
-        dict(vllm_importance_sampling_correction=False, optim="sgd"),
+        dict(vllm_importance_sampling_correction=False, optim="sgd", learning_rate=0.05),
         PolicyLoss(correction=sequence_is()),
     ),
     "a reference, temperature 0.7": (
