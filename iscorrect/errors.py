@@ -119,7 +119,7 @@ def import_extra(caller: str, module: str, extra: str) -> Any:
     Args:
         caller: what the message begins with.
         module: its name.
-        extra: what brings it, as in ``pip install 'iscorrect[extra]'``.
+        extra: of this package, which brings it too.
 
     Raises:
         InputError: it is not installed.
@@ -133,7 +133,7 @@ def import_extra(caller: str, module: str, extra: str) -> Any:
         package = module.partition(".")[0]
         raise input_error(
             caller, package, expected="an installed package", got="none that can be imported",
-            fix=f"pip install 'iscorrect[{extra}]'",
+            fix=f"pip install {package}, which the extra {extra!r} brings too",
         ) from error
 
 

@@ -19,10 +19,10 @@ from iscorrect.loss.bounds import Bound, Clip, Ignore, Mask, Truncate
 from iscorrect.loss.correction import Correction
 from iscorrect.loss.rules import RatioOutside, Rule, Veto
 
-Result = tuple[Tensor, list[Tensor], dict[str, Tensor]]
+TISResult = tuple[Tensor, list[Tensor], dict[str, Tensor]]
 
 
-def tis_function(correction: Correction) -> Callable[..., Result]:
+def tis_function(correction: Correction) -> Callable[..., TISResult]:
     """What slime calls with its policy-gradient loss, to be multiplied by weights.
 
     Masks come back as they were: rejected tokens have weight 0 and stay in the denominators. The
@@ -55,7 +55,7 @@ def tis_function(correction: Correction) -> Callable[..., Result]:
         parallel_state: Any = None,
         max_seq_lens: list[int] | None = None,
         **_: Any,
-    ) -> Result:
+    ) -> TISResult:
         _check_settings(args, train_log_probs, rollout_log_probs)
         warn_of_truncated_sampling(
             getattr(args, "rollout_top_p", 1.0), getattr(args, "rollout_top_k", -1)

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import torch
 
-Part = TypeVar("Part")
+Share = TypeVar("Share")
 Result = TypeVar("Result")
 
 
@@ -33,7 +33,7 @@ def threads_for(device: torch.device) -> int:
     return torch.get_num_threads()
 
 
-def in_threads(work: Callable[[Part], Result], parts: list[Part]) -> list[Result]:
+def in_threads(work: Callable[[Share], Result], parts: list[Share]) -> list[Result]:
     """``work`` of each part, in its thread and without gradient; of one part, in this thread.
 
     >>> in_threads(lambda x: 2 * x, [1, 2])
@@ -43,7 +43,7 @@ def in_threads(work: Callable[[Part], Result], parts: list[Part]) -> list[Result
         return [work(parts[0])]
     inference = torch.is_inference_mode_enabled()
 
-    def run(part: Part) -> Result:
+    def run(part: Share) -> Result:
         with torch.inference_mode(inference), torch.no_grad():
             return work(part)
 

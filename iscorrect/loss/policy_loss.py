@@ -31,7 +31,7 @@ from iscorrect.loss.presets import sequence_is, sequence_tis, token_tis
 from iscorrect.loss.ratios import Level
 from iscorrect.loss.terms import ReferenceKL
 
-Over = Literal["mask", "kept"]
+CountOver = Literal["mask", "kept"]
 
 BLOCK = 1 << 17
 """Tokens that are worked on at a time on a CPU: their temporaries stay in its cache."""
@@ -83,7 +83,7 @@ class PolicyLoss:
     correction: Correction = Correction()
     objective: Objective = Reinforce()
     aggregation: Name | Aggregation | Aggregator = "token-mean"
-    over: Over = "mask"
+    over: CountOver = "mask"
     horizon: InitVar[int | None] = None
     reference_kl: ReferenceKL | None = None
 
@@ -92,7 +92,7 @@ class PolicyLoss:
         if not mine or horizon is not None:
             spec = named_aggregation("PolicyLoss", self.aggregation, horizon)
             object.__setattr__(self, "aggregation", spec)
-        check_choice("PolicyLoss", "over", self.over, get_args(Over))
+        check_choice("PolicyLoss", "over", self.over, get_args(CountOver))
         if not isinstance(self.correction, Correction):
             raise input_error(
                 "PolicyLoss", "correction", expected="a Correction", got=repr(self.correction),

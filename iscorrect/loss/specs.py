@@ -43,23 +43,23 @@ from iscorrect.loss.rules import (
 )
 from iscorrect.loss.terms import ReferenceKL
 
-Table = Mapping[str, Callable[..., Any]]
+Named = Mapping[str, Callable[..., Any]]
 
-BOUNDS: Table = {
+BOUNDS: Named = {
     "ignore": Ignore, "truncate": Truncate, "clip": Clip, "mask": Mask,
     "confidence-cap": ConfidenceCap, "pareto-smooth": ParetoSmooth,
     "signed-truncate": SignedTruncate, "by-age": ByAge,
 }
-CAPS: Table = {"ionides": IonidesCap, "mse-optimal": MSEOptimalCap, "ess": ESSCap}
-RULES: Table = {
+CAPS: Named = {"ionides": IonidesCap, "mse-optimal": MSEOptimalCap, "ess": ESSCap}
+RULES: Named = {
     "ratio-outside": RatioOutside, "divergence-above": DivergenceAbove, "veto": Veto,
     "binary-kl": BinaryKL, "probability-shift": ProbabilityShift,
     "off-policy-negative": OffPolicyNegative, "second-moment-above": SecondMomentAbove,
     "age-above": AgeAbove,
 }
-CORRECTIONS: Table = {**PRESETS, "correction": Correction}
-REFERENCE: Table = {"reference-kl": ReferenceKL}
-INSIDE: Mapping[str, Table] = {
+CORRECTIONS: Named = {**PRESETS, "correction": Correction}
+REFERENCE: Named = {"reference-kl": ReferenceKL}
+INSIDE: Mapping[str, Named] = {
     "correction": CORRECTIONS, "objective": OBJECTIVES, "aggregation": AGGREGATIONS,
     "reference_kl": REFERENCE, "bound": BOUNDS, "fresh": BOUNDS, "stale": BOUNDS, "reject": RULES,
     "cap": CAPS, "high": CAPS,

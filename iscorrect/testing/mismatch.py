@@ -25,7 +25,7 @@ __all__ = [
     "DTYPES",
     "MAKERS",
     "Mismatch",
-    "Report",
+    "Reported",
     "fault",
     "min_p",
     "noise",
@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 Mismatch = Callable[[TabularPolicy], TabularPolicy]
-Report = Literal["processed", "raw"]
+Reported = Literal["processed", "raw"]
 
 
 def round_logits(policy: TabularPolicy, dtype: torch.dtype = torch.bfloat16) -> TabularPolicy:
@@ -122,14 +122,14 @@ def token_sigma(policy: TabularPolicy, rollout_policy: TabularPolicy) -> float:
 
 
 def temperature(
-    policy: TabularPolicy, value: float, *, report: Report = "processed"
+    policy: TabularPolicy, value: float, *, report: Reported = "processed"
 ) -> TabularPolicy:
     """Sampling from softmax(logits/τ)."""
     check_number("temperature", "value", value, "the τ that logits are divided by", above=0)
     return _sampled_from(policy, policy.logits / value, report)
 
 
-def top_p(policy: TabularPolicy, mass: float, *, report: Report = "processed") -> TabularPolicy:
+def top_p(policy: TabularPolicy, mass: float, *, report: Reported = "processed") -> TabularPolicy:
     """Sampling from the fewest likeliest tokens that hold a probability of at least ``mass``."""
     check_number("top_p", "mass", mass, "a probability", above=0, most=1)
     ordered, order = policy.table.exp().sort(-1, descending=True)
@@ -137,7 +137,7 @@ def top_p(policy: TabularPolicy, mass: float, *, report: Report = "processed") -
     return _kept(policy, torch.zeros_like(needed).scatter(-1, order, needed), report)
 
 
-def top_k(policy: TabularPolicy, count: int, *, report: Report = "processed") -> TabularPolicy:
+def top_k(policy: TabularPolicy, count: int, *, report: Reported = "processed") -> TabularPolicy:
     """Sampling from the ``count`` likeliest tokens."""
     check_number("top_k", "count", count, "a number of tokens", least=1)
     order = policy.logits.argsort(-1, descending=True)
@@ -145,7 +145,7 @@ def top_k(policy: TabularPolicy, count: int, *, report: Report = "processed") ->
     return _kept(policy, kept, report)
 
 
-def min_p(policy: TabularPolicy, share: float, *, report: Report = "processed") -> TabularPolicy:
+def min_p(policy: TabularPolicy, share: float, *, report: Reported = "processed") -> TabularPolicy:
     """Sampling from tokens with at least this share of the likeliest token's probability."""
     check_number("min_p", "share", share, "a share of the largest probability", least=0, most=1)
     probabilities = policy.table.exp()
@@ -153,7 +153,7 @@ def min_p(policy: TabularPolicy, share: float, *, report: Report = "processed") 
 
 
 def repetition_penalty(
-    policy: TabularPolicy, penalty: float, *, report: Report = "processed"
+    policy: TabularPolicy, penalty: float, *, report: Reported = "processed"
 ) -> TabularPolicy:
     """Logits of tokens that occurred before divided by the penalty, or multiplied if negative.
 
@@ -181,12 +181,12 @@ def fault(
     return replace(policy, logits=logits, reported=None)
 
 
-def _sampled_from(policy: TabularPolicy, logits: Tensor, report: Report) -> TabularPolicy:
-    check_choice("mismatch", "report", report, get_args(Report))
+def _sampled_from(policy: TabularPolicy, logits: Tensor, report: Reported) -> TabularPolicy:
+    check_choice("mismatch", "report", report, get_args(Reported))
     return replace(policy, logits=logits, reported=None if report == "processed" else policy.table)
 
 
-def _kept(policy: TabularPolicy, kept: Tensor, report: Report) -> TabularPolicy:
+def _kept(policy: TabularPolicy, kept: Tensor, report: Reported) -> TabularPolicy:
     return _sampled_from(policy, torch.where(kept, policy.logits, -torch.inf), report)
 
 
