@@ -90,3 +90,15 @@ def test_the_readmes_table_of_corrections_lists_every_preset():
 def test_the_readmes_table_of_objectives_lists_every_one():
     table = re.findall(r"^\| `([A-Z]\w+)` \|", README.read_text(), flags=re.M)
     assert table == [make.__name__ for make in iscorrect.OBJECTIVES.values()]
+
+
+def test_every_promise_names_a_test_that_is_there():
+    page = (README.parent / "docs" / "promises.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| ") and "promise |" not in line]
+    assert len(rows) > 20
+    for row in rows:
+        named = re.findall(r"`(tests/[\w/]+\.py)::([\w:]+)`", row)
+        assert named, row
+        for file, test in named:
+            text = (README.parent / file).read_text()
+            assert f"def {test.split('::')[-1]}(" in text, test
