@@ -141,6 +141,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
     )
     assert built.returncode == 0, built.stderr
     inventory = importlib.import_module("mkdocstrings").Inventory
-    seen = inventory.parse_sphinx((tmp_path / "objects.inv").open("rb"))
+    with (tmp_path / "objects.inv").open("rb") as file:
+        seen = inventory.parse_sphinx(file)
     for public in iscorrect.__all__:
         assert f"iscorrect.{public}" in seen
