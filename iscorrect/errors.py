@@ -170,9 +170,11 @@ def check_per_token(
     for name, x in tensors.items():
         if x is None and name in optional:
             continue
-        if not isinstance(x, Tensor) or not x.is_floating_point():
+        floating = isinstance(x, Tensor) and x.is_floating_point() and x.element_size() > 1
+        if not isinstance(x, Tensor) or not floating:
             raise input_error(
-                caller, name, expected="a floating-point tensor", got=describe(x),
+                caller, name, expected="a floating-point tensor of 16 bits or more",
+                got=describe(x),
                 fix="pass per-token values as float32 or wider",
             )
         if x.shape != mask.shape:

@@ -124,6 +124,7 @@ SPECS = {
                              "pass high=1.28"),
     "low above one": (lambda: ic.PPOClip(low=1.2), "PPOClip", "low", "at most 1"),
     "dual below high": (lambda: ic.PPOClip(dual=1.1), "PPOClip", "dual", "at least high=1.2"),
+    "cispo without an upper bound": (lambda: ic.CISPO(high=None), "CISPO", "high", "got None"),
     "cispo": (lambda: ic.CISPO(high=0.2), "CISPO", "high"),
     "objective level": (lambda: ic.PPOClip(level="turn"), "PPOClip", "level"),
     "kl": (lambda: ic.ReferenceKL(coefficient=-1.0), "ReferenceKL", "coefficient"),

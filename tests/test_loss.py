@@ -624,3 +624,11 @@ def test_over_what_is_kept_a_rejected_token_brings_no_extra_term_either():
 def test_a_denominator_is_at_least_one(how):
     nothing = Layout(torch.zeros(2, 3, dtype=torch.bool))
     assert ic.AGGREGATIONS[how]().denominator(nothing) == 1
+
+
+@pytest.mark.parametrize("which", ["log_probs", "rollout_log_probs", "advantages"])
+def test_numbers_of_eight_bits_are_refused(which):
+    x = torch.full((1, 3), -1.0).to(torch.float8_e4m3fn)
+    message = f"`{which}` must be a floating-point tensor of 16 bits"
+    with pytest.raises(ic.InputError, match=message):
+        PolicyLoss()(**three_tokens(**{which: x}))

@@ -167,6 +167,8 @@ class CISPO:
 
     def __post_init__(self) -> None:
         _check_encloses_one("CISPO", self.low, self.high)
+        what = "an upper bound on the ratio itself"
+        check_number("CISPO", "high", self.high, what, least=1, fix="pass high=5.0")
 
     def __call__(
         self, log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, layout: Layout
