@@ -20,6 +20,10 @@ from iscorrect.errors import check_mask, describe, input_error
 from iscorrect.ranks import Group, accumulator, check_member, max_over, sum_over
 
 Reduction = Literal["sum", "amax"]
+BITS = {
+    torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
 
 
 class Layout:
@@ -329,12 +333,13 @@ def masked(x: Tensor, mask: Tensor) -> Tensor:
     tensor([1., 0.])
     """
     vectorised = x.device.type == "cpu" and x.is_floating_point() and not torch.is_grad_enabled()
-    if not vectorised or torch.compiler.is_compiling():
+    if not vectorised or torch.compiler.is_compiling() or x.dtype not in BITS:
+        return torch.where(mask, x, 0)
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):  # torch 2.6 has no such view under vmap
         return torch.where(mask, x, 0)
     # `where` on a CPU goes element by element; clearing the bits is exact and vectorised.
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
-    ones = mask.to(bits).neg_()
-    return (x.detach().view(bits) & ones).view(x.dtype)
+    ones = mask.to(BITS[x.dtype]).neg_()
+    return (x.detach().view(BITS[x.dtype]) & ones).view(x.dtype)
 
 
 def as_layout(caller: str, mask: Tensor | Layout) -> Layout:

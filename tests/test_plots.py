@@ -101,5 +101,6 @@ def test_many_tokens_are_drawn_as_hexagons_and_tabulated_as_a_sample():
 
 def test_without_matplotlib_the_message_names_the_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    with pytest.raises(InputError, match=r"pip install 'iscorrect\[plots\]'"):
+    message = "pip install matplotlib, which the extra 'plots' brings"
+    with pytest.raises(InputError, match=message):
         FIGURES["sequences"][1](some_dump())

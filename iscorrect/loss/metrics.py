@@ -368,7 +368,8 @@ def _widened(totals: Totals) -> dict[str, Tensor]:
         by_dtype.setdefault(value.dtype, []).append(name)
     wide: dict[str, Tensor] = {}
     for names in by_dtype.values():
-        wide |= zip(names, _stack([totals[name] for name in names]).unbind(), strict=True)
+        converted = _stack([totals[name] for name in names]).unbind()
+        wide.update(zip(names, converted, strict=True))
     return {name: wide[name] for name in totals}
 
 
