@@ -81,7 +81,7 @@ class Metrics(Mapping[str, Tensor]):
         s, m = _widened(self.sums), _widened(self.maxima)
         metrics: dict[str, Tensor] = {}
         if "finite" in s:
-            metrics |= {
+            metrics.update({
                 "batch/tokens": s["tokens"],
                 "mismatch/kl_k1": _share(s["k1"], s["finite"]),
                 "mismatch/kl_k2": _share(s["k2"], s["finite"]),
@@ -101,14 +101,14 @@ class Metrics(Mapping[str, Tensor]):
                 "is/bounded": _share(s["bounded"], s["units"]),
                 "is/rejected": _share(s["tokens"] - s["kept_tokens"], s["tokens"]),
                 "is/nonfinite": _share(s["tokens"] - s["finite"], s["tokens"]),
-            }
+            })
         for age in AGES if "age/0/tokens" in s else ():
-            metrics |= _of_age(age, s)
+            metrics.update(_of_age(age, s))
         if "policy_tokens" in s:
-            metrics |= {
+            metrics.update({
                 "policy/kl_k1": _share(s["policy_k1"], s["policy_tokens"]),
                 "policy/kl_k3": _share(s["policy_k3"], s["policy_tokens"]),
-            }
+            })
         if "clipped" in s:
             metrics["policy/clipped"] = _share(s["clipped"], s["policy_tokens"])
         return metrics
