@@ -252,7 +252,8 @@ def plot_steps(dump: LogProbDump | Tokens, *, ax: Axes | None = None) -> Axes:
             label="|k1|", **style)
     ax.set(yscale="log", xlabel="training step", ylabel="KL, nats per token", title="Over training")
     largest = ax.twinx()
-    largest.plot(table["step"], table["max_ratio"], color=ORANGE, linewidth=1, linestyle=":")
+    largest.plot(table["step"], np.maximum(table["max_ratio"], 1e-12), color=ORANGE, linewidth=1,
+                 linestyle=":")
     largest.set_yscale("log")
     largest.set_ylabel("largest token ratio", color=ORANGE)
     ax.legend(loc="best")
