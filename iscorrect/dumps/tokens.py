@@ -45,6 +45,11 @@ class Tokens:
         seen: bool "n", the same token came earlier in the row; None without ids.
         lead: "n", how much likelier the engine finds its first candidate than its second, nats;
             None without two candidates.
+        best: "n", nats, what the engine reported for its first candidate, or None.
+        candidate: "n", nats, the same for the candidate that was sampled; NaN where it is none of
+            them; None without candidates' ids.
+        current: "n", nats, log π of the policy being trained, or None.
+        varentropy: "n", nats², of the trainer's distribution, or None.
         step: int "s", of each sequence, or None; likewise ``version`` and ``group``.
     """
 
@@ -60,6 +65,10 @@ class Tokens:
     step: Array | None
     version: Array | None
     group: Array | None
+    best: Array | None = None
+    candidate: Array | None = None
+    current: Array | None = None
+    varentropy: Array | None = None
 
     @classmethod
     def of(cls, dump: LogProbDump) -> Tokens:
@@ -79,15 +88,25 @@ class Tokens:
         if dump.token_ids is not None:
             ids = to_numpy(dump.token_ids)[row, column]
             seen = _seen(to_numpy(dump.token_ids))[row, column]
-        if dump.top_k_log_probs is not None and dump.top_k_log_probs.shape[-1] > 1:
-            top = to_numpy(dump.top_k_log_probs)[row, column, :2].astype(np.float64)
-            with np.errstate(invalid="ignore"):
-                lead = top[:, 0] - top[:, 1]
+        best = candidate = None
+        if dump.top_k_log_probs is not None and dump.top_k_log_probs.shape[-1] > 0:
+            top = to_numpy(dump.top_k_log_probs)[row, column].astype(np.float64)
+            best = top[:, 0]
+            if top.shape[1] > 1:
+                with np.errstate(invalid="ignore"):
+                    lead = top[:, 0] - top[:, 1]
+            if dump.top_k_ids is not None and ids is not None:
+                same = to_numpy(dump.top_k_ids)[row, column] == ids[:, None]
+                at = same.argmax(1)
+                candidate = np.where(same.any(1), top[np.arange(len(top)), at], np.nan)
         return cls(
             rollout=rollout[row, column].astype(np.float64), old=old, row=row,
             position=np.arange(len(row)) - np.repeat(starts, lengths), count=len(mask), gap=gap,
             ids=ids, seen=seen, lead=lead, step=_optional(dump.step),
             version=_optional(dump.policy_version), group=_optional(dump.group),
+            best=best, candidate=candidate,
+            current=_counted(dump.log_probs, row, column),
+            varentropy=_counted(dump.varentropy, row, column),
         )
 
     @classmethod
@@ -195,7 +214,10 @@ class Tokens:
         return max(filled) if filled else float(np.median(noise))
 
 
-OF_TOKEN = ("rollout", "old", "row", "position", "gap", "ids", "seen", "lead")
+OF_TOKEN = (
+    "rollout", "old", "row", "position", "gap", "ids", "seen", "lead", "best", "candidate",
+    "current", "varentropy",
+)
 OF_SEQUENCE = ("step", "version", "group")
 
 
@@ -206,6 +228,10 @@ def as_tokens(dump: LogProbDump | Tokens) -> Tokens:
 
 def _optional(x: Tensor | None) -> Array | None:
     return None if x is None else to_numpy(x)
+
+
+def _counted(x: Tensor | None, row: Array, column: Array) -> Array | None:
+    return None if x is None else to_numpy(x)[row, column].astype(np.float64)
 
 
 def _seen(ids: Array) -> Array:
