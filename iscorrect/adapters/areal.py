@@ -21,12 +21,12 @@ from iscorrect.loss.bounds import Ignore
 from iscorrect.loss.correction import Correction
 from iscorrect.loss.divergences import k2, k3
 from iscorrect.loss.evidence import Evidence, Scope
-from iscorrect.loss.policy_loss import PolicyLoss
 from iscorrect.loss.ratios import Level
 from iscorrect.loss.rules import Over
+from iscorrect.loss.specs import LossConfig, parse_loss
 
 
-def install(policy_loss: PolicyLoss, dumps: DumpWriter | None = None) -> None:
+def install(policy_loss: LossConfig, dumps: DumpWriter | None = None) -> None:
     """Let AReaL's actor use a loss of this library for its ``grpo_loss_fn``.
 
     To be called in every process that trains; the actor looks its loss up at every update.
@@ -44,7 +44,7 @@ def install(policy_loss: PolicyLoss, dumps: DumpWriter | None = None) -> None:
 
 
 def loss_function(
-    policy_loss: PolicyLoss, dumps: DumpWriter | None = None
+    policy_loss: LossConfig, dumps: DumpWriter | None = None
 ) -> Callable[..., Tensor]:
     """What ``engine.train_batch`` takes as ``loss_fn``, beside AReaL's own ``loss_weight_fn``.
 
@@ -54,17 +54,18 @@ def loss_function(
     of tokens, which are AReaL's version less the ``versions`` of the rollout.
 
     Args:
-        policy_loss: aggregated by "token-mean" over the mask.
+        policy_loss: or its text; aggregated by "token-mean" over the mask.
         dumps: writes both log-probs of every call, counted from 0.
 
     Raises:
         InputError: another aggregation; at the call: a setting of the actor's that would make
             every weight 1, or be ignored.
     """
-    if policy_loss.aggregation != TokenMean() or policy_loss.over != "mask":
+    spec = parse_loss(policy_loss)
+    if spec.aggregation != TokenMean() or spec.over != "mask":
         raise input_error(
             "areal.loss_function", "policy_loss", expected="'token-mean' over the mask",
-            got=f"{policy_loss.aggregation!r} over {policy_loss.over!r}",
+            got=f"{spec.aggregation!r} over {spec.over!r}",
             fix="pass aggregation='token-mean'; AReaL weights micro-batches by their tokens",
         )
 
@@ -73,7 +74,7 @@ def loss_function(
     def loss_fn(
         logprobs: Tensor, entropy: Tensor, input_data: dict[str, Any], **settings: Any
     ) -> Tensor:
-        _check_settings(policy_loss.correction, settings, input_data)
+        _check_settings(spec.correction, settings, input_data)
         mask = input_data["loss_mask"].bool()
         lengths = input_data.get("cu_seqlens")
         age = _age(input_data.get("versions"), settings.get("current_version"))
@@ -89,7 +90,7 @@ def loss_function(
             old = logprobs if batch["old_log_probs"] is None else batch["old_log_probs"]
             rows = _rows(lengths, mask=mask, **batch | {"old_log_probs": old})
             dumps.write(step=next(calls), **rows)
-        loss, metrics = policy_loss(logprobs, mask=layout, **batch)
+        loss, metrics = spec(logprobs, mask=layout, **batch)
         _log(floats(sums(metrics)))
         return loss
 

@@ -24,7 +24,7 @@ docstring says so.
 They agree on finite log-probs, with three exceptions. Ratios saturate here at e^30.5 in float32, so
 an unbounded weight beyond it differs. verl's, slime's and ms-swift's statistics of a sequence, and
 SkyRL's and ms-swift's weights, are held within e^±20 there; the first are here too. OpenRLHF holds
-probabilities within 1e-6 of 0 and 1 for its divergences, and so does its rule here.
+probabilities 1e-6 away from 0 and 1 for its divergences; here the binary KL does, |p − q| does not.
 
 For log-probs that are not finite every function but ``from_trl`` and ``from_areal`` drops the
 token, where the frameworks would train on NaN.

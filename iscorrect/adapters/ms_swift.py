@@ -18,12 +18,13 @@ from iscorrect.loss.bounds import Mask, Truncate
 from iscorrect.loss.correction import Correction
 from iscorrect.loss.evidence import Evidence, Scope
 from iscorrect.loss.rules import RatioOutside
+from iscorrect.loss.specs import CorrectionConfig, parse
 
 MODE = "rollout_importance_sampling_mode"
 
 
 def install(
-    correction: Correction, trainer: Any = None, dumps: DumpWriter | None = None
+    correction: CorrectionConfig, trainer: Any = None, dumps: DumpWriter | None = None
 ) -> None:
     """Let a correction make the weights of ms-swift's GRPO trainer; for ``--external_plugins``.
 
@@ -31,8 +32,8 @@ def install(
     ``rollout_importance_sampling_mode``, whose own weights they replace.
 
     Args:
-        correction: must not look at advantages, which the trainer does not show, nor across the
-            batch.
+        correction: or its text; must not look at advantages, which the trainer does not show, nor
+            across the batch.
         trainer: ``GRPOTrainer``, which None stands for, or ``MegatronGRPOTrainer``.
         dumps: writes both log-probs of every call, counted from 0.
 
@@ -40,10 +41,11 @@ def install(
         InputError: the correction looks across the batch; when the trainer is made: no mode; in
             training: no rollout log-probs.
     """
-    if correction.scope == "batch":
+    spec = parse(correction)
+    if spec.scope == "batch":
         raise input_error(
             "ms_swift.install", "correction", expected="one that looks at tokens or sequences",
-            got=f"{correction!r}, which looks across a batch of which a micro-batch is shown",
+            got=f"{spec!r}, which looks across a batch of which a micro-batch is shown",
             fix="use a fixed bound and normalize=False",
         )
     if trainer is None:
@@ -57,7 +59,7 @@ def install(
         batch = dict(old_log_probs=old.detach(), rollout_log_probs=rollout, mask=mask.bool())
         if dumps is not None:
             dumps.write(step=next(calls), **batch)
-        weights, _, self._iscorrect_metrics = correction(**batch)
+        weights, _, self._iscorrect_metrics = spec(**batch)
         return weights
 
     def with_log_probs(

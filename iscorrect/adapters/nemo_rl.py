@@ -13,8 +13,8 @@ from iscorrect.layout import masked
 from iscorrect.loss.aggregate import SequenceMeanTokenSum, TokenMean
 from iscorrect.loss.bounds import Ignore
 from iscorrect.loss.correction import Correction
-from iscorrect.loss.policy_loss import PolicyLoss
 from iscorrect.loss.ratios import Level
+from iscorrect.loss.specs import LossConfig, parse_loss
 
 MEANS = (
     "mismatch/kl_k1", "mismatch/kl_k3", "mismatch/log_prob_diff/mean", "is/rejected", "is/nonfinite"
@@ -26,7 +26,8 @@ class CorrectedLoss:
     """A loss of this library with the signature of NeMo-RL's ``LossFunction``.
 
     Args:
-        policy_loss: aggregated by "token-mean" or one of "seq-…", over NeMo-RL's global counts.
+        policy_loss: or its text; aggregated by "token-mean" or one of "seq-…", over NeMo-RL's
+            global counts.
         use_fused_linear_logprobs: as ``policy.megatron_cfg.use_fused_linear_logprobs`` says.
 
     Raises:
@@ -35,7 +36,7 @@ class CorrectedLoss:
     """
 
     def __init__(
-        self, policy_loss: PolicyLoss, use_fused_linear_logprobs: bool = False
+        self, policy_loss: LossConfig, use_fused_linear_logprobs: bool = False
     ) -> None:
         from nemo_rl.algorithms.loss.interfaces import (
             LossInputType,
@@ -43,14 +44,15 @@ class CorrectedLoss:
             MetricNormalizer,
         )
 
-        how = policy_loss.aggregation
-        if not isinstance(how, (TokenMean, SequenceMeanTokenSum)) or policy_loss.scope == "batch":
+        spec = parse_loss(policy_loss)
+        how = spec.aggregation
+        if not isinstance(how, (TokenMean, SequenceMeanTokenSum)) or spec.scope == "batch":
             raise input_error(
                 "CorrectedLoss", "policy_loss", expected="one whose micro-batches add up: by tokens"
                 " or sequences, with bounds that do not look across the batch",
-                got=repr(policy_loss), fix="pass aggregation='token-mean' and a fixed bound",
+                got=repr(spec), fix="pass aggregation='token-mean' and a fixed bound",
             )
-        self.policy_loss = policy_loss
+        self.policy_loss = spec
         self.by_token = isinstance(how, TokenMean)
         self.loss_type = LossType.TOKEN_LEVEL if self.by_token else LossType.SEQUENCE_LEVEL
         self.input_type = LossInputType.LOGPROB

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from typing import Any, Literal
 
@@ -15,20 +14,19 @@ from iscorrect.errors import check_choice, input_error
 from iscorrect.loss.aggregate import SequenceMeanTokenSum, TokenMean
 from iscorrect.loss.bounds import Ignore, Mask
 from iscorrect.loss.correction import Correction
-from iscorrect.loss.evidence import Evidence, Scope
-from iscorrect.loss.policy_loss import PolicyLoss
-from iscorrect.loss.rules import RatioOutside, Rule
+from iscorrect.loss.rules import DivergenceAbove, Over, RatioOutside, Rule
+from iscorrect.loss.specs import LossConfig, parse_loss
 
 LEVEL = "--algo.advantage.is_correction_level"
 
 
-def install(policy_loss: PolicyLoss, dumps: DumpWriter | None = None) -> None:
+def install(policy_loss: LossConfig, dumps: DumpWriter | None = None) -> None:
     """Let OpenRLHF's actor build :class:`CorrectedPolicyLoss` where it builds ``PolicyLoss``.
 
     To be called in every Ray worker, as a ``worker_process_setup_hook``.
 
     Args:
-        policy_loss: aggregated by "token-mean", or by one of "seq-…".
+        policy_loss: or its text; aggregated by "token-mean", or by one of "seq-…".
         dumps: writes both log-probs of every call, counted from 0.
 
     Raises:
@@ -70,21 +68,22 @@ class CorrectedPolicyLoss(torch.nn.Module):
     """A loss of this library with the signature of OpenRLHF's ``PolicyLoss``.
 
     Args:
-        policy_loss: aggregated by "token-mean", or by one of "seq-…".
+        policy_loss: or its text; aggregated by "token-mean", or by one of "seq-…".
         dumps: writes both log-probs of every call, counted from 0.
 
     Raises:
         InputError: another aggregation; at the call: no rollout log-probs.
     """
 
-    def __init__(self, policy_loss: PolicyLoss, dumps: DumpWriter | None = None) -> None:
+    def __init__(self, policy_loss: LossConfig, dumps: DumpWriter | None = None) -> None:
         super().__init__()
-        if not isinstance(policy_loss.aggregation, (TokenMean, SequenceMeanTokenSum)):
+        spec = parse_loss(policy_loss)
+        if not isinstance(spec.aggregation, (TokenMean, SequenceMeanTokenSum)):
             raise input_error(
                 "CorrectedPolicyLoss", "policy_loss", expected="one with a denominator",
-                got=repr(policy_loss.aggregation), fix="pass aggregation='token-mean'",
+                got=repr(spec.aggregation), fix="pass aggregation='token-mean'",
             )
-        self.policy_loss, self.dumps, self.calls = policy_loss, dumps, itertools.count()
+        self.policy_loss, self.dumps, self.calls = spec, dumps, itertools.count()
 
     def forward(
         self,
@@ -125,39 +124,6 @@ class CorrectedPolicyLoss(torch.nn.Module):
         return (
             loss, clipped, read["policy/kl_k1"], read["mismatch/kl_k1"], read["is/rejected"]
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class OpenRLHFRule:
-    """OpenRLHF's gate on a divergence between two outcomes: the sampled token and all others.
-
-        binary_kl  KL(μ‖π_old)
-        tv         |p − q|, p = π_old(token), q = μ(token)
-
-    Args:
-        gating: as above.
-        limit: of the token's own value, or of its sequence's mean.
-        over: "token" or "mean".
-    """
-
-    gating: Literal["binary_kl", "tv"]
-    limit: float
-    over: Literal["token", "mean"]
-
-    @property
-    def scope(self) -> Scope:
-        """"token" where nothing is reduced."""
-        return "token" if self.over == "token" else "sequence"
-
-    def __call__(self, evidence: Evidence) -> Tensor:
-        # the ends at which OpenRLHF holds probabilities
-        p = evidence.old_log_probs.exp().clamp(1e-6, 1 - 1e-6)
-        q = evidence.rollout_log_probs.exp().clamp(1e-6, 1 - 1e-6)
-        if self.gating == "tv":
-            x = (p - q).abs()
-        else:
-            x = q * (q / p).log() + (1 - q) * ((1 - q) / (1 - p)).log()
-        return (evidence.layout.sequence_mean(x) if self.over == "mean" else x) <= self.limit
 
 
 def from_openrlhf(
@@ -217,8 +183,9 @@ def from_openrlhf(
         return Correction(bound=Mask(low, high))
     rule: Rule
     if divergence:
-        over: Literal["token", "mean"] = "mean" if is_correction_level == "seq" else "token"
-        rule = OpenRLHFRule("tv" if is_correction_gating == "tv" else "binary_kl", high, over)
+        over: Over = "mean" if is_correction_level == "seq" else "token"
+        kind = is_correction_gating.replace("_", "-")
+        rule = DivergenceAbove(limit=high, estimator=kind, over=over)
     else:
         rule = RatioOutside(level="geometric", low=low, high=high)
     return Correction(reject=(rule,))

@@ -14,10 +14,11 @@ from iscorrect.layout import masked
 from iscorrect.loss.correction import Correction
 from iscorrect.loss.evidence import Evidence, Scope
 from iscorrect.loss.policy_loss import PolicyLoss
-from iscorrect.loss.specs import parse
+from iscorrect.loss.rules import DivergenceAbove
+from iscorrect.loss.specs import CorrectionConfig, parse
 
 
-def loss(inputs: Any, *, correction: str = "token-tis:cap=2") -> Any:
+def loss(inputs: Any, *, correction: CorrectionConfig = "token-tis:cap=2") -> Any:
     """REINFORCE with corrected weights: ``import_path = "iscorrect.adapters.prime_rl.loss"``.
 
         loss = −Σ_t w_t A_t log π_t
@@ -28,7 +29,7 @@ def loss(inputs: Any, *, correction: str = "token-tis:cap=2") -> Any:
 
     Args:
         inputs: prime-rl's ``LossInputs``, "t" each.
-        correction: as on the command line, such as "icepop:low=0.5,high=5".
+        correction: as on the command line, such as "icepop:low=0.5,high=5", or a table of the same.
 
     Raises:
         InputError: a correction that looks beyond one sample.
@@ -60,25 +61,21 @@ def loss(inputs: Any, *, correction: str = "token-tis:cap=2") -> Any:
 class PrimeRLRule:
     """prime-rl's mask: drop tokens whose probability has moved too far up or down.
 
-        keep = 1{p − q ≤ high} where A > 0, 1{p − q ≥ −low} where not; both, with ``any_sign``
+        keep = 1{p − q ≤ high} where A > 0, 1{p − q ≥ −low} where not
 
     Args:
         low: limit on q − p, p = π(token), q = μ(token).
         high: limit on p − q.
-        any_sign: whether both limits hold whatever the advantage.
     """
 
     low: float
     high: float
-    any_sign: bool = False
     scope: ClassVar[Scope] = "token"
 
     def __call__(self, evidence: Evidence) -> Tensor:
         shift = evidence.old_log_probs.exp() - evidence.rollout_log_probs.exp()
-        up, down = shift <= self.high, shift >= -self.low
-        if self.any_sign:
-            return up & down
-        return torch.where(evidence.advantages("PrimeRLRule") > 0, up, down)
+        pushed_up = evidence.advantages("PrimeRLRule") > 0
+        return torch.where(pushed_up, shift <= self.high, shift >= -self.low)
 
 
 def from_prime_rl(
@@ -108,9 +105,11 @@ def from_prime_rl(
         prime_rl/trainer/rl/loss.py (559b44772, 2026-08-21).
 
     >>> from_prime_rl("default", 0.1, 0.3).reject
-    (PrimeRLRule(low=0.1, high=0.3, any_sign=False),)
+    (PrimeRLRule(low=0.1, high=0.3),)
     """
     check_choice("from_prime_rl", "type", type, ("default", "ipo"))
     if type == "ipo":
-        return Correction(reject=(PrimeRLRule(ipo_threshold, ipo_threshold, any_sign=True),))
+        return Correction(
+            reject=(DivergenceAbove(limit=ipo_threshold, estimator="tv", over="token"),)
+        )
     return Correction(reject=(PrimeRLRule(dppo_mask_low, dppo_mask_high),))

@@ -16,9 +16,9 @@ from iscorrect.loss.aggregate import Sum
 from iscorrect.loss.bounds import Bound, Ignore, Truncate
 from iscorrect.loss.correction import Correction
 from iscorrect.loss.evidence import Evidence, Scope
-from iscorrect.loss.policy_loss import PolicyLoss
 from iscorrect.loss.ratios import ratio as ratio_of
 from iscorrect.loss.rules import RatioOutside, Rule, Veto
+from iscorrect.loss.specs import LossConfig, parse_loss
 
 OFF_POLICY_CORRECTION = (
     "tis_ratio_type", "sequence_mask_metric", "outlier_token_is_threshold_low",
@@ -27,7 +27,7 @@ OFF_POLICY_CORRECTION = (
 )
 
 
-def register(name: str, policy_loss: PolicyLoss, dumps: DumpWriter | None = None) -> None:
+def register(name: str, policy_loss: LossConfig, dumps: DumpWriter | None = None) -> None:
     """Make a loss one of SkyRL's: ``trainer.algorithm.policy_loss_type=name``.
 
     SkyRL averages metrics over micro-batches and ranks, so it is given sums and maxima:
@@ -35,7 +35,8 @@ def register(name: str, policy_loss: PolicyLoss, dumps: DumpWriter | None = None
 
     Args:
         name: as in the configuration.
-        policy_loss: aggregated by "sum", since SkyRL folds its denominators into the advantages.
+        policy_loss: or its text; aggregated by "sum", since SkyRL folds its denominators into the
+            advantages.
         dumps: writes both log-probs of every call, counted from 0.
 
     Raises:
@@ -43,10 +44,11 @@ def register(name: str, policy_loss: PolicyLoss, dumps: DumpWriter | None = None
     """
     from skyrl.backends.skyrl_train.utils.ppo_utils import register_policy_loss
 
-    if policy_loss.aggregation != Sum() or policy_loss.over != "mask":
+    spec = parse_loss(policy_loss)
+    if spec.aggregation != Sum() or spec.over != "mask":
         raise input_error(
             "skyrl.register", "policy_loss", expected="aggregation 'sum' over the mask",
-            got=f"{policy_loss.aggregation!r} over {policy_loss.over!r}",
+            got=f"{spec.aggregation!r} over {spec.over!r}",
             fix="pass aggregation='sum'; SkyRL divides the advantages",
         )
 
@@ -82,7 +84,7 @@ def register(name: str, policy_loss: PolicyLoss, dumps: DumpWriter | None = None
         if dumps is not None:
             dumps.write(step=calls, **batch)
             calls += 1
-        loss, metrics = policy_loss(log_probs, **batch)
+        loss, metrics = spec(log_probs, **batch)
         return loss, floats(sums(metrics) | maxima(metrics))
 
     register_policy_loss(name)(corrected)

@@ -18,11 +18,12 @@ from iscorrect.layout import masked, unpad
 from iscorrect.loss.bounds import Bound, Clip, Ignore, Mask, Truncate
 from iscorrect.loss.correction import Correction
 from iscorrect.loss.rules import RatioOutside, Rule, Veto
+from iscorrect.loss.specs import CorrectionConfig, parse
 
 TISResult = tuple[Tensor, list[Tensor], dict[str, Tensor]]
 
 
-def tis_function(correction: Correction) -> Callable[..., TISResult]:
+def tis_function(correction: CorrectionConfig) -> Callable[..., TISResult]:
     """What slime calls with its policy-gradient loss, to be multiplied by weights.
 
     Masks come back as they were: rejected tokens have weight 0 and stay in the denominators. The
@@ -30,16 +31,18 @@ def tis_function(correction: Correction) -> Callable[..., TISResult]:
     ``--get-mismatch-metrics`` alone there are metrics, and the loss comes back as it was.
 
     Args:
-        correction: without parts that need advantages, or look beyond a micro-batch of one rank.
+        correction: or its text; without parts that need advantages, or look beyond a micro-batch
+            of one rank.
 
     Raises:
         InputError: the correction looks across the batch; at the call: a list is shorter than its
             response, or missing.
     """
-    if correction.scope == "batch":
+    spec = parse(correction)
+    if spec.scope == "batch":
         raise input_error(
             "tis_function", "correction", expected="one that looks at tokens or sequences",
-            got=f"{correction!r}, which looks across a batch of which slime shows a micro-batch",
+            got=f"{spec!r}, which looks across a batch of which slime shows a micro-batch",
             fix="use a fixed bound and normalize=False",
         )
 
@@ -78,7 +81,7 @@ def tis_function(correction: Correction) -> Callable[..., TISResult]:
         log_probs = dict(
             old_log_probs=rows["train_log_probs"], rollout_log_probs=rows["rollout_log_probs"]
         )
-        weights, keep, _metrics = correction(mask=mask, **log_probs)
+        weights, keep, _metrics = spec(mask=mask, **log_probs)
         values = token_metrics(mask=mask, weights=weights, keep=keep, **log_probs)
         metrics = {name: flat(x) for name, x in values.items()}
         if args.use_tis:

@@ -13,27 +13,27 @@ from iscorrect.adapters.ragged import pad_together
 from iscorrect.dumps import DumpWriter
 from iscorrect.errors import input_error
 from iscorrect.layout import Layout, masked, unpad
-from iscorrect.loss.correction import Correction
 from iscorrect.loss.metrics import Metrics
-from iscorrect.loss.policy_loss import PolicyLoss
+from iscorrect.loss.specs import CorrectionConfig, LossConfig, parse, parse_loss
 
 CustomLoss = Callable[[list[Any], list[Tensor]], tuple[Tensor, dict[str, float]]]
 
 
-def custom_loss(policy_loss: PolicyLoss, dumps: DumpWriter | None = None) -> CustomLoss:
+def custom_loss(policy_loss: LossConfig, dumps: DumpWriter | None = None) -> CustomLoss:
     """What ``training_client.forward_backward_custom`` takes as its loss.
 
     Each datum's ``loss_fn_inputs`` hold the sampler's "logprobs", "advantages", and a "mask" where
     not every token counts. The ratio is that of the policy being trained.
 
     Args:
-        policy_loss: any.
+        policy_loss: any, or its text.
         dumps: writes both log-probs of every call, counted from 0.
 
     Raises:
         InputError: at the call: a datum lacks one of the two, or holds one of another length; a
             mask holds something else than 0 and 1.
     """
+    spec = parse_loss(policy_loss)
     calls = itertools.count()
 
     def loss_fn(data: list[Any], logprobs: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
@@ -49,7 +49,7 @@ def custom_loss(policy_loss: PolicyLoss, dumps: DumpWriter | None = None) -> Cus
         )
         if dumps is not None:
             dumps.write(step=next(calls), old_log_probs=rows["log_probs"], **batch)
-        loss, metrics = policy_loss(rows["log_probs"], **batch)
+        loss, metrics = spec(rows["log_probs"], **batch)
         return loss, metrics.to_floats()
 
     return loss_fn
@@ -79,7 +79,7 @@ def _mask(datum: Any, i: int) -> Tensor:
 
 
 def corrected_advantages(
-    correction: Correction,
+    correction: CorrectionConfig,
     *,
     old_log_probs: Sequence[Tensor],
     rollout_log_probs: Sequence[Tensor],
@@ -95,7 +95,7 @@ def corrected_advantages(
     divides by the sampler's log-probs has corrected already.
 
     Args:
-        correction: any.
+        correction: any, or its text.
         old_log_probs: "t_i" each, log π_old, nats.
         rollout_log_probs: "t_i" each, log μ, nats.
         advantages: "t_i" each.
@@ -121,7 +121,7 @@ def corrected_advantages(
         masks=masks,
     )
     counted = present & rows["masks"].bool()
-    weights, _, metrics = correction(
+    weights, _, metrics = parse(correction)(
         old_log_probs=rows["old_log_probs"], rollout_log_probs=rows["rollout_log_probs"],
         advantages=rows["advantages"], mask=Layout(counted),
     )

@@ -18,8 +18,8 @@ from iscorrect.loss.aggregate import SequenceMeanTokenSum, TokenMean
 from iscorrect.loss.bounds import Mask
 from iscorrect.loss.correction import Correction
 from iscorrect.loss.metrics import Metrics, merge
-from iscorrect.loss.policy_loss import PolicyLoss
 from iscorrect.loss.ratios import Level
+from iscorrect.loss.specs import CorrectionConfig, LossConfig, parse, parse_loss
 
 MULTIMODAL = (
     "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes",
@@ -43,9 +43,9 @@ class CorrectedGRPO:
     the weights multiply the advantages.
 
     Args:
-        correction: in the place of ``vllm_importance_sampling_mode``.
-        policy_loss: in the place of ``loss_type`` and everything else that TRL's loss is made of.
-            Exactly one of the two.
+        correction: or its text; in the place of ``vllm_importance_sampling_mode``.
+        policy_loss: or its text; in the place of ``loss_type`` and everything else that TRL's loss
+            is made of. Exactly one of the two.
         fused: let :func:`fused_policy_loss` make the policy_loss and its gradients in the forward
             pass. One process or DDP, a text model without adapters, a float32 head.
         dumps: writes the log-probs of every generation, a file each.
@@ -63,14 +63,16 @@ class CorrectedGRPO:
     def __init__(
         self,
         *args: Any,
-        correction: Correction | None = None,
-        policy_loss: PolicyLoss | None = None,
+        correction: CorrectionConfig | None = None,
+        policy_loss: LossConfig | None = None,
         fused: bool = False,
         dumps: DumpWriter | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.correction, self.policy_loss, self.dumps = correction, policy_loss, dumps
+        self.correction = None if correction is None else parse(correction)
+        self.policy_loss = None if policy_loss is None else parse_loss(policy_loss)
+        self.dumps = dumps
         self.fused = fused
         self._seen: dict[str, list[Metrics]] = {"train": [], "eval": []}
         self._check_settings()

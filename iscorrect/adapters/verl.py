@@ -25,17 +25,19 @@ from iscorrect.loss.correction import Correction
 from iscorrect.loss.divergences import estimator
 from iscorrect.loss.metrics import policy_metrics
 from iscorrect.loss.objectives import Objective, made
+from iscorrect.loss.policy_loss import PolicyLoss
 from iscorrect.loss.ratios import at_level, log_ratio
 from iscorrect.loss.rules import DivergenceAbove, Over, RatioOutside, Rule
+from iscorrect.loss.specs import CorrectionConfig, parse, parse_loss
 
 Hook = Callable[[Any, Mapping[str, Any]], tuple[Any, dict[str, float]]]
 
 
-def install(correction: Correction, dumps: DumpWriter | None = None) -> None:
+def install(correction: CorrectionConfig, dumps: DumpWriter | None = None) -> None:
     """Let a correction make verl's ``rollout_is_weights`` and ``response_mask``.
 
     Args:
-        correction: must not look at advantages, which verl computes later.
+        correction: or its text; must not look at advantages, which verl computes later.
         dumps: writes both log-probs of every batch, counted from 0 where verl names no step.
 
     Raises:
@@ -44,7 +46,7 @@ def install(correction: Correction, dumps: DumpWriter | None = None) -> None:
     from verl.trainer.ppo import rollout_corr_helper
 
     name = "compute_rollout_correction_and_add_to_batch"
-    hook = batch_hook(correction, dumps)
+    hook = batch_hook(parse(correction), dumps)
     setattr(rollout_corr_helper, name, hook)
     setattr(rollout_corr_helper, "apply_bypass_mode", _refuse_bypass)  # noqa: B010
     # binds the function when it is imported, which may have happened already
@@ -98,20 +100,22 @@ def batch_hook(correction: Correction, dumps: DumpWriter | None = None) -> Hook:
     return add_to_batch
 
 
-def register_loss(name: str, objective: Objective) -> None:
+def register_loss(name: str, objective: Objective | str) -> None:
     """Make an objective a policy loss of verl: ``actor.policy_loss.loss_mode=name``.
 
     verl's weights multiply it, verl aggregates.
 
     Args:
         name: not one of verl's own.
-        objective: callable (log_probs, old_log_probs, advantages, layout) -> loss "b t".
+        objective: callable (log_probs, old_log_probs, advantages, layout) -> loss "b t", or the
+            text of one, such as "ppo-clip:high=1.28".
 
     Raises:
-        InputError: verl has a loss of that name.
+        InputError: verl has a loss of that name; the text says more than an objective.
     """
     from verl.trainer.ppo import core_algos
 
+    part = _objective(objective)
     if name in core_algos.POLICY_LOSS_REGISTRY:
         raise input_error(
             "register_loss", "name", expected="a name that verl does not use", got=repr(name),
@@ -127,7 +131,7 @@ def register_loss(name: str, objective: Objective) -> None:
         log_probs, old, advantages = (
             masked(x.float(), layout.mask) for x in (log_prob, old_log_prob, advantages)
         )
-        per_token, clipped = made(objective, log_probs, old, advantages, layout)
+        per_token, clipped = made(part, log_probs, old, advantages, layout)
         if rollout_is_weights is not None:
             per_token = per_token * masked(rollout_is_weights, layout.mask)
         loss = core_algos.agg_loss(
@@ -138,6 +142,18 @@ def register_loss(name: str, objective: Objective) -> None:
         return loss, metrics.to_floats()
 
     core_algos.register_policy_loss(name)(policy_loss)
+
+
+def _objective(given: Objective | str) -> Objective:
+    if not isinstance(given, str):
+        return given
+    loss = parse_loss(given)
+    if loss != PolicyLoss(objective=loss.objective):
+        raise input_error(
+            "register_loss", "objective", expected="an objective alone: verl applies the weights"
+            " and aggregates", got=repr(given), fix="pass 'ppo-clip:high=1.28'",
+        )
+    return loss.objective
 
 
 VERL_RULES: dict[str, tuple[Over, str]] = {

@@ -44,6 +44,8 @@ from iscorrect.loss.rules import (
 from iscorrect.loss.terms import ReferenceKL
 
 Named = Mapping[str, Callable[..., Any]]
+CorrectionConfig = str | Mapping[str, Any] | Correction
+LossConfig = str | Mapping[str, Any] | PolicyLoss
 
 BOUNDS: Named = {
     "ignore": Ignore, "truncate": Truncate, "clip": Clip, "mask": Mask,
@@ -68,7 +70,7 @@ INSIDE: Mapping[str, Named] = {
 OF_ANY_PRESET = ("normalize", "nonfinite")
 
 
-def parse(config: str | Mapping[str, Any] | Correction) -> Correction:
+def parse(config: CorrectionConfig) -> Correction:
     """A correction from a line of text or a dictionary.
 
         token-tis                                    a preset
@@ -93,7 +95,7 @@ def parse(config: str | Mapping[str, Any] | Correction) -> Correction:
     return _checked("parse", _built("parse", "correction", config), Correction)
 
 
-def parse_loss(config: str | Mapping[str, Any] | PolicyLoss) -> PolicyLoss:
+def parse_loss(config: LossConfig) -> PolicyLoss:
     """A loss from a line of text or a dictionary.
 
     Args:

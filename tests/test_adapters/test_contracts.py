@@ -1,7 +1,5 @@
 """The contracts on fakes of the trainers that are on no package index."""
 
-import sys
-
 import contracts
 import fakes
 import pytest
@@ -12,15 +10,7 @@ from iscorrect import InputError, PolicyLoss, pareto_is
 from iscorrect.adapters.prime_rl import loss as prime_rl_loss
 from iscorrect.dumps import read_dump
 
-
-@pytest.fixture(autouse=True)
-def modules(monkeypatch):
-    """Modules of fakes leave with the test."""
-    before = dict(sys.modules)
-    yield
-    for name in set(sys.modules) - set(before):
-        if name.split(".")[0] in ("slime", "miles", "megatron", "prime_rl", "nemo_rl"):
-            del sys.modules[name]
+pytestmark = pytest.mark.usefixtures("modules")
 
 
 def load_slime(path, **ranks):
