@@ -205,6 +205,34 @@ class Layout:
         """Maximum over the counted tokens of each sequence; "b t". -inf where none count."""
         return self._reduce(torch.where(self.mask, x, -torch.inf), self._sequences, "amax")
 
+    def per_sequence(self, x: Tensor) -> Tensor:
+        """Sum of "b t" over each sequence, this rank's share of it; "s".
+
+        Args:
+            x: floating or bool, 0 where nothing counts.
+
+        Returns:
+            Floating, or int32. A place that no sequence takes holds 0; there are no more places
+            than tokens, or than rows where each is one sequence.
+        """
+        x = x if x.is_floating_point() else x.to(torch.int32)
+        if self._sequences.ids is None:
+            return x.sum(-1, dtype=x.dtype).flatten()
+        x = x.to(accumulator(x.device)) if x.is_floating_point() else x
+        places = x.new_zeros(self._sequences.number)
+        return places.scatter_add(0, self._sequences.ids.flatten(), x.flatten())
+
+    def whole_sequences(self, shares: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Shares of sequences, added up over the ranks that hold them; "s" each.
+
+        The first of those ranks has the sums and the others 0, so that each is there once.
+        """
+        if self.sequence_group is None:
+            return shares
+        wide = torch.stack([x.to(accumulator(x.device)) for x in shares])
+        whole = sum_over(wide, self.sequence_group)
+        return (whole if dist.get_rank(self.sequence_group) == 0 else 0 * whole).unbind()
+
     def segment_total(self, x: Tensor) -> Tensor:
         """Sum over the counted tokens of each segment, on each of its tokens; "b t" -> "b t"."""
         return self._reduce(masked(x, self.mask), self._segments, "sum")

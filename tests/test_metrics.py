@@ -12,7 +12,7 @@ from hypothesis import given, strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import iscorrect as ic
-from iscorrect import Correction, Metrics, PolicyLoss
+from iscorrect import Correction, Layout, Metrics, PolicyLoss
 
 
 def metrics_of(correction, batch):
@@ -45,6 +45,68 @@ def test_mismatch_metrics_are_means_over_tokens(batch):
     }
     actual = metrics_of(ic.token_tis(), batch).to_floats()
     assert {k: actual[k] for k in expected} == pytest.approx(expected, rel=1e-9, abs=1e-14)
+
+
+@given(batch=batches(), preset=st.sampled_from(sorted(ic.PRESETS)))
+def test_every_correction_tells_what_sequences_add_up_to(batch, preset):
+    sequences = [s for s in batch.sequences() if len(s.old)]
+    ratios = np.array([oracle.product(s)[0] for s in sequences])
+    expected = {
+        "batch/sequences": len(sequences),
+        "batch/length": share([len(s.old) for s in sequences]),
+        "mismatch/kl/sequence": share([
+            (np.expm1(oracle.log_ratio(s)) - oracle.log_ratio(s)).sum() for s in sequences
+        ]),
+        "mismatch/chi2/sequence": share((ratios - 1) ** 2),
+        "mismatch/ess/sequence": oracle.ess(ratios),
+    }
+    actual = metrics_of(ic.PRESETS[preset](), batch).to_floats()
+    assert {k: actual[k] for k in expected} == pytest.approx(expected, rel=1e-9, abs=1e-14)
+
+
+def test_tokens_look_healthy_where_sequences_do_not():
+    old = 0.02 * torch.randn(64, 5000, generator=torch.Generator().manual_seed(0)) - 0.0002 - 1
+    metrics = metrics_of(ic.token_tis(), make_batch(0)._replace(
+        old_log_probs=old, rollout_log_probs=-torch.ones_like(old),
+        mask=torch.ones_like(old, dtype=torch.bool), advantages=old,
+    ))
+    assert metrics["is/ess"] > 0.99
+    assert metrics["mismatch/ess/sequence"] < 0.3
+    assert metrics["mismatch/kl/sequence"].item() == pytest.approx(5000 * 2e-4, rel=0.1)
+
+
+def test_the_effective_share_of_sequences_is_measured_where_every_ratio_is_nearly_nothing():
+    log_ratio = torch.tensor([[-90.0], [-90.0], [-91.0]])
+    metrics = metrics_of(ic.token_tis(), make_batch(0)._replace(
+        old_log_probs=log_ratio - 1, rollout_log_probs=-torch.ones(3, 1),
+        mask=torch.ones(3, 1, dtype=torch.bool), advantages=log_ratio,
+    ))
+    expected = oracle.ess(np.exp([0.0, 0.0, -1.0]))
+    assert metrics["mismatch/ess/sequence"].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_sequence_without_a_ratio_is_left_out_of_what_ratios_say():
+    old = torch.tensor([[-1.0, -1.0], [-2.0, torch.nan], [torch.nan, torch.nan]])
+    rollout, mask = torch.full((3, 2), -1.5), torch.tensor([[True] * 2, [True] * 2, [False] * 2])
+    metrics = ic.token_tis()(old_log_probs=old, rollout_log_probs=rollout, mask=mask).metrics
+    values = metrics.to_floats()
+    assert values["batch/sequences"] == 2
+    assert values["batch/length"] == 2
+    assert values["mismatch/chi2/sequence"] == pytest.approx((np.e - 1) ** 2, rel=1e-6)
+    assert values["mismatch/ess/sequence"] == 1
+    k3 = 2 * (np.expm1(0.5) - 0.5) + np.expm1(-0.5) + 0.5
+    assert values["mismatch/kl/sequence"] == pytest.approx(k3 / 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("bound", [None, ic.Ignore()])
+def test_what_no_bound_changes_is_not_in_the_log(bound):
+    batch = make_batch(0)
+    layout = Layout(batch.mask, age=torch.zeros_like(batch.mask, dtype=torch.long))
+    metrics = Correction(bound=bound)(
+        old_log_probs=batch.old_log_probs, rollout_log_probs=batch.rollout_log_probs, mask=layout
+    ).metrics
+    assert not [name for name in metrics if "bounded" in name]
+    assert metrics["is/weight/mean"].isfinite()
 
 
 @given(batch=batches(), cap=st.sampled_from([0.9, 1.0, 1.5]))

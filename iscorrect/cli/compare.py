@@ -43,6 +43,6 @@ def run(options: argparse.Namespace) -> int:
         f" k1 {number(m['mismatch/kl_k1'])}, k3 {number(m['mismatch/kl_k3'])} nats per token,"
         f" largest |Δ log p| {number(m['mismatch/log_prob_diff/max'])}", *seen.notes(), "",
         Table("What each correction does", HEADER,
-              [effect_row(name, corrections[name], values[name]) for name in values]),
+              [effect_row(name, values[name]) for name in values]),
     )
     return 0

@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
     setting = Setting.of(f"noise={sigma}", length=4, average=1)
     rows = []
     for name, correction in presets.items():
-        row = effect_row(name, correction, seen[name])
+        row = effect_row(name, seen[name])
         if correction.scope == "batch":
             rows.append([*row, "–", "–"])
             continue

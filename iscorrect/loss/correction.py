@@ -11,7 +11,7 @@ from torch import Tensor
 
 from iscorrect.errors import check_choice, check_per_token, input_error, is_part
 from iscorrect.layout import Layout, as_layout, masked
-from iscorrect.loss.bounds import Bound
+from iscorrect.loss.bounds import Bound, Ignore
 from iscorrect.loss.evidence import Evidence, Given, Scope, level_scope, scope_of, widest
 from iscorrect.loss.metrics import Metrics, correction_metrics
 from iscorrect.loss.ratios import Level, at_level, check_level, is_log_prob, ratio
@@ -143,7 +143,9 @@ class Correction:
             keep = keep & evidence.present
         for rule in self.reject:
             keep = keep & rule(evidence)
-        return Weighed(masked(weights, keep), keep, evidence, log_ratio, (weights - rho).bool())
+        bounds = self.bound is not None and not isinstance(self.bound, Ignore)
+        bounded = (weights - rho).bool() if bounds else None
+        return Weighed(masked(weights, keep), keep, evidence, log_ratio, bounded)
 
 
 class Weighed(NamedTuple):
@@ -154,14 +156,14 @@ class Weighed(NamedTuple):
         keep: bool "b t", as in :class:`Weights`.
         evidence: at the correction's level.
         log_ratio: "b t", nats, at that level, before normalisation and bound.
-        bounded: bool "b t", where the bound changed the ratio.
+        bounded: bool "b t", where the bound changed the ratio; None where there is no bound.
     """
 
     weights: Tensor
     keep: Tensor
     evidence: Evidence
     log_ratio: Tensor
-    bounded: Tensor
+    bounded: Tensor | None
 
     def metrics(self) -> Metrics:
         """What the correction saw and did."""

@@ -24,23 +24,31 @@ class Metrics(Mapping[str, Tensor]):
     both batches would have given. Nothing synchronises with the device before :meth:`to_floats`.
 
         batch/tokens                      tokens of the mask
+        batch/sequences                   sequences with at least one of them
+        batch/length                      tokens of a sequence, on average
         mismatch/kl_k1, kl_k2, kl_k3      mean estimate of KL(μ‖π_old), nats per token
         mismatch/log_prob_diff/mean, max  |log π_old − log μ|, nats
         mismatch/chi2/token               mean (ρ − 1)² over tokens
+        mismatch/kl/sequence              mean Σ_t k3 over sequences: KL(μ‖π_old), nats per sequence
+        mismatch/chi2/sequence            mean (Π_t ρ − 1)² over sequences
+        mismatch/ess/sequence             (Σ R)² / (n Σ R²), R = Π_t ρ, n sequences: the share of
+                                          them that weights of whole sequences would leave
         is/ratio/mean, min, max           ρ at the correction's level, before any bound; min is at
                                           most 1, max at least 1
         is/chi2                           mean (ρ − 1)² over its units: tokens, sequences, …
         is/weight/mean, max               weights of the units that were kept
         is/kept_weight                    Σ weights / number of units; 1 is what ρ has on average
         is/ess                            (Σ w)² / (n Σ w²), n units of the mask
-        is/bounded                        share of units whose ratio the bound changed
+        is/bounded                        share of units whose ratio the bound changed; absent
+                                          where there is none
         is/rejected                       share of tokens with weight 0
         is/nonfinite                      share of tokens whose log-ratio is NaN or infinite
         policy/kl_k1, kl_k3               the same of KL(π_old‖π), where old_log_probs are given
         policy/clipped                    share of tokens that the objective clips
 
     Where the layout has ages, also of the tokens of each of some ages: 0, 1, 2-3, 4-7, 8-15, 16+;
-    NaN where a batch has none of that age.
+    NaN where a batch has none of that age. A sequence with a token without a log-ratio has no
+    ratio, and is left out of its χ² and effective sample size.
 
         age/2-3/tokens                    share of all tokens; 0 where there are none
         age/2-3/log_prob_diff             mean |log π_old − log μ|, nats
@@ -83,12 +91,19 @@ class Metrics(Mapping[str, Tensor]):
         if "finite" in s:
             metrics.update({
                 "batch/tokens": s["tokens"],
+                "batch/sequences": s["sequences"],
+                "batch/length": _share(s["tokens"], s["sequences"]),
                 "mismatch/kl_k1": _share(s["k1"], s["finite"]),
                 "mismatch/kl_k2": _share(s["k2"], s["finite"]),
                 "mismatch/kl_k3": _share(s["k3"], s["finite"]),
                 "mismatch/log_prob_diff/mean": _share(s["abs"], s["finite"]),
                 "mismatch/log_prob_diff/max": m["abs"],
                 "mismatch/chi2/token": _share(s["chi2"], s["finite"]),
+                "mismatch/kl/sequence": _share(s["k3"], s["sequences"]),
+                "mismatch/chi2/sequence": _share(s["sequence_chi2"], s["whole_sequences"]),
+                "mismatch/ess/sequence": _effective(
+                    s["sequence_ratio"], s["sequence_ratio_squared"], s["whole_sequences"]
+                ),
                 "is/ratio/mean": _share(s["excess"] + s["usable"], s["usable"]),
                 "is/ratio/min": torch.exp(-m["negative_log_ratio"]),
                 "is/ratio/max": torch.exp(m["log_ratio"].clamp(max=700)),
@@ -96,12 +111,12 @@ class Metrics(Mapping[str, Tensor]):
                 "is/weight/mean": _share(s["weight"], s["kept_units"]),
                 "is/weight/max": m["weight"],
                 "is/kept_weight": _share(s["weight"], s["units"]),
-                "is/ess": s["weight"].square()
-                / torch.where(s["weight_squared"] > 0, s["units"] * s["weight_squared"], 1),
-                "is/bounded": _share(s["bounded"], s["units"]),
+                "is/ess": _effective(s["weight"], s["weight_squared"], s["units"]),
                 "is/rejected": _share(s["tokens"] - s["kept_tokens"], s["tokens"]),
                 "is/nonfinite": _share(s["tokens"] - s["finite"], s["tokens"]),
             })
+        if "bounded" in s:
+            metrics["is/bounded"] = _share(s["bounded"], s["units"])
         for age in AGES if "age/0/tokens" in s else ():
             metrics.update(_of_age(age, s))
         if "policy_tokens" in s:
@@ -179,10 +194,11 @@ def _of_age(age: str, sums: Totals) -> dict[str, Tensor]:
         "log_prob_diff": held("abs") / held("finite"),
         "kl_k3": held("k3") / held("finite"),
         "ess": held("weight").square() / torch.where(squares > 0, squares, held("tokens")),
-        "bounded": held("bounded") / held("tokens"),
         "rejected": (held("tokens") - held("kept")) / held("tokens"),
         "tokens": _share(held("tokens"), sums["tokens"]),
     }
+    if "bounded" in sums:
+        found["bounded"] = held("bounded") / held("tokens")
     return {f"age/{age}/{name}": value for name, value in found.items()}
 
 
@@ -219,7 +235,7 @@ def correction_metrics(
     evidence: Evidence,
     *,
     log_ratio: Tensor,
-    bounded: Tensor,
+    bounded: Tensor | None,
     weights: Tensor,
     keep: Tensor,
 ) -> Metrics:
@@ -228,7 +244,7 @@ def correction_metrics(
     Args:
         evidence: token level, before any bound.
         log_ratio: "b t", nats, at the correction's level, before normalisation and bound.
-        bounded: bool "b t", where the bound changed the ratio.
+        bounded: bool "b t", where the bound changed the ratio; None where there is no bound.
         weights: "b t", after bound and rejection.
         keep: bool "b t".
 
@@ -240,21 +256,24 @@ def correction_metrics(
     # d is 0 where it does not count, and so is every divergence of it.
     excess = expm1(d.clamp(max=limit))
     lowest, highest = _min(d), _max(d)
-    tokens, finite, kept = _count(layout.mask), _count(evidence.finite), _count(keep)
+    of_sequences = [layout.per_sequence(x) for x in (d, layout.mask, evidence.finite)]
+    total, tokens, finite = [x.sum(dtype=x.dtype) for x in of_sequences]
     sums = {
         "tokens": tokens,
         "finite": finite,
-        "kept_tokens": kept,
-        "k1": -_sum(d),
+        "kept_tokens": _count(keep),
+        "k1": -total,
         "k2": _sum_of_squares(d) / 2,
         "k3": _sum(k3_given(d, excess)),
         "abs": _sum(d.abs()),
         "chi2": _sum_of_squares(excess),
-        "bounded": _count(units & bounded),
+        **_sums_of_sequences(*layout.whole_sequences(of_sequences)),
     }
+    if bounded is not None:
+        sums["bounded"] = _count(units & bounded)
     if evidence.level == "token":
         least, most, unit_excess, unit_weights = lowest, highest, excess, weights
-        counts = {"units": tokens, "usable": finite, "kept_units": kept}
+        counts = {"units": tokens, "usable": finite, "kept_units": sums["kept_tokens"]}
     else:
         all_units = units_of(layout, evidence.level)
         log_ratio = masked(log_ratio, units)
@@ -274,12 +293,13 @@ def correction_metrics(
         "weight_squared": _sum_of_squares(unit_weights),
     }
     if layout.age is not None:
-        by_age = _sums_by_age(layout.age, {
+        per_token = {
             "tokens": layout.mask, "finite": evidence.finite, "kept": keep, "abs": d.abs(),
-            "k3": k3_given(d, excess), "bounded": evidence.usable & bounded, "weight": weights,
-            "weight_squared": weights.square(),
-        })
-        sums = {**sums, **by_age}
+            "k3": k3_given(d, excess), "weight": weights, "weight_squared": weights.square(),
+        }
+        if bounded is not None:
+            per_token["bounded"] = evidence.usable & bounded
+        sums = {**sums, **_sums_by_age(layout.age, per_token)}
     return Metrics(
         sums,
         {
@@ -289,6 +309,23 @@ def correction_metrics(
             "weight": _max(weights),
         },
     )
+
+
+def _sums_of_sequences(log_ratio: Tensor, tokens: Tensor, finite: Tensor) -> dict[str, Tensor]:
+    """Sums over sequences of log-ratio, counted tokens and finite tokens; "s" each."""
+    wide = accumulator(tokens.device)
+    exist = (tokens > 0).to(wide)
+    whole = exist * (finite == tokens)
+    ratio = whole * log_ratio.to(wide).clamp(max=saturation(wide)).exp()
+    sequences, whole_sequences, total = torch.stack([exist, whole, ratio]).sum(1).unbind()
+    return {
+        "sequences": sequences,
+        "whole_sequences": whole_sequences,
+        # not from the sum of R − 1, which loses its digits where every R is near 0
+        "sequence_ratio": total,
+        "sequence_ratio_squared": _sum_of_squares(ratio),
+        "sequence_chi2": _sum_of_squares(ratio - whole),
+    }
 
 
 def _heaviest(weights: Tensor, layout: Layout, level: Level) -> Tensor:
@@ -379,6 +416,10 @@ def _max(x: Tensor) -> Tensor:
 
 def _min(x: Tensor) -> Tensor:
     return x.amin() if x.numel() > 0 else x.sum()
+
+
+def _effective(total: Tensor, squares: Tensor, number: Tensor) -> Tensor:
+    return total.square() / torch.where(squares > 0, number * squares, 1)
 
 
 def _share(part: Tensor, whole: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from torch import Tensor
 from iscorrect.dumps import LogProbDump
 from iscorrect.errors import InputError
 from iscorrect.layout import Layout, masked
-from iscorrect.loss.bounds import Ignore
 from iscorrect.loss.correction import Correction, Weights
 from iscorrect.loss.metrics import Metrics
 from iscorrect.loss.ratios import at_level, log_ratio, ratio, units
@@ -134,17 +133,16 @@ def effects(pieces: Iterable[LogProbDump], corrections: Mapping[str, Correction]
     return seen
 
 
-def effect_row(name: str, correction: Correction, values: Mapping[str, float]) -> list[str]:
+def effect_row(name: str, values: Mapping[str, float]) -> list[str]:
     """A line of the table under :data:`HEADER`.
 
     Args:
         name: what the line is called.
-        correction: which of its parts the table shows.
         values: what :meth:`Effects.floats` has for it.
     """
-    weighs = not isinstance(correction.bound, Ignore)
+    bounded = values.get("is/bounded")
     return [
         name, number(values["is/ess"]), number(values["is/kept_weight"]),
-        number(values["is/weight/max"]), percent(values["is/bounded"]) if weighs else "–",
+        number(values["is/weight/max"]), "–" if bounded is None else percent(bounded),
         percent(values["is/rejected"]), number(values["is/bias_mass"]),
     ]

@@ -20,7 +20,6 @@ import numpy as np
 
 from iscorrect.dumps import Tokens
 from iscorrect.dumps.files import replacing
-from iscorrect.loss.specs import parse
 from iscorrect.report.effects import HEADER, effect_row
 from iscorrect.report.figures import FIGURES
 from iscorrect.report.gather import Report
@@ -62,7 +61,7 @@ def tables(report: Report) -> list[Table]:
         Table("What to do", ("advice", "because"), [(a.action, a.because) for a in report.advice]),
         Table(
             "What each correction would do",
-            HEADER, [effect_row(n, parse(n), values) for n, values in report.corrections.items()],
+            HEADER, [effect_row(n, values) for n, values in report.corrections.items()],
         ),
         Table("Where", ("place", "tokens", "k3", "ratio outside [0.5, 2]"), [
             (p["place"], f"{p['tokens']:.1%}", f"{p['kl_k3']:.2e}", f"{p['outside']:.2%}")
