@@ -87,7 +87,7 @@ class Layout:
         elif sequence_ids is not None:
             self._sequences = _Parts(_number_runs(sequence_ids), mask.numel())
         else:
-            self._sequences = _Parts(None, len(mask))
+            self._sequences = _Parts(None, mask.shape[0])
         self._segments = self._sequences
         if segment_ids is not None:
             runs = _number_runs(segment_ids, self._sequences.ids)

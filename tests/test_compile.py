@@ -254,3 +254,29 @@ def test_a_compiled_loss_reports_the_k3_and_makes_the_cap_of_an_eager_one():
         log_probs, rollout_log_probs=rollout, advantages=torch.ones(64), mask=mask
     )
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", ["uncorrected", "token-tis", "sequence-mis"])
+@pytest.mark.parametrize("objective", ["reinforce", "dual-ppo-clip"])
+def test_an_exported_loss_takes_other_shapes(name, objective):
+    loss_fn = PolicyLoss(
+        correction=CORRECTIONS[name], objective=OBJECTIVES[objective],
+        reference_kl=ic.ReferenceKL(),
+    )
+
+    class Step(torch.nn.Module):
+        def forward(self, batch, log_probs):
+            return loss_fn(log_probs, **inputs(batch))[0]
+
+    def example(seed, rows, width):
+        batch = make_batch(seed, rows=rows, width=width)
+        return batch, batch.log_probs.clone()
+
+    rows, width = torch.export.Dim("b", min=2, max=64), torch.export.Dim("t", min=2, max=64)
+    shape = {0: rows, 1: width}
+    batch, _ = arguments = example(0, 4, 8)
+    exported = torch.export.export(
+        Step(), arguments, dynamic_shapes=(type(batch)(*[shape] * len(batch)), shape), strict=False
+    )
+    other = example(1, 6, 12)
+    torch.testing.assert_close(exported.module()(*other), Step()(*other), rtol=1e-14, atol=0)

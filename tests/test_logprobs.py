@@ -194,6 +194,12 @@ BAD = {
     "offsets of other positions": (
         {"support": Support(torch.zeros(2, dtype=torch.int64), torch.tensor([0, 2]))}, "support",
     ),
+    "an ignored label": ({"target": torch.full((N,), -100)}, "target"),
+    "a token that the head lacks": ({"target": torch.full((N,), V)}, "target"),
+    "a kept id that the head lacks": ({"support": torch.full((N, 2), V)}, "support"),
+    "a kept id below 0 in rows": (
+        {"support": Support(torch.full((N,), -1), torch.arange(N + 1))}, "support",
+    ),
     "in place with a support": (
         {"support": torch.zeros(N, 2, dtype=torch.int64), "inplace_backward": True},
         "inplace_backward",

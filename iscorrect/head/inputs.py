@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from iscorrect.errors import InputError, describe, input_error
-from iscorrect.head.support import KeptIds, Support, as_rows, check_target
+from iscorrect.head.support import KeptIds, Support, as_rows, check_ids, check_target
 from iscorrect.layout import Layout, as_layout
 from iscorrect.ranks import Group, agree, sum_over
 
@@ -129,23 +129,10 @@ class Counted:
         return cls(states, target.shape, index, flat[index], kept, part, start)
 
     def check(self, caller: str, vocabulary: int) -> None:
-        """Raise on a token id that the vocabulary does not have, where a look costs nothing.
-
-        On a GPU it would make the host wait; there such a token's log-prob is NaN.
-        """
-        if self.target.device.type != "cpu":
-            return
-        kept = None if self.support is None else self.support.ids
-        for name, ids in {"target": self.target, "support": kept}.items():
-            if ids is None:
-                continue
-            outside = (ids < 0) | (ids >= vocabulary)
-            if bool(outside.any()):
-                raise input_error(
-                    caller, name, expected=f"token ids in [0, {vocabulary}) where it counts",
-                    got=str(ids[outside][0].item()),
-                    fix="mask ignored positions, and give the head's full vocabulary",
-                )
+        """Raise on a token id that the vocabulary does not have, where a look costs nothing."""
+        check_ids(caller, "target", self.target, vocabulary)
+        if self.support is not None:
+            check_ids(caller, "support", self.support.ids, vocabulary)
 
     def in_shape(self, values: Tensor) -> Tensor:
         """Values "n" at the target's positions, and 0 where nothing counts."""

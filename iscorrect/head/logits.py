@@ -11,7 +11,7 @@ from torch import Tensor
 
 from iscorrect.errors import check_mask, describe, input_error
 from iscorrect.gradients import differentiates_once
-from iscorrect.head.support import Support, check_support, check_target
+from iscorrect.head.support import Support, check_ids, check_support, check_target
 from iscorrect.layout import masked
 
 CPU_BLOCK, GPU_BLOCK = 1 << 19, 1 << 23
@@ -51,7 +51,8 @@ def log_probs_from_logits(
         the mask.
 
     Raises:
-        InputError: shapes differ, the target is not an integer, or the temperature is not positive.
+        InputError: shapes differ, the target is not an integer, or the temperature is not positive;
+            on a CPU also an id outside the vocabulary, whose log-prob is NaN elsewhere.
         RuntimeError: on differentiating twice.
 
     >>> log_probs_from_logits(torch.zeros(2, 4), torch.tensor([0, 3]))
@@ -63,19 +64,33 @@ def log_probs_from_logits(
     if mask is not None:
         _check_like_target(mask, target)
         counted = log_probs_from_logits(
-            logits, torch.where(mask, target, 0), temperature=temperature, support=support,
+            logits, torch.where(mask, target, 0), temperature=temperature,
+            support=None if support is None else _where_counted(support, mask),
             inplace_backward=inplace_backward,
         )
         return masked(counted, mask)
-    target = target.long()
-    if support is None and not torch.compiler.is_compiling():
-        result: Tensor = _LogProbs.apply(logits, target, temperature, inplace_backward)  # type: ignore[no-untyped-call]
-        return result
     if support is not None and inplace_backward:
         raise input_error(
             "log_probs_from_logits", "inplace_backward", expected="False where a support is given",
             got="True", fix="leave it out",
         )
+    vocabulary = logits.shape[-1]
+    target = target.long()
+    check_ids("log_probs_from_logits", "target", target, vocabulary)
+    outside = (target < 0) | (target >= vocabulary)
+    target = torch.where(outside, 0, target)
+    return torch.where(
+        outside, torch.nan, _log_probs(logits, target, temperature, support, inplace_backward)
+    )
+
+
+def _log_probs(
+    logits: Tensor, target: Tensor, temperature: float, support: Tensor | Support | None,
+    inplace_backward: bool,
+) -> Tensor:
+    if support is None and not torch.compiler.is_compiling():
+        result: Tensor = _LogProbs.apply(logits, target, temperature, inplace_backward)  # type: ignore[no-untyped-call]
+        return result
     wide = torch.promote_types(logits.dtype, torch.float32)
     if isinstance(support, Support):
         return _over_rows(logits, target, support, wide, temperature)
@@ -84,6 +99,15 @@ def log_probs_from_logits(
     chosen = logits.gather(-1, rearrange(target, "... -> ... 1")).to(wide) / temperature
     normalizer = torch.logsumexp(logits.to(wide) / temperature, dim=-1)
     return rearrange(chosen, "... 1 -> ...") - normalizer
+
+
+def _where_counted(support: Tensor | Support, mask: Tensor) -> Tensor | Support:
+    """The same, and ids that any vocabulary has where the mask is False."""
+    if isinstance(support, Support):
+        lengths = support.offsets.diff()
+        counted = mask.flatten().repeat_interleave(lengths, output_size=support.ids.numel())
+        return support._replace(ids=torch.where(counted, support.ids, 0))
+    return torch.where(rearrange(mask, "... -> ... 1"), support, -1)
 
 
 def _check_like_target(mask: Tensor, target: Tensor) -> None:
@@ -180,10 +204,13 @@ def _matrices(logits: Tensor) -> Iterator[Tensor]:
 def _over_padded(
     logits: Tensor, target: Tensor, support: Tensor, wide: torch.dtype, temperature: float
 ) -> Tensor:
-    own = rearrange(target, "... -> ... 1")
+    own, vocabulary = rearrange(target, "... -> ... 1"), logits.shape[-1]
+    check_ids("log_probs_from_logits", "support", support.clamp(min=0), vocabulary)
     # one gather for target and support: its gradient is one copy of the logits
-    both = logits.gather(-1, torch.cat([own, support.clamp(min=0)], -1)).to(wide) / temperature
+    column = torch.cat([own, support.clamp(0, vocabulary - 1)], -1)
+    both = logits.gather(-1, column).to(wide) / temperature
     chosen, kept = both[..., 0], torch.where(support >= 0, both[..., 1:], -torch.inf)
+    kept = kept.masked_fill(support >= vocabulary, torch.nan)
     member = (support == own).any(-1)
     # a position without any kept id has no finite normaliser, nor a gradient
     kept = torch.where(rearrange(member, "... -> ... 1"), kept, 0)
@@ -198,12 +225,10 @@ def _over_rows(
     every = torch.arange(n, device=ids.device)
     position = every.repeat_interleave(offsets.diff(), output_size=ids.numel())
     flat = logits.reshape(-1, vocabulary)
-    column = torch.cat([own, ids])
-    both = flat[torch.cat([every, position]), column.clamp(0, vocabulary - 1)].to(wide)
-    # an index from the end would be another token's
-    outside = (column < 0) | (column >= vocabulary)
-    both = both.masked_fill(outside, torch.nan) / temperature
-    chosen, kept = both[:n], both[n:]
+    check_ids("log_probs_from_logits", "support", ids, vocabulary)
+    column = torch.cat([own, ids.clamp(0, vocabulary - 1)])
+    both = flat[torch.cat([every, position]), column].to(wide) / temperature
+    chosen, kept = both[:n], both[n:].masked_fill((ids < 0) | (ids >= vocabulary), torch.nan)
     with torch.no_grad():
         lowest = kept.new_full((n,), -torch.inf)
         largest = lowest.scatter_reduce(0, position, kept, "amax")
@@ -212,7 +237,7 @@ def _over_rows(
     hit = (ids == own[position]).to(wide)
     member = kept.new_zeros(n).scatter_add(0, position, hit) > 0
     normalizer = torch.where(member, total, 1).log() + largest
-    out = torch.where(member | outside[:n], chosen - normalizer, -torch.inf)
+    out = torch.where(member, chosen - normalizer, -torch.inf)
     return out.view(target.shape)
 
 

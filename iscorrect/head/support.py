@@ -42,6 +42,22 @@ def check_target(
     )
 
 
+def check_ids(caller: str, name: str, ids: Tensor, vocabulary: int) -> None:
+    """Raise on a token id that the vocabulary does not have, where a look costs nothing.
+
+    On a GPU it would make the host wait; there such a token's log-prob is NaN.
+    """
+    if ids.device.type != "cpu" or torch.compiler.is_compiling() or type(ids) is not Tensor:
+        return
+    outside = (ids < 0) | (ids >= vocabulary)
+    if bool(outside.any()):
+        raise input_error(
+            caller, name, expected=f"token ids in [0, {vocabulary}) where it counts",
+            got=str(ids[outside][0].item()),
+            fix="mask ignored positions, and give the head's full vocabulary",
+        )
+
+
 def check_support(caller: str, support: Tensor | Support, target: Tensor) -> None:
     """Raise unless either form is of as many positions as the target."""
     if isinstance(support, Support):

@@ -46,9 +46,20 @@ def test_no_more_bytes_than_the_naive_way():
     assert ours.bytes_beside_products <= plain.bytes_beside_products
 
 
-def test_an_id_that_counts_from_the_end_is_no_token():
-    logits, target = torch.randn(3, 5), torch.tensor([1, -2, 2])
-    support = Support(torch.tensor([1, 0, 3, 2, -1]), torch.tensor([0, 2, 3, 5]))
-    out = log_probs_from_logits(logits, target, support=support)
-    assert out.isnan().tolist() == [False, True, True]
-    assert out[0].isfinite()
+@pytest.mark.parametrize("bad", [-2, -100, 5, 2**40])
+@pytest.mark.parametrize("form", ["target", "padded support", "support of rows"])
+def test_an_id_outside_the_vocabulary_is_nan(bad, form):
+    logits, target = torch.randn(3, 5), torch.tensor([1, 2, 2])
+    ids = torch.tensor([1, 0, 3, 2, 2, 4])
+    if form == "target":
+        support, target[1] = None, bad
+    elif form == "padded support":
+        ids[2] = max(bad, 5)
+        support = ids.view(3, 2)
+    else:
+        ids[2] = bad
+        support = Support(ids, torch.tensor([0, 2, 4, 6]))
+    with Rehearsal() as gpu:
+        out = log_probs_from_logits(logits, target, support=support)
+    assert out.isnan().tolist() == [False, True, False]
+    assert not gpu.ledger.waits
