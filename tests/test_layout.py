@@ -153,3 +153,14 @@ def test_a_mask_counts_what_is_true_whatever_its_bytes_hold():
     mask = torch.tensor([[255, 0, 1]], dtype=torch.uint8).view(torch.bool)
     with torch.no_grad():
         assert Layout(mask).total(torch.ones(1, 3)) == 2
+
+
+def test_sums_of_a_long_packed_row_keep_their_digits():
+    n, last = 200_000, 10
+    x = torch.rand(1, n, generator=torch.Generator().manual_seed(0)) - 0.4
+    ids = (torch.arange(n) >= n - last).long().view(1, n)
+    layout = Layout(torch.ones(1, n, dtype=torch.bool), sequence_ids=ids)
+    total = layout.sequence_total(x)[0, 0].double()
+    torch.testing.assert_close(total, x[0, :-last].double().sum(), rtol=1e-7, atol=0)
+    prefix, expected = layout.prefix_total(x)[0, -last:], x[0, -last:].double().cumsum(-1)
+    torch.testing.assert_close(prefix.double(), expected, rtol=1e-6, atol=1e-7)

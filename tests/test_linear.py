@@ -491,3 +491,21 @@ def test_float32_output_and_upcast_agree_on_a_gpu(dtype, monkeypatch):
     monkeypatch.setattr(reader_module, "leaves_float32", lambda *_: False)
     upcast = linear_log_probs(hidden, weight, target, bias=bias)
     torch.testing.assert_close(wide_output, upcast, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_target_outside_its_support_has_no_gradient(trained):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 4, generator=generator) for n in (3, 6))
+    target, support = torch.tensor([1, 2, 3]), torch.tensor([[1, 0], [4, 5], [3, 2]])
+    inputs = hidden.requires_grad_(), weight.requires_grad_(trained)
+    found = linear_log_probs(*inputs, target, support=support)
+    assert found[1] == -torch.inf
+    found.backward(torch.ones(3))
+    expected = [x.detach().double().requires_grad_() for x in inputs]
+    log_probs_from_logits(expected[0] @ expected[1].mT, target, support=support).backward(
+        torch.ones(3, dtype=torch.float64)
+    )
+    for x, y in zip(inputs[: 1 + trained], expected[: 1 + trained], strict=True):
+        torch.testing.assert_close(x.grad.double(), y.grad, rtol=1e-5, atol=1e-6)
+    assert not hidden.grad[1].any()

@@ -58,6 +58,17 @@ def test_equal_weights_have_no_tail():
     assert not tail.members.any()
 
 
+def test_weights_that_vanish_beside_the_largest_are_no_part_of_the_tail():
+    found = []
+    for depth in (800, 10_000):
+        log_weights = -depth - torch.arange(1000, dtype=torch.float64)
+        log_weights[:20] = -torch.arange(20, dtype=torch.float64)
+        tail = ic.pareto_tail(log_weights, torch.ones(1000, dtype=torch.bool))
+        assert tail.members.sum() == 20
+        found.append(tail.k)
+    assert found[0] == found[1] < torch.inf
+
+
 @pytest.mark.parametrize("level", ["token", "sequence", "segment"])
 def test_smoothed_weights_keep_order_scale_and_the_rest(level):
     batch = make_batch(0, rows=200, width=12, scale=0.5)
