@@ -269,6 +269,22 @@ class Layout:
         before = rearrange(totals.cumsum(-1) - totals, "s c -> (s c)")
         return before.gather(0, pieces.numbers(x).flatten()).view(x.shape)
 
+    def is_packed(self) -> bool:
+        """Whether rows may hold several sequences."""
+        return self._sequences.ids is not None
+
+    def sequence_numbers(self) -> Tensor:
+        """The sequence of each token, those of earlier rows first; int "b t"."""
+        return self._sequences.numbers(self.mask)
+
+    def segment_numbers(self) -> Tensor | None:
+        """The segment of each token, those of earlier sequences first; int "b t".
+
+        None where none were given.
+        """
+        same = self._segments.ids is self._sequences.ids
+        return None if same else self._segments.numbers(self.mask)
+
     def sequence_starts(self) -> Tensor:
         """The first counted token of each sequence; bool "b t"."""
         return self._first_counted(self._sequences)

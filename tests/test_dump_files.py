@@ -20,13 +20,17 @@ import torch
 from hypothesis import given, strategies as st
 from hypothesis.extra.numpy import arrays
 
-from iscorrect import InputError
-from iscorrect.dumps import DumpWriter, LogProbDump, read_dump, stream_dump, write_dump
+from iscorrect import InputError, Layout
+from iscorrect.dumps import DumpWriter, LogProbDump, Tokens, read_dump, stream_dump, write_dump
 
 SUFFIXES = [".parquet", ".jsonl", ".npz", ".safetensors", ".pt"]
 ANY = st.floats(width=32)
-LOG_PROB = st.floats(-9984, 0, width=32)
+LOG_PROB = st.one_of(st.floats(-9984, 0, width=32), st.sampled_from([np.nan, np.inf, -np.inf]))
 INT64 = st.integers(-(2**63), 2**63 - 1)
+
+
+ID = {"version": 2, "engine": 2, "policy_version": 1, "group": 1}
+"""Fields that may be text, with their number of axes."""
 
 
 @st.composite
@@ -44,13 +48,22 @@ def dumps(draw):
         fields[name] = floats(ANY)
     for name in draw(st.sets(st.sampled_from(["step", "policy_version", "group"]))):
         fields[name] = torch.from_numpy(draw(arrays(np.int64, b, elements=INT64)))
+    for name in draw(st.sets(st.sampled_from(["version", "turn", "engine", "pack"]))):
+        fields[name] = torch.from_numpy(draw(arrays(np.int64, (b, t), elements=INT64)))
+    names = {}
+    for name in draw(st.sets(st.sampled_from(sorted(ID)))):
+        names[name] = tuple(draw(st.lists(st.text(max_size=4), min_size=1, unique=True)))
+        number = st.integers(0, len(names[name]) - 1)
+        fields[name] = torch.from_numpy(
+            draw(arrays(np.int64, (b, t)[: ID[name]], elements=number))
+        )
     if draw(st.booleans()):
         fields["token_ids"] = torch.from_numpy(draw(arrays(np.int64, (b, t), elements=INT64)))
     if draw(st.booleans()):
         top = draw(arrays(np.float32, (b, t, k), elements=ANY))
         fields["top_k_log_probs"] = torch.from_numpy(top)
         fields["top_k_ids"] = torch.from_numpy(draw(arrays(np.int64, (b, t, k))))
-    return LogProbDump(mask=torch.from_numpy(mask), **fields)
+    return LogProbDump(mask=torch.from_numpy(mask), **fields, names=names)
 
 
 def bits(dump):
@@ -62,6 +75,10 @@ def bits(dump):
         row = {}
         for name, x in dump.given().items():
             part = x[i].tolist() if x.ndim == 1 else x[i, :length]
+            if name in dump.names:
+                texts = np.array(dump.names[name], object)
+                part = texts[np.array(part.tolist() if x.ndim > 1 else part, int)]
+                part = part.tolist() if x.ndim > 1 else part
             if x.ndim > 1 and x.is_floating_point():
                 part = torch.where(part.isnan(), torch.nan, part).view(torch.int32)
             row[name] = part.tolist() if isinstance(part, torch.Tensor) else part
@@ -82,8 +99,13 @@ def test_every_dump_that_is_written_is_read_bit_for_bit(suffix, dump):
 def test_padded_arrays_of_others_are_read_bit_for_bit(dump):
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "dump.npz"
-        np.savez(path, **{name: x.numpy() for name, x in dump.given().items()})
-        assert bits(read_dump(path)) == bits(dump)
+        texts = {  # in numpy's own texts, which end before a NUL
+            name: np.array([text.rstrip("\0") for text in names])[dump.given()[name].numpy()]
+            for name, names in dump.names.items()
+        }
+        np.savez(path, **{name: x.numpy() for name, x in dump.given().items()} | texts)
+        trimmed = {n: tuple(x.rstrip("\0") for x in names) for n, names in dump.names.items()}
+        assert bits(read_dump(path)) == bits(replace(dump, names=trimmed))
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -110,7 +132,7 @@ def test_infinite_values_are_valid_json(tmp_path):
     assert row["entropy"] == [None]
 
 
-@pytest.mark.parametrize("value", [torch.nan, -torch.inf, -1e30, torch.finfo(torch.float32).min, 2])
+@pytest.mark.parametrize("value", [-1e30, torch.finfo(torch.float32).min, 2])
 def test_what_would_not_be_read_is_not_written(tmp_path, value):
     one = -torch.ones(1, 2)
     bad = torch.tensor([[-1.0, value]])
@@ -146,7 +168,9 @@ ROW = {
         ("token_ids", [2**63, 3], "9.22.* at token 0"), ("token_ids", [1.5, 2], "1.5"),
         ("token_ids", [2.0**60, 3], "token 0"), ("step", 1.7, "1.7"), ("step", [3], "1 numbers"),
         ("step", 10**30, "1e[+]30"), ("step", float("inf"), "inf"),
-        ("group", "3f2c-77", "the text '3f2c-77'"),
+        ("step", "3", "the text '3'"), ("group", ["a", "b"], "2 numbers"),
+        ("group", "\ud800", "ud800"), ("engine", ["a", None], "None"),
+        ("version", ["a"], "1 in"), ("version", [["a"], ["b"]], "2×1"),
         ("policy_version", None, ""), ("advantages", [1e39, 1], "1e[+]39 at token 0"),
         ("old_log_probs", [-(10**400), -1], "too large"), ("old_log_probs", [-1e30, -1], "token 0"),
         ("old_log_probs", [True, False], "bool"), ("entropy", "high", "the text"),
@@ -375,6 +399,135 @@ def test_a_field_that_does_not_fit_is_left_out_and_said_once(tmp_path, suffix, c
     assert len(read_dump(tmp_path)) == 4
 
 
+def packed_batch():
+    """A row of a prompt token, two sequences and padding, and a row of one sequence."""
+    mask = torch.tensor([[0, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0]]).bool()
+    layout = Layout(
+        mask, sequence_ids=torch.tensor([[0, 0, 0, 1, 1, 2], [0, 0, 0, 1, 1, 1]]),
+        segment_ids=torch.tensor([[0, 0, 1, 5, 5, 5], [0, 1, 2, 2, 2, 2]]),
+        age=torch.tensor([[9, 0, 0, 1, 2, 9], [3, 3, 0, 9, 9, 9]]),
+    )
+    x = -torch.arange(12.0).view(2, 6) / 10
+    return layout, x
+
+
+def test_packed_rows_become_sequences_with_their_places_turns_and_versions(tmp_path):
+    layout, x = packed_batch()
+    path = DumpWriter(tmp_path).write(
+        step=7, mask=layout, rollout_log_probs=x, old_log_probs=2 * x,
+        advantages=torch.tensor([1.0, 2.0]), group=["a", "b", "c"], engine="host-1",
+    )
+    dump = read_dump(path)
+    assert dump.mask.tolist() == [[False, True, True], [True, True, False], [True] * 3]
+    torch.testing.assert_close(dump.rollout_log_probs[dump.mask], x[layout.mask])
+    assert dump.pack[:, 0].tolist() == [0, 1, 0]
+    assert dump.turn[dump.mask].tolist() == [0, 1, 0, 0, 0, 1, 2]
+    assert dump.version[dump.mask].tolist() == [7, 7, 6, 5, 4, 4, 7]
+    assert dump.advantages[:, 0].tolist() == [1, 1, 2]
+    assert [dump.names["group"][i] for i in dump.group] == ["a", "b", "c"]
+    assert dump.names["engine"] == ("host-1",)
+    assert Tokens.of(dump).age.tolist() == [0, 0, 1, 2, 3, 3, 0]
+
+
+def test_a_flat_packed_row_and_what_is_one_for_each_sequence(tmp_path):
+    mask = torch.ones(5, dtype=torch.bool)
+    layout = Layout.from_cu_seqlens(mask, torch.tensor([0, 2, 5]))
+    x = -torch.ones(5)
+    for group in (torch.tensor([3, 4]), torch.tensor([3, 3, 4, 4, 4])):
+        path = DumpWriter(tmp_path).write(
+            step=1, mask=layout, rollout_log_probs=x, old_log_probs=x, group=group,
+        )
+        assert read_dump(path).group.tolist() == [3, 4]
+        assert read_dump(path).mask.sum(1).tolist() == [2, 3]
+
+
+def test_a_layout_of_plain_rows_is_its_mask(tmp_path):
+    plain = batch()
+    write = DumpWriter(tmp_path).write
+    paths = [write(step=1, **plain), write(step=1, **plain | {"mask": Layout(plain["mask"])})]
+    assert bits(read_dump(paths[0])) == bits(read_dump(paths[1]))
+    assert read_dump(paths[1]).pack is None
+
+
+@pytest.mark.parametrize("name", ["version", "engine", "policy_version", "group"])
+def test_one_id_for_the_whole_batch_may_be_a_number_or_text(tmp_path, name):
+    writer = DumpWriter(tmp_path, suffix=".jsonl")
+    rows = []
+    for value in (3, "a", ["x", "y"]):
+        path = writer.write(step=1, **batch(**{name: value}))
+        rows.append([json.loads(line)[name] for line in path.read_text().splitlines()])
+    of_tokens = name in ("version", "engine")
+    expected = [[3, 3], ["a", "a"], ["x", "y"]]
+    assert rows == [[[v] * 3 if of_tokens else v for v in row] for row in expected]
+    dump = read_dump(tmp_path)  # numbers beside text are read as text
+    assert set(dump.names[name]) == {"3", "a", "x", "y"}
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_pieces_of_numbers_and_of_texts_are_written_as_texts(tmp_path, suffix):
+    one = -torch.ones(1, 2)
+    base = LogProbDump(rollout_log_probs=one, old_log_probs=one, mask=one < 0)
+    number, text = torch.tensor([5]), torch.tensor([0])
+    pieces = [
+        replace(base, group=number, engine=number),
+        replace(base, group=text, engine=text, names={"group": ("p",), "engine": ("host",)}),
+    ]
+    write_dump(pieces, tmp_path / f"dump{suffix}")
+    dump = read_dump(tmp_path / f"dump{suffix}")
+    assert [dump.names["group"][i] for i in dump.group] == ["5", "p"]
+    assert [dump.names["engine"][i] for i in dump.engine[:, 0]] == ["5", "host"]
+
+
+def test_versions_of_tokens_may_be_named_as_those_of_the_sequence(tmp_path):
+    rows = [ROW | {"step": 6, "policy_version": value} for value in ([2, 4], ["2", "default"])]
+    (tmp_path / "dump.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tokens = Tokens.of(read_dump(tmp_path / "dump.jsonl"))
+    np.testing.assert_array_equal(tokens.age, [4, 2, 4, np.nan])
+    assert [tokens.label("version", v) for v in tokens.version] == ["2", "4", "2", "default"]
+
+
+@pytest.mark.parametrize("name", ["advantages", "version", "turn", "engine", "pack"])
+def test_one_value_for_a_sequence_goes_to_its_tokens_in_every_form(tmp_path, name):
+    (tmp_path / "dump.jsonl").write_text(json.dumps(ROW | {name: 3}))
+    assert getattr(read_dump(tmp_path / "dump.jsonl"), name).tolist() == [[3, 3]]
+    np.savez(tmp_path / "padded.npz", **good_arrays(**{name: np.array([3, 4])}))
+    assert getattr(read_dump(tmp_path / "padded.npz"), name).tolist() == [[3] * 3, [4] * 3]
+    flat = -np.ones(6, np.float32)
+    np.savez(
+        tmp_path / "flat.npz", rollout_log_probs=flat, old_log_probs=flat, mask=flat < 0,
+        cu_seqlens=np.array([0, 2, 6]), **{name: np.array([3, 4])},
+    )
+    assert getattr(read_dump(tmp_path / "flat.npz"), name)[:, 0].tolist() == [3, 4]
+
+
+def test_names_that_are_no_texts_of_the_numbers_are_refused(tmp_path):
+    one = -torch.ones(1, 2)
+    base = LogProbDump(rollout_log_probs=one, old_log_probs=one, mask=one < 0)
+    with pytest.raises(InputError, match="`group` must be from 0 to 0"):
+        replace(base, group=torch.tensor([1]), names={"group": ("p",)})
+    with pytest.raises(InputError, match="`names`"):
+        replace(base, names={"step": ("p",)})
+    for texts in (b"[1, 2]", b"[", b'["a"]'):
+        arrays = good_arrays(group=np.array([0, 1]), group_names=np.frombuffer(texts, np.uint8))
+        np.savez(tmp_path / "dump.npz", **arrays)
+        with pytest.raises(InputError, match="`group"):
+            read_dump(tmp_path / "dump.npz")
+
+
+def test_the_engines_candidates_are_compared_with_the_sampled_token():
+    one = -torch.ones(1, 3)
+    dump = LogProbDump(
+        rollout_log_probs=one, old_log_probs=one, mask=one < 0, log_probs=2 * one,
+        token_ids=torch.tensor([[4, 5, 6]]),
+        top_k_ids=torch.tensor([[[4, 9], [9, 5], [8, 9]]]),
+        top_k_log_probs=torch.tensor([[[-1.0, -2.0], [-0.5, -1.5], [-0.5, -0.6]]]),
+    )
+    tokens = Tokens.join([Tokens.of(dump)])
+    assert tokens.best.tolist() == [-1.0, -0.5, -0.5]
+    np.testing.assert_array_equal(tokens.candidate, [-1.0, -1.5, np.nan])
+    assert tokens.current.tolist() == [-2.0] * 3
+
+
 def test_sparse_and_wide_tensors_are_written_as_they_are(tmp_path):
     sparse = torch.eye(2, 3).to_sparse()
     path = DumpWriter(tmp_path).write(
@@ -399,8 +552,18 @@ def test_a_batch_that_no_dump_can_hold_is_said_once_and_ends_no_training(tmp_pat
     assert writer.write(step=3, **batch(mask=torch.ones(2, 3))).exists()
 
 
-@pytest.mark.parametrize("value", [torch.nan, -torch.inf, -1e30])
-def test_tokens_without_a_log_prob_are_written_as_masked_and_said(tmp_path, value):
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_tokens_whose_log_prob_is_not_finite_are_written_as_they_are(tmp_path, value):
+    bad = torch.tensor([[-1.0, value, -1.0]] * 2)
+    path = DumpWriter(tmp_path).write(step=7, **batch(rollout_log_probs=bad))
+    dump = read_dump(path)
+    assert dump.mask.all()
+    torch.testing.assert_close(dump.rollout_log_probs, bad, equal_nan=True)
+    assert (len(Tokens.of(dump)), Tokens.of(dump).lost) == (4, 2)
+
+
+@pytest.mark.parametrize("value", [-1e30, 0.5])
+def test_tokens_whose_number_is_no_log_prob_are_written_as_masked_and_said(tmp_path, value):
     writer = DumpWriter(tmp_path)
     bad = torch.tensor([[-1.0, value, -1.0]] * 2)
     with pytest.warns(UserWarning, match="2 in step 7"):

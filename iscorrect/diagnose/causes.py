@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from iscorrect.dumps import Estimate, LogProbDump, Tokens
-from iscorrect.dumps.dump import Array
+from iscorrect.dumps.names import Array
 from iscorrect.dumps.tokens import as_tokens
 from iscorrect.errors import input_error
 from iscorrect.loss.pareto import pareto_tail
@@ -420,14 +420,12 @@ def _never_synchronised(tokens: Tokens) -> Finding | None:
 
 
 def _stale_over_time(tokens: Tokens) -> Finding | None:
-    if tokens.step is not None and tokens.version is not None:
-        age = (tokens.step - tokens.version)[tokens.row].astype(float)
-        if age.min() < age.max():
-            size = np.minimum(np.abs(tokens.d), 2)
-            (slope,), _ = tokens.regress(size, age)
-            if _doubtless(slope, tokens) and slope.value * np.ptp(age) > size.mean() / 2:
-                return _stale_finding(f"|Δ log p| grows by {slope} nats with each step of age",
-                                      slope)
+    age = tokens.age
+    if age is not None and age.min() < age.max():
+        size = np.minimum(np.abs(tokens.d), 2)
+        (slope,), _ = tokens.regress(size, age)
+        if _doubtless(slope, tokens) and slope.value * np.ptp(age) > size.mean() / 2:
+            return _stale_finding(f"|Δ log p| grows by {slope} nats with each step of age", slope)
     steps, levels = _by_step(tokens)
     if len(steps) >= 3 and levels.max() > 4 * np.median(levels):
         worst = int(levels.argmax())

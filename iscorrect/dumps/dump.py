@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from iscorrect.dumps.names import common_names
 from iscorrect.errors import check_mask, check_per_token, describe, input_error
 
-Array: TypeAlias = npt.NDArray[Any]
 Row: TypeAlias = dict[str, Any]
-"""One sequence: canonical names to arrays of its tokens, or to a number for the sequence."""
+"""One sequence: canonical names to arrays of its tokens, or to its number or text."""
+
+UNITS = ("version", "turn", "engine", "pack")
 
 PER_TOKEN = {
     "rollout_log_probs": np.float32,
@@ -26,7 +27,11 @@ PER_TOKEN = {
     "advantages": np.float32,
     "entropy": np.float32,
     "varentropy": np.float32,
+    **dict.fromkeys(UNITS, np.int64),
 }
+
+SPREAD = ("advantages", *UNITS)
+"""Fields of tokens that may be given by one value for each sequence."""
 
 TOP = "top_k_log_probs"
 
@@ -34,7 +39,10 @@ PER_CANDIDATE = {"top_k_ids": np.int64, TOP: np.float32}
 
 PER_SEQUENCE = ("step", "policy_version", "group")
 
-INTEGERS = ("token_ids", "top_k_ids", *PER_SEQUENCE)
+INTEGERS = ("token_ids", "top_k_ids", *UNITS, *PER_SEQUENCE)
+
+IDS = ("policy_version", "group", "version", "engine")
+"""Fields that may be text: numbers of :attr:`LogProbDump.names`."""
 
 REQUIRED = ("rollout_log_probs", "old_log_probs", "mask")
 
@@ -51,14 +59,23 @@ class LogProbDump:
         mask: bool "b t", the tokens that enter the loss; other positions may hold anything.
         log_probs: "b t", log π, nats, of the policy being trained.
         token_ids: int "b t".
-        advantages: "b t".
+        advantages: "b t", or "b" for one of each sequence.
         entropy: "b t", of the trainer's distribution, nats.
         varentropy: "b t", variance of the trainer's log-probs under its own distribution, nats².
-        step: int "b", of the training run.
-        policy_version: int "b", of the weights that the engine held.
+        version: int "b t", of the weights that sampled the token, or "b"; likewise the next three.
+        turn: int "b t", of a conversation, counted from 0.
+        engine: int "b t", which engine, rank or host sampled the token.
+        pack: int "b t", how many sequences come before the token's in its packed row.
+        step: int "b", of the training run: the version of the trainer's weights.
+        policy_version: int "b", of the weights that the engine held, where it held the same
+            throughout.
         group: int "b", same number for answers to the same prompt.
         top_k_ids: int "b t k", the engine's likeliest tokens, likeliest first.
         top_k_log_probs: "b t k", what the engine reported for them.
+        names: for versions, engines and groups that are text: the field's texts, of which its
+            tensor holds the numbers.
+
+    A log-prob that is not finite stays where it is, to be counted.
 
     Raises:
         InputError: shapes or dtypes do not fit together.
@@ -79,11 +96,16 @@ class LogProbDump:
     advantages: Tensor | None = None
     entropy: Tensor | None = None
     varentropy: Tensor | None = None
+    version: Tensor | None = None
+    turn: Tensor | None = None
+    engine: Tensor | None = None
+    pack: Tensor | None = None
     step: Tensor | None = None
     policy_version: Tensor | None = None
     group: Tensor | None = None
     top_k_ids: Tensor | None = None
     top_k_log_probs: Tensor | None = None
+    names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_mask("LogProbDump", self.mask)
@@ -92,6 +114,11 @@ class LogProbDump:
                 "LogProbDump", "mask", expected="of two axes, `b t`", got=describe(self.mask),
                 fix="pad the sequences with iscorrect.pad_sequences, or pass x[None] for one",
             )
+        for name in SPREAD:
+            x = getattr(self, name)
+            if isinstance(x, Tensor) and tuple(x.shape) in ((len(self),), (len(self), 1)):
+                spread = x.reshape(-1, 1).expand(self.mask.shape)
+                object.__setattr__(self, name, spread)
         given = self.given()
         floats: dict[str, Any] = {n: x for n, x in given.items() if PER_TOKEN.get(n) is np.float32}
         check_per_token("LogProbDump", self.mask, **floats)
@@ -112,10 +139,27 @@ class LogProbDump:
                     "LogProbDump", name, expected=f"of shape {expected}", got=describe(x),
                     fix="pass values of the same sequences and tokens as the mask",
                 )
+        for name, texts in self.names.items():
+            self._check_names(name, texts)
+
+    def _check_names(self, name: str, texts: tuple[str, ...]) -> None:
+        x = getattr(self, name) if name in IDS else None
+        if x is None or not all(isinstance(text, str) for text in texts):
+            raise input_error(
+                "LogProbDump", "names", expected="texts of fields that are given and may be text: "
+                + ", ".join(IDS), got=repr(name),
+                fix="pass the field as numbers of its texts, and the texts as names",
+            )
+        if x.numel() and not 0 <= int(x.min()) <= int(x.max()) < len(texts):
+            raise input_error(
+                "LogProbDump", name, expected=f"from 0 to {len(texts) - 1}, numbers of its names",
+                got=f"{int(x.min())} to {int(x.max())}",
+                fix="leave names out where the field is a number of its own",
+            )
 
     def given(self) -> dict[str, Tensor]:
         """The tensors of this dump by name, without those that are None."""
-        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        named = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "names"}
         return {name: x for name, x in named.items() if x is not None}
 
     def __len__(self) -> int:
@@ -128,7 +172,8 @@ class LogProbDump:
 
     def rows(self, index: Tensor | slice) -> LogProbDump:
         """Some of the sequences, as often as ``index`` names them."""
-        return LogProbDump(**{name: x[index] for name, x in self.given().items()})
+        some = {name: x[index] for name, x in self.given().items()}
+        return LogProbDump(**some, names=self.names)
 
     def __repr__(self) -> str:
         optional = ", ".join(name for name in self.given() if name not in REQUIRED)
@@ -148,15 +193,21 @@ def concatenate(dumps: Sequence[LogProbDump]) -> LogProbDump:
         )
     names = [n for n in dumps[0].given() if all(getattr(d, n) is not None for d in dumps)]
     width = max(dump.mask.shape[1] for dump in dumps)
-    joined = {}
+    joined: dict[str, Any] = {}
+    texts: dict[str, tuple[str, ...]] = {}
     for name in names:
         parts = [getattr(dump, name) for dump in dumps]
+        if any(name in dump.names for dump in dumps):
+            numbers, texts[name] = common_names(
+                [(x.numpy(), dump.names.get(name)) for x, dump in zip(parts, dumps, strict=True)]
+            )
+            parts = [torch.from_numpy(x) for x in numbers]
         if name not in PER_SEQUENCE:
             deep = max(x.shape[2] for x in parts) if name in PER_CANDIDATE else None
             sides = (width,) if deep is None else (width, deep)
             parts = [_widened(x, sides, -torch.inf if name == TOP else 0) for x in parts]
         joined[name] = torch.cat(parts)
-    return LogProbDump(**joined)
+    return LogProbDump(**joined, names=texts)
 
 
 def _widened(x: Tensor, sides: tuple[int, ...], fill: float) -> Tensor:

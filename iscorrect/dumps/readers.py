@@ -23,15 +23,17 @@ import torch
 from torch import Tensor
 
 from iscorrect.dumps.dump import (
+    IDS,
     PER_CANDIDATE,
     PER_SEQUENCE,
     PER_TOKEN,
     REQUIRED,
-    Array,
+    SPREAD,
     LogProbDump,
     Row,
     concatenate,
 )
+from iscorrect.dumps.names import Array, texts_of
 from iscorrect.dumps.rows import DTYPES, canonical, padded, to_numpy
 from iscorrect.dumps.trainers import DIALECT_COLUMNS, SLIME_COLUMNS, unknown_dialect
 from iscorrect.errors import InputError, import_extra, input_error
@@ -292,7 +294,7 @@ class _NpyStream:
         kind = ""
         if self.dtype.hasobject:
             kind = "pickled objects"
-        elif self.dtype.kind not in "fiub":
+        elif self.dtype.kind not in ("fiubU" if name in IDS else "fiub"):
             kind = str(self.dtype)
         elif fortran and len(self.shape) > 1:
             kind = "Fortran order"
@@ -300,7 +302,7 @@ class _NpyStream:
             raise input_error(
                 "read_dump", name, expected="an array of numbers in C order",
                 got=f"{kind} in {visible(path)}",
-                fix="save np.ascontiguousarray(x) of a numeric dtype",
+                fix="save np.ascontiguousarray(x) of a dtype that numpy has, such as float32",
             )
         held = size - stream.tell()
         claimed = self.dtype.itemsize
@@ -372,6 +374,8 @@ def _pt_rows(path: Path) -> Iterator[Any]:
         used = {name: x for name, x in tensors.items() if name in ARRAYS}
         check_size(path, unpacked=sum(x.numel() * x.element_size() for x in used.values()))
         arrays = {name: _plain(x, name, path) for name, x in used.items()}
+        lists = {name: x for name in IDS if isinstance(x := content.get(name), list)}
+        arrays |= {name: np.array(x, dtype=object) for name, x in lists.items()}
         yield from _array_rows(arrays, map(str, content), path)
 
 
@@ -401,7 +405,10 @@ def _slime_columns(columns: dict[Any, Any], path: Path) -> Iterator[Row]:
         yield {name: x[i] for name, x in used.items()}
 
 
-ARRAYS = {*DTYPES, "cu_seqlens"}
+NAMES = "_names"
+"""Ends the name of an array that holds an id's texts, as UTF-8 of a JSON list."""
+
+ARRAYS = {*DTYPES, "cu_seqlens", *(name + NAMES for name in IDS)}
 COLUMNS = {*DTYPES, *DIALECT_COLUMNS}
 
 
@@ -416,6 +423,7 @@ def _array_rows(arrays: Mapping[str, Any], known: Iterable[str], path: Path) -> 
     missing = [name for name in REQUIRED if name not in arrays]
     if missing:
         raise unknown_dialect(visible(path), known, missing)
+    arrays = _with_texts(arrays, path)
     names = [name for name in arrays if name != "cu_seqlens"]
     if "cu_seqlens" in arrays:
         yield from _flat_rows(arrays, names, path)
@@ -432,15 +440,56 @@ def _array_rows(arrays: Mapping[str, Any], known: Iterable[str], path: Path) -> 
             yield {name: x[i] for name, x in block.items()}
 
 
+def _with_texts(arrays: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The arrays without those of texts, ids with theirs."""
+    named = {name: x for name, x in arrays.items() if not name.endswith(NAMES)}
+    for name in IDS:
+        raw = arrays.get(name + NAMES)
+        if name in named and raw is not None:
+            try:
+                texts = json.loads(bytes(raw[0 : raw.shape[0]]).decode())
+                if not all(isinstance(text, str) for text in texts):
+                    raise TypeError("a list of other things")
+            except (ValueError, TypeError, IndexError, RecursionError) as error:
+                raise input_error(
+                    "read_dump", name + NAMES, expected="the UTF-8 of a JSON list of texts",
+                    got=f"{visible(error)} in {visible(path)}",
+                    fix=f"save {name} as whole numbers, or write the file with write_dump",
+                ) from error
+            named[name] = _Texts(named[name], texts, name, path)
+    return named
+
+
+class _Texts:
+    """Numbers of texts, read as the texts."""
+
+    def __init__(self, numbers: Any, texts: list[str], name: str, path: Path) -> None:
+        self.numbers, self.texts, self.name, self.path = numbers, texts, name, path
+        self.shape = numbers.shape
+
+    def __getitem__(self, index: slice) -> Array:
+        numbers = np.asarray(self.numbers[index])
+        whole = numbers.dtype.kind in "iu"
+        if not whole or np.any((numbers < 0) | (numbers >= len(self.texts))):
+            raise input_error(
+                "read_dump", self.name,
+                expected=f"whole numbers below {len(self.texts)}, one for each text of"
+                f" {self.name}{NAMES}", got=f"others in {visible(self.path)}",
+                fix=f"leave {self.name}{NAMES} out where the numbers are their own",
+            )
+        return texts_of(numbers, self.texts)
+
+
 def _flat_rows(arrays: Mapping[str, Any], names: list[str], path: Path) -> Iterator[Row]:
     shape = tuple(arrays["mask"].shape)
     if len(shape) != 1:
         raise _shape_error(path, "mask", "flat where there are `cu_seqlens`", shape)
     ends = _boundaries(arrays["cu_seqlens"], shape[0], path)
     _check_shapes(path, names, arrays, count=len(ends) - 1, tokens=shape)
+    of_rows = {n for n in names if _of_rows(n, arrays[n], count=len(ends) - 1, tokens=shape)}
     for i, (start, stop) in enumerate(itertools.pairwise(ends.tolist())):
         yield {
-            name: arrays[name][i : i + 1][0] if name in PER_SEQUENCE else arrays[name][start:stop]
+            name: arrays[name][i : i + 1][0] if name in of_rows else arrays[name][start:stop]
             for name in names
         }
     if np.any(arrays["mask"][int(ends[-1]) : shape[0]]):
@@ -473,12 +522,20 @@ def _check_shapes(
     check_size(path, unpacked=0, sequences=count)
     for name in names:
         shape = tuple(arrays[name].shape)
+        if _of_rows(name, arrays[name], count=count, tokens=tokens) and shape == (count,):
+            continue
         if name in PER_SEQUENCE and shape != (count,):
             raise _shape_error(path, name, f"of shape {(count,)}", shape)
         if name in PER_TOKEN and shape != tokens:
             raise _shape_error(path, name, f"of shape {tokens} like `mask`", shape)
         if name in PER_CANDIDATE and (shape[:-1] != tokens or not shape):
             raise _shape_error(path, name, f"of shape {tokens} and an axis of candidates", shape)
+
+
+def _of_rows(name: str, array: Any, *, count: int, tokens: tuple[int, ...]) -> bool:
+    """Whether an array holds one value for each sequence."""
+    shape = tuple(array.shape)
+    return name in PER_SEQUENCE or (name in SPREAD and shape == (count,) != tokens)
 
 
 def _shape_error(path: Path, name: str, expected: str, shape: tuple[int, ...]) -> InputError:

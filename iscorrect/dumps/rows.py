@@ -11,18 +11,21 @@ import torch
 from torch import Tensor
 
 from iscorrect.dumps.dump import (
+    IDS,
     LOG_PROBS,
     PER_CANDIDATE,
     PER_SEQUENCE,
     PER_TOKEN,
     REQUIRED,
+    SPREAD,
     TOP,
-    Array,
     LogProbDump,
     Row,
 )
+from iscorrect.dumps.names import Array, as_texts, numbered, texts_of
 from iscorrect.dumps.trainers import translated
 from iscorrect.errors import input_error
+from iscorrect.text import visible
 
 # A 16-bit head rounds its logits after the log-sum-exp, so that log-probs may come out above 0 by
 # as much as the spacing of large logits. What lies beyond is not a log-prob.
@@ -51,6 +54,8 @@ def canonical(raw: Row, where: str, path: Path) -> Row:
     arrays = {
         name: values(given[name], name, where) for name in DTYPES if given.get(name) is not None
     }
+    if "version" not in arrays and np.ndim(arrays.get("policy_version", 0)):
+        arrays["version"] = arrays.pop("policy_version")
     for name in REQUIRED:
         if name not in arrays or arrays[name].ndim != 1:
             raise input_error(
@@ -62,8 +67,8 @@ def canonical(raw: Row, where: str, path: Path) -> Row:
     row: Row = {}
     for name, x in arrays.items():
         if name in PER_SEQUENCE:
-            row[name] = _number(x, name, where)
-        elif name == "advantages" and x.ndim == 0:
+            row[name] = _of_sequence(x, name, where)
+        elif name in SPREAD and x.ndim == 0:
             row[name] = np.full(length, x)
         elif name in PER_CANDIDATE and x.shape == (0,):  # lists of candidates for no token
             row[name] = x.reshape(0, 0)
@@ -81,18 +86,19 @@ def canonical(raw: Row, where: str, path: Path) -> Row:
     return row
 
 
-def _number(x: Array, name: str, where: str) -> int:
+def _of_sequence(x: Array, name: str, where: str) -> int | str:
     if x.ndim:
         raise input_error(
             "read_dump", name, expected="one whole number for the sequence",
             got=f"{'×'.join(map(str, x.shape))} numbers in {where}",
             fix="write one number for each sequence",
         )
-    return int(x)
+    value: int | str = x.item()
+    return value
 
 
 def values(x: Any, name: str, where: str) -> Array:
-    """An array of the field's dtype, if that holds what was given.
+    """An array of the field's dtype, if that holds what was given; of texts where an id is text.
 
     Raises:
         InputError: text, a mask of other values than 0 and 1, a fraction or null for a whole
@@ -101,6 +107,8 @@ def values(x: Any, name: str, where: str) -> Array:
     >>> values([1, 0.0], "mask", "row 0"), values([None, -1.5], "old_log_probs", "row 0")
     (array([ True, False]), array([ nan, -1.5], dtype=float32))
     """
+    if name in IDS and (texts := _texts(x, name, where)) is not None:
+        return texts
     dtype = np.dtype(DTYPES[name])
     kinds = "fiub" if dtype.kind == "b" else "fiu"
     try:
@@ -145,28 +153,50 @@ def values(x: Any, name: str, where: str) -> Array:
     return held
 
 
+def _texts(x: Any, name: str, where: str) -> Array | None:
+    """Ids as an array of str; None where none of them is text."""
+    if isinstance(x, Tensor) or getattr(x, "dtype", np.dtype(object)).kind not in "OU":
+        return None
+    array = np.asarray(x, dtype=object)
+    items = array.ravel().tolist()
+    if not any(isinstance(item, str) for item in items):
+        return None
+    for item in items:
+        whole = isinstance(item, int | np.integer) and not isinstance(item, bool)
+        if not whole and not (isinstance(item, str) and _is_unicode(item)):
+            raise input_error(
+                "read_dump", name, expected="whole numbers, or text that UTF-8 can hold",
+                got=f"{visible(repr(item))} in {where}", fix="write one id for each, all of a kind",
+            )
+    return as_texts(array)
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def check_log_probs(caller: str, row: Row, where: str) -> None:
-    """Raise unless every counted token has log-probs on both sides."""
+    """Raise where a counted token has a finite number that is no log-prob."""
     counted = row["mask"]
     for name in LOG_PROBS:
         if name not in row:
             continue
         x = row[name]
-        bad = ~is_log_prob(x) & counted
+        bad = is_wrong(x) & counted
         if bad.any():
             t = int(np.flatnonzero(bad)[0])
-            fix = "mask the token out, and find out why it has no log-prob"
+            fix = "mask the token out or write null, and find out why it has no log-prob"
             if x[t] > HIGHEST_LOG_PROB:
                 fix = "write log-probs: negate negative log-likelihoods, and do not write logits"
             raise input_error(
-                caller, name, expected="finite and at most 0 where the mask is 1",
+                caller, name, expected="at most 0, and a log-prob where the mask is 1",
                 got=f"{x[t]} at token {t} in {where}", fix=fix,
             )
 
 
-def is_log_prob(x: Any) -> Any:
-    """Where values can be log-probs of sampled tokens; array or tensor of bool."""
-    return (x <= HIGHEST_LOG_PROB) & (x >= LOWEST_LOG_PROB)
+def is_wrong(x: Any) -> Any:
+    """Where finite values cannot be log-probs of sampled tokens; array or tensor of bool."""
+    return (abs(x) < np.inf) & ((x > HIGHEST_LOG_PROB) | (x < LOWEST_LOG_PROB))
 
 
 def to_numpy(x: Tensor) -> Array:
@@ -186,10 +216,23 @@ def to_numpy(x: Tensor) -> Array:
 def padded(rows: Sequence[Row]) -> LogProbDump:
     """Rows of the same fields as one batch."""
     width = max(len(row["mask"]) for row in rows)
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
+    names: dict[str, tuple[str, ...]] = {}
+    rows = alike(rows)
     for name, first in rows[0].items():
         if name in PER_SEQUENCE:
-            tensors[name] = torch.tensor([row[name] for row in rows])
+            of_rows = np.array([row[name] for row in rows], object if is_text(first) else None)
+            if is_text(first):
+                of_rows, names[name] = numbered(of_rows)
+            tensors[name] = torch.from_numpy(of_rows)
+            continue
+        if is_text(first):
+            flat, names[name] = numbered(np.concatenate([row[name] for row in rows]))
+            ends = np.cumsum([len(row[name]) for row in rows])[:-1]
+            batch = np.zeros((len(rows), width), np.int64)
+            for i, x in enumerate(np.split(flat, ends)):
+                batch[i, : len(x)] = x
+            tensors[name] = torch.from_numpy(batch)
             continue
         deep = first.shape[1:]
         if name in PER_CANDIDATE:
@@ -204,7 +247,26 @@ def padded(rows: Sequence[Row]) -> LogProbDump:
             else:
                 batch[i, : len(x), : x.shape[1]] = x
         tensors[name] = torch.from_numpy(batch)
-    return LogProbDump(**tensors)
+    return LogProbDump(**tensors, names=names)
+
+
+def alike(rows: Sequence[Row]) -> list[Row]:
+    """Rows in which an id that is text in one of them is text in all; numbers by their digits."""
+    rows = list(rows)
+    for name in IDS:
+        given = [row[name] for row in rows if name in row]
+        if not any(map(is_text, given)) or all(map(is_text, given)):
+            continue
+        for i, row in enumerate(rows):
+            if name in row and not is_text(row[name]):
+                of_row = as_texts(np.asarray(row[name]))
+                rows[i] = row | {name: of_row if of_row.ndim else of_row.item()}
+    return rows
+
+
+def is_text(x: Any) -> bool:
+    """Whether an id is text, or an array of texts."""
+    return isinstance(x, str) or (isinstance(x, np.ndarray) and x.dtype.kind == "O")
 
 
 def rows_of(dump: LogProbDump) -> Iterator[Row]:
@@ -216,6 +278,8 @@ def rows_of(dump: LogProbDump) -> Iterator[Row]:
     given = {name: to_numpy(x) for name, x in dump.given().items()}
     with np.errstate(over="ignore"):
         arrays = {name: x.astype(DTYPES[name], copy=False) for name, x in given.items()}
+    for name, texts in dump.names.items():
+        arrays[name] = texts_of(arrays[name], texts)
     for name, x in arrays.items():
         if x.dtype.kind == "f" and np.any((np.isinf(x) & np.isfinite(given[name]))[arrays["mask"]]):
             raise input_error(
@@ -225,4 +289,7 @@ def rows_of(dump: LogProbDump) -> Iterator[Row]:
     for i, mask in enumerate(arrays["mask"]):
         counted = np.flatnonzero(mask)
         length = int(counted[-1]) + 1 if len(counted) else 0
-        yield {n: int(x[i]) if n in PER_SEQUENCE else x[i, :length] for n, x in arrays.items()}
+        yield {
+            n: x[i : i + 1].tolist()[0] if n in PER_SEQUENCE else x[i, :length]
+            for n, x in arrays.items()
+        }

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from iscorrect.dumps.dump import Array, LogProbDump
+from iscorrect.dumps.dump import UNITS, LogProbDump
+from iscorrect.dumps.names import Array, common_names
 from iscorrect.dumps.rows import to_numpy
 
 
@@ -50,7 +52,11 @@ class Tokens:
             them; None without candidates' ids.
         current: "n", nats, log π of the policy being trained, or None.
         varentropy: "n", nats², of the trainer's distribution, or None.
-        step: int "s", of each sequence, or None; likewise ``version`` and ``group``.
+        version: int "n", of the weights that sampled the token, or None; likewise ``turn``,
+            ``engine`` and ``pack``.
+        step: int "s", of each sequence, or None; likewise ``group``.
+        lost: how many counted tokens are left out, as a log-prob of one side is not finite.
+        names: the texts whose numbers ``version``, ``engine`` and ``group`` are.
     """
 
     rollout: Array
@@ -69,6 +75,11 @@ class Tokens:
     candidate: Array | None = None
     current: Array | None = None
     varentropy: Array | None = None
+    turn: Array | None = None
+    engine: Array | None = None
+    pack: Array | None = None
+    lost: int = 0
+    names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, dump: LogProbDump) -> Tokens:
@@ -99,27 +110,62 @@ class Tokens:
                 same = to_numpy(dump.top_k_ids)[row, column] == ids[:, None]
                 at = same.argmax(1)
                 candidate = np.where(same.any(1), top[np.arange(len(top)), at], np.nan)
+        of_token = {name: getattr(dump, name) for name in UNITS}
+        units = {n: None if x is None else to_numpy(x)[row, column] for n, x in of_token.items()}
+        names = dict(dump.names)
+        if dump.version is None and dump.policy_version is not None:
+            units["version"] = to_numpy(dump.policy_version)[row]
+            if "policy_version" in names:
+                names["version"] = names["policy_version"]
+        names.pop("policy_version", None)
         return cls(
             rollout=rollout[row, column].astype(np.float64), old=old, row=row,
             position=np.arange(len(row)) - np.repeat(starts, lengths), count=len(mask), gap=gap,
-            ids=ids, seen=seen, lead=lead, step=_optional(dump.step),
-            version=_optional(dump.policy_version), group=_optional(dump.group),
+            ids=ids, seen=seen, lead=lead, step=_optional(dump.step), group=_optional(dump.group),
             best=best, candidate=candidate,
             current=_counted(dump.log_probs, row, column),
             varentropy=_counted(dump.varentropy, row, column),
+            lost=int(np.count_nonzero(mask)) - len(row), names=names, **units,
         )
 
     @classmethod
     def join(cls, parts: Sequence[Tokens]) -> Tokens:
         """The tokens of several dumps, with what every one of them has."""
         first = list(accumulate((part.count for part in parts), initial=0))
-        joined: dict[str, Any] = {"count": first[-1]}
+        joined: dict[str, Any] = {"count": first[-1], "lost": sum(part.lost for part in parts)}
+        texts: dict[str, tuple[str, ...]] = {}
         for name in (*OF_TOKEN, *OF_SEQUENCE):
             values = [getattr(part, name) for part in parts]
+            if any(x is None for x in values):
+                joined[name] = None
+                continue
             if name == "row":
                 values = [row + start for row, start in zip(values, first, strict=False)]
-            joined[name] = None if any(x is None for x in values) else np.concatenate(values)
-        return cls(**joined)
+            if any(name in part.names for part in parts):
+                named = [(x, p.names.get(name)) for x, p in zip(values, parts, strict=True)]
+                values, texts[name] = common_names(named)
+            joined[name] = np.concatenate(values)
+        return cls(**joined, names=texts)
+
+    def label(self, name: str, value: int) -> str:
+        """What a version, engine or group is called: its text, or its number."""
+        return self.names[name][value] if name in self.names else str(value)
+
+    @property
+    def age(self) -> Array | None:
+        """The trainer's version less the token's, "n"; NaN where a version is no number.
+
+        None without steps or versions.
+        """
+        if self.step is None or self.version is None:
+            return None
+        step, version = self.step[self.row], self.version
+        if "version" in self.names:
+            texts = (re.fullmatch(r"-?[0-9]+", text) for text in self.names["version"])
+            numbers = [float(text[0]) if text else math.nan for text in texts]
+            version = np.array([*numbers, math.nan])[version]
+        age: Array = (step - version).astype(float)
+        return age
 
     def __len__(self) -> int:
         return len(self.row)
@@ -216,9 +262,9 @@ class Tokens:
 
 OF_TOKEN = (
     "rollout", "old", "row", "position", "gap", "ids", "seen", "lead", "best", "candidate",
-    "current", "varentropy",
+    "current", "varentropy", *UNITS,
 )
-OF_SEQUENCE = ("step", "version", "group")
+OF_SEQUENCE = ("step", "group")
 
 
 def as_tokens(dump: LogProbDump | Tokens) -> Tokens:

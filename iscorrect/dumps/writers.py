@@ -18,19 +18,24 @@ import torch.distributed as dist
 from torch import Tensor
 
 from iscorrect.dumps.dump import (
+    IDS,
     LOG_PROBS,
     PER_CANDIDATE,
     PER_SEQUENCE,
     PER_TOKEN,
     REQUIRED,
-    Array,
+    SPREAD,
+    UNITS,
     LogProbDump,
     Row,
 )
 from iscorrect.dumps.files import add_file, replacing
-from iscorrect.dumps.readers import EXPANSION, SMALL
-from iscorrect.dumps.rows import DTYPES, check_log_probs, is_log_prob, rows_of
+from iscorrect.dumps.names import Array, numbered
+from iscorrect.dumps.readers import EXPANSION, NAMES, SMALL
+from iscorrect.dumps.rows import DTYPES, alike, check_log_probs, is_text, is_wrong, rows_of
+from iscorrect.dumps.unpack import one_row_each
 from iscorrect.errors import InputError, check_choice, describe, import_extra, input_error
+from iscorrect.layout import Layout
 from iscorrect.text import visible
 
 
@@ -76,16 +81,19 @@ def _checked_rows(pieces: Iterable[LogProbDump]) -> list[Row]:
     for number, row in enumerate(rows):
         check_log_probs("write_dump", row, f"sequence {number}")
     names = [name for name in rows[0] if all(name in row for row in rows)]
-    return [{name: row[name] for name in names} for row in rows]
+    return alike([{name: row[name] for name in names} for row in rows])
 
 
 def _flat(rows: Sequence[Row]) -> dict[str, Array]:
     flat = {
-        name: np.array([row[name] for row in rows], np.int64)
+        name: np.array([row[name] for row in rows], object if is_text(x) else np.int64)
         if name in PER_SEQUENCE
         else np.concatenate(_same_depth([row[name] for row in rows]))
-        for name in rows[0]
+        for name, x in rows[0].items()
     }
+    for name in [name for name in IDS if name in flat and flat[name].dtype == object]:
+        flat[name], names = numbered(flat[name])
+        flat[name + NAMES] = np.frombuffer(json.dumps(names).encode(), np.uint8).copy()
     return flat | {"cu_seqlens": np.cumsum([0, *(len(row["mask"]) for row in rows)])}
 
 
@@ -138,6 +146,9 @@ def _write_parquet(rows: Sequence[Row], path: Path) -> None:
     types = {name: pyarrow.list_(kinds[kind]) for name, kind in PER_TOKEN.items()}
     types |= {n: pyarrow.list_(pyarrow.list_(kinds[kind])) for n, kind in PER_CANDIDATE.items()}
     types |= dict.fromkeys(PER_SEQUENCE, pyarrow.int64())
+    for name in [name for name in IDS if is_text(rows[0].get(name))]:
+        text = pyarrow.string()
+        types[name] = text if name in PER_SEQUENCE else pyarrow.list_(text)
     schema = pyarrow.schema([(name, types[name]) for name in columns])
     table = pyarrow.table(columns, schema=schema)
     parquet.write_table(table, path)
@@ -180,8 +191,9 @@ class DumpWriter:
     """Writes one file for each call, from a training loop; no call overwrites another's file.
 
     What a batch has that no dump can hold is left out, with a warning the first time: a field of
-    another shape or dtype, and counted tokens without a log-prob, which are written as masked. One
-    advantage for each sequence goes to its tokens.
+    another shape or dtype, and counted tokens with a finite number that is no log-prob, which are
+    written as masked. Log-probs that are not finite are written as they are, for a report to count.
+    One advantage, version, turn, engine or place for each sequence goes to its tokens.
 
     Args:
         directory: made where it does not exist.
@@ -206,31 +218,52 @@ class DumpWriter:
         self.directory.mkdir(parents=True, exist_ok=True)
         self._warned: set[str] = set()
 
-    def write(self, *, step: int, mask: Tensor, **tensors: Tensor | None) -> Path | None:
+    def write(
+        self,
+        *,
+        step: int,
+        mask: Tensor | Layout,
+        **tensors: Tensor | Sequence[str] | str | int | None,
+    ) -> Path | None:
         """Write one batch.
 
         Args:
-            step: of the training run; a step that is written again, or by another process of the
-                same rank, gets a file of its own.
-            mask: bool "b t".
+            step: of the training run, as a whole number; a step that is written again, or by
+                another process of the same rank, gets a file of its own.
+            mask: bool "b t"; or a layout, whose packed sequences are written one by one with their
+                `pack`, whose segments are written as `turn`, and whose ages as `version`, step less
+                age. What is one for each sequence is then given on the sequence's tokens, "b t", or
+                for each row, or for each sequence with a counted token.
             tensors: the other fields of :class:`LogProbDump`, on any device; None is left out.
+                Versions, engines and groups may be text: one for all, or one for each row; and one
+                number for all.
 
         Returns:
             The file; None where the batch has no sequence, or log-probs and mask do not fit.
 
         Raises:
-            InputError: a name that is no field, or a log-prob is not given.
+            InputError: a name that is no field, a log-prob is not given, or ranks share sequences.
             OSError: the file cannot be written.
         """
         for name in tensors:
             check_choice("DumpWriter", "tensors", name, [n for n in DTYPES if n != "mask"])
-        for name, x in {**dict.fromkeys(REQUIRED), **tensors, "mask": mask}.items():
-            if not isinstance(x, Tensor) and (name in REQUIRED or x is not None):
+        layout = mask if isinstance(mask, Layout) else None
+        mask = mask.mask if isinstance(mask, Layout) else mask
+        given: dict[str, Tensor] = {}
+        names: dict[str, tuple[str, ...]] = {}
+        for name, value in {**dict.fromkeys(REQUIRED), **tensors, "mask": mask}.items():
+            x = _as_tensor(name, value, mask, names)
+            if isinstance(x, Tensor):
+                # On the host first: a tensor that carries gradient is data here.
+                given[name] = _on_host(x)
+            elif name in REQUIRED or x is not None:
                 raise input_error(
                     "DumpWriter", name, expected="a tensor", got=describe(x),
                     fix="pass what the loss gets",
                 )
-        dump = self._fitting(int(step), mask, tensors)
+        if layout is not None:
+            given = one_row_each(layout, given, step=int(step))
+        dump = self._fitting(int(step), given, names)
         if dump is None:
             return None
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
@@ -238,15 +271,13 @@ class DumpWriter:
         return add_file(path, partial(WRITERS[self.suffix], list(rows_of(dump))))
 
     def _fitting(
-        self, step: int, mask: Tensor, tensors: dict[str, Tensor | None]
+        self, step: int, given: dict[str, Tensor], names: dict[str, tuple[str, ...]]
     ) -> LogProbDump | None:
         """What a dump can hold of a batch."""
-        # On the host first: a tensor that carries gradient is data here.
-        given = {n: _on_host(x) for n, x in tensors.items() if x is not None}
-        mask = _on_host(mask)
+        mask = given.pop("mask")
         if mask.dtype != torch.bool and bool(((mask == 0) | (mask == 1)).all()):
             mask = mask.bool()
-        sides = {name: given.pop(name) for name in REQUIRED[:2]}
+        sides: dict[str, Any] = {name: given.pop(name) for name in REQUIRED[:2]}
         try:
             LogProbDump(mask=mask, **sides)
         except InputError as error:
@@ -256,28 +287,32 @@ class DumpWriter:
             self._warn("a batch", "it has no sequence")
             return None
         for name, x in sides.items():
-            bad = mask & ~is_log_prob(x)
+            bad = mask & is_wrong(x)
             if bad.any():
                 mask = mask & ~bad
                 self._warn(
-                    f"counted tokens without {name}", f"{int(bad.sum())} in step {step}, of"
+                    f"counted tokens whose {name} is none", f"{int(bad.sum())} in step {step}, of"
                     f" {x[bad][0]:.3g}; they are written as masked",
                 )
-        fields = {**sides, "mask": mask, "step": torch.full((len(mask),), step)}
+        fields: dict[str, Any] = {
+            **sides, "mask": mask, "step": torch.full((len(mask),), step), "names": {},
+        }
         for name, x in given.items():
             fitted = _fitted(name, x, mask)
+            texts = {name: names[name]} if name in names else {}
             try:
-                LogProbDump(**fields | {name: fitted})
+                LogProbDump(**fields | {name: fitted, "names": texts})
             except InputError as error:
                 self._warn(name, str(error))
                 continue
             counted = fitted[mask] if fitted.ndim > 1 else fitted
-            if name in LOG_PROBS and not bool(is_log_prob(counted).all()):
+            if name in LOG_PROBS and bool(is_wrong(counted).any()):
                 self._warn(name, "not a log-prob everywhere where the mask is 1")
             elif bool((counted.float().isinf() & counted.isfinite()).any()):
                 self._warn(name, "beyond what float32 holds")
             else:
                 fields[name] = fitted
+                fields["names"] |= texts
         return LogProbDump(**fields)
 
     def _warn(self, what: str, why: str) -> None:
@@ -289,6 +324,28 @@ class DumpWriter:
         )
 
 
+def _as_tensor(name: str, x: Any, mask: Any, names: dict[str, tuple[str, ...]]) -> Any:
+    """Numbers for ids that are given as text or by one number; anything else as it is.
+
+    Args:
+        name: of the field.
+        x: what was given.
+        mask: "b t".
+        names: to which the texts are added.
+    """
+    if name not in (*UNITS, *PER_SEQUENCE) or not isinstance(mask, Tensor):
+        return x
+    rows = len(mask) if mask.ndim > 1 else 1
+    if isinstance(x, int) and not isinstance(x, bool):
+        return torch.full((rows,), x)
+    if name in IDS and isinstance(x, str):
+        x = [x] * rows
+    if name in IDS and isinstance(x, list | tuple) and all(isinstance(text, str) for text in x):
+        numbers, names[name] = numbered(np.array(x, dtype=object))
+        return torch.from_numpy(numbers)
+    return x
+
+
 def _on_host(x: Tensor) -> Tensor:
     x = x.detach()
     return (x if x.layout == torch.strided else x.to_dense()).cpu()
@@ -297,7 +354,7 @@ def _on_host(x: Tensor) -> Tensor:
 def _fitted(name: str, x: Tensor, mask: Tensor) -> Tensor:
     """A number for each sequence in the form that a dump has for it; anything else as it is."""
     rows = (len(mask),)
-    if name == "advantages" and tuple(x.shape) in (rows, (*rows, 1)):
+    if name in SPREAD and tuple(x.shape) in (rows, (*rows, 1)):
         return x.reshape(-1, 1).expand(mask.shape)
     if name in PER_SEQUENCE and tuple(x.shape) == (*rows, 1):
         return x[:, 0]

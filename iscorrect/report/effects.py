@@ -52,7 +52,8 @@ class Effects:
     def add(self, dump: LogProbDump) -> None:
         """Take a piece in."""
         self.pieces += 1
-        layout = Layout(dump.mask)
+        finite = dump.old_log_probs.isfinite() & dump.rollout_log_probs.isfinite()
+        layout = Layout(dump.mask & finite)
         d = log_ratio(dump.old_log_probs, dump.rollout_log_probs, layout)
         signs = None if dump.advantages is not None else self._random_signs(dump.mask)
         for name, correction in self.corrections.items():

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from iscorrect.dumps import LogProbDump, Tokens
-from iscorrect.dumps.dump import Array
+from iscorrect.dumps.names import Array
 from iscorrect.dumps.tokens import as_tokens
 from iscorrect.errors import import_extra
 

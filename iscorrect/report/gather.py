@@ -17,7 +17,8 @@ import torch
 
 from iscorrect.diagnose import Advice, Finding, advise, diagnose
 from iscorrect.dumps import LogProbDump, Tokens
-from iscorrect.dumps.dump import Array
+from iscorrect.dumps.dump import UNITS
+from iscorrect.dumps.names import Array
 from iscorrect.errors import input_error
 from iscorrect.loss.pareto import pareto_tail
 from iscorrect.loss.presets import uncorrected
@@ -33,7 +34,7 @@ CORRECTIONS = (
 
 WORST_GROUPS = 5
 
-MOST_PLACES = 12  # steps and versions that are listed: those with the largest k3
+MOST_PLACES = 12  # steps, versions, engines … that are listed: those with the largest k3
 
 EDGES = {
     "position": (0, 16, 64, 256, 1024, 4096),
@@ -93,7 +94,7 @@ class _Sums:
         self.outside = 0.0
         self.probabilities = np.zeros(5)  # of p, q, p², q², p q
         self.lengths = np.zeros(5)  # of 1, length, length², log-ratio, length × log-ratio
-        self.places: dict[tuple[str, int], Array] = {}
+        self.places: dict[tuple[str, int | str], Array] = {}
 
     def add(self, tokens: Tokens) -> None:
         self.tokens += len(tokens)
@@ -113,13 +114,16 @@ class _Sums:
         ):
             index = np.searchsorted(EDGES[name][1:], of_token, "right")
             self._place(name, range(len(EDGES[name])), index, values)
-        for name, of_sequence in (("step", tokens.step), ("policy_version", tokens.version)):
-            if of_sequence is not None:
-                keys, index = np.unique(of_sequence, return_inverse=True)
-                self._place(name, keys.tolist(), index[tokens.row], values)
+        step = None if tokens.step is None else tokens.step[tokens.row]
+        for name, unit in (("step", step), *((name, getattr(tokens, name)) for name in UNITS)):
+            if unit is not None:
+                keys, index = np.unique(unit, return_inverse=True)
+                texts = tokens.names.get(name)
+                labels = keys.tolist() if texts is None else [texts[key] for key in keys]
+                self._place(name, labels, index, values)
 
     def _place(
-        self, name: str, keys: Sequence[int], index: Array, values: list[Array | None]
+        self, name: str, keys: Sequence[int | str], index: Array, values: list[Array | None]
     ) -> None:
         """Add to each place the number of its tokens and the sums of their values.
 
@@ -214,7 +218,7 @@ def summarise(
     """
     whole = Effects({"uncorrected": uncorrected()})
     compared = Effects({name: parse(name) for name in corrections})
-    sums, sampled, sequences = _Sums(), _Sample(), 0
+    sums, sampled, sequences, lost = _Sums(), _Sample(), 0, 0
     fields: list[set[str]] = []
     for piece in pieces:
         fields.append(set(piece.given()))
@@ -224,10 +228,11 @@ def summarise(
         sums.add(tokens)
         sampled.add(tokens)
         sequences += len(piece)
+        lost += tokens.lost
     if not sums.tokens:
         raise input_error(
-            "report", "dump", expected="with counted tokens", got=f"none in {source}",
-            fix="dump the tokens that enter the loss, with their mask",
+            "report", "dump", expected="with counted tokens that both sides have a log-prob for",
+            got=f"none in {source}", fix="dump the tokens that enter the loss, with their mask",
         )
     sample = sampled.joined()
     d = torch.from_numpy(sample.d)[None]
@@ -235,6 +240,7 @@ def summarise(
     metrics |= {
         "batch/sequences": float(sequences),
         "batch/length": sums.mean_length(),
+        "batch/nonfinite": float(lost),
         "mismatch/pearson": sums.pearson(),
         "mismatch/sequence_slope": sums.slope(),
         "tail/outside": sums.outside / sums.tokens,
@@ -266,14 +272,17 @@ def _missing(fields: list[set[str]]) -> list[str]:
 
 def _places(sums: _Sums) -> list[dict[str, Any]]:
     rows = []
-    dated = sorted(k3 / n for (name, _), (n, k3, _) in sums.places.items() if name not in EDGES)
-    least = dated[-MOST_PLACES - 1] if len(dated) > MOST_PLACES else -1.0
-    for (name, key), (tokens, k3, outside) in sorted(sums.places.items(), key=lambda x: x[0]):
+    in_order = sorted(sums.places.items(), key=lambda x: (x[0][0], isinstance(x[0][1], str), x[0]))
+    least: dict[str, float] = {}
+    for kind in {name for name, _ in sums.places} - EDGES.keys():
+        sizes = sorted(k3 / n for (name, _), (n, k3, _) in sums.places.items() if name == kind)
+        least[kind] = sizes[-MOST_PLACES] if len(sizes) > MOST_PLACES else -1.0
+    for (name, key), (tokens, k3, outside) in in_order:
         edges = EDGES.get(name)
-        if edges is None and k3 / tokens <= least:
+        if edges is None and k3 / tokens < least[name]:
             continue
-        if edges is None:
-            label = f"{name.replace('_', ' ')} {key}"
+        if edges is None or isinstance(key, str):
+            label = f"{name} {key}"
         elif key + 1 < len(edges):
             label = f"{name} {edges[key]:g} to {edges[key + 1]:g}"
         else:
@@ -295,8 +304,9 @@ def _worst_groups(sample: Tokens) -> list[dict[str, Any]]:
     outside = np.bincount(inverse, weights=sample.outside) / count
     return [
         {
-            "place": f"group {groups[i]}", "tokens": float(count[i] / len(sample)),
-            "kl_k3": float(k3[i]), "outside": float(outside[i]),
+            "place": f"group {sample.label('group', groups[i])}",
+            "tokens": float(count[i] / len(sample)), "kl_k3": float(k3[i]),
+            "outside": float(outside[i]),
         }
         for i in np.argsort(-k3)[:WORST_GROUPS]
     ]

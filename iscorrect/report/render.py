@@ -38,9 +38,11 @@ def headline(report: Report) -> list[tuple[str, str]]:
     pearson = f"{m['mismatch/pearson']:.5f}"
     if math.isnan(m["mismatch/pearson"]):
         pearson = "not measured: one side is constant"
+    lost = m["batch/nonfinite"]
+    without = f", {lost:,.0f} of them without a finite log-prob and left out" if lost else ""
     return [
         ("dump", f"{report.source} · {report.sequences:,} sequences ·"
-                 f" {m['batch/tokens']:,.0f} tokens"),
+                 f" {m['batch/tokens']:,.0f} tokens{without}"),
         ("mismatch", f"k1 {m['mismatch/kl_k1']:.2e} · k3 {m['mismatch/kl_k3']:.2e} nats per token ·"
                      f" χ² {m['mismatch/chi2/token']:.2e}"),
         ("|Δ log p|", f"mean {m['mismatch/log_prob_diff/mean']:.3g} · max"

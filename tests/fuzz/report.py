@@ -19,12 +19,14 @@ from tests.fuzz.samples import SEEDS, random_dump
 
 def wrong_numbers(report, dump):
     """The first number of a report that is not the dump's; or None."""
-    mask = dump.mask.numpy()
     old, rollout = (x.numpy().astype(float) for x in (dump.old_log_probs, dump.rollout_log_probs))
+    tokens = dump.mask.sum()
+    mask = dump.mask.numpy() & np.isfinite(old) & np.isfinite(rollout)
     d = old[mask] - rollout[mask]
     m = report.metrics
     expected = {
-        "batch/tokens": mask.sum(), "batch/sequences": len(mask),
+        "batch/tokens": tokens, "batch/nonfinite": tokens - mask.sum(),
+        "batch/sequences": len(mask),
         "batch/length": mask.sum() / mask.any(1).sum(), "mismatch/kl_k1": -d.mean(),
         "mismatch/log_prob_diff/max": np.abs(d).max(),
         "tail/outside": (np.abs(d) > np.log(2)).mean(),
@@ -58,7 +60,8 @@ def check(case):
         try:
             report = summarise(pieces, corrections=chosen, source="a|b\\<c>")
         except InputError:
-            assert not whole.mask.any()
+            finite = whole.old_log_probs.isfinite() & whole.rollout_log_probs.isfinite()
+            assert not (whole.mask & finite).any()
             return
         assert "nan" not in "\n".join(map(str, blocks(report)))
         json.dumps(report.to_json(), allow_nan=False)

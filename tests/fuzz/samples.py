@@ -12,6 +12,8 @@ SEEDS = st.fixed_dictionaries({"seed": st.integers(0, 2**64 - 1)})
 SUFFIXES = (".npz", ".safetensors", ".pt", ".jsonl", ".parquet")
 FLOATS = ("log_probs", "advantages", "entropy", "varentropy")
 NUMBERS = ("step", "policy_version", "group")
+UNITS = ("version", "turn", "engine", "pack")
+TEXTS = ("", "default", "7", "prompt-3", "høst", "a\nb", "\x1b[31m", "x" * 50, "<b>", "a|b", "\0")
 
 
 def random_dump(rng, *, counted=False, extreme=True):
@@ -45,12 +47,27 @@ def random_dump(rng, *, counted=False, extreme=True):
         if rng.random() < 0.5:
             low, high = [(0, 2), (-5, 5), (-(2**62), 2**62)][rng.integers(3)]
             tensors[name] = torch.from_numpy(rng.integers(low, high, b))
+    for name in UNITS:
+        if rng.random() < 0.5:
+            low, high = [(0, 2), (-5, 5), (-(2**62), 2**62)][rng.integers(3)]
+            tensors[name] = torch.from_numpy(rng.integers(low, high, (b, t)))
+    names = {}
+    for name in ("policy_version", "group", "version", "engine"):
+        if rng.random() < 0.3:
+            names[name] = tuple(rng.permutation(TEXTS)[: rng.integers(1, 5)].tolist())
+            sides = (b, t) if name in UNITS else (b,)
+            tensors[name] = torch.from_numpy(rng.integers(0, len(names[name]), sides))
+    if rng.random() < 0.2:
+        for name in ("rollout_log_probs", "old_log_probs", "log_probs"):
+            bad = torch.from_numpy(rng.random((b, t)) < 0.2)
+            if name in tensors and not (counted and bad[torch.from_numpy(mask)].all()):
+                tensors[name][bad] = float(rng.choice([np.nan, np.inf, -np.inf]))
     if rng.random() < 0.4:
         top = -np.sort(rng.exponential(1.0, (b, t, k)))
         top[rng.random((b, t, k)) < 0.2] = rng.choice([-np.inf, np.inf, np.nan])
         tensors["top_k_log_probs"] = torch.tensor(top, dtype=torch.float32)
         tensors["top_k_ids"] = torch.from_numpy(rng.integers(0, 99, (b, t, k)))
-    return LogProbDump(mask=torch.from_numpy(mask), **tensors)
+    return LogProbDump(mask=torch.from_numpy(mask), **tensors, names=names)
 
 
 def difference(a, b):
@@ -66,7 +83,14 @@ def difference(a, b):
             return f"the mask of sequence {i}"
         for name, x in a.given().items():
             y = getattr(b, name)
-            if name in NUMBERS:
+            if name in a.names:
+                p, q = (
+                    [d.names[name][j] for j in v[i, :length].tolist()] if name in UNITS
+                    else d.names[name][v[i]]
+                    for d, v in ((a, x), (b, y))
+                )
+                same = p == q
+            elif name in NUMBERS:
                 same = bool(x[i] == y[i])
             elif not length:
                 continue
