@@ -4,21 +4,39 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 # before torch is imported: its thread pools are sized on loading
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from benchmarks.lab import engines, models, offline, phases, report, sanity, tasks
-from benchmarks.lab.experiment import Run, carry_out
-from benchmarks.lab.policy import Size
-from benchmarks.lab.reinforce import Schedule
-
 HERE = Path(__file__).parent
+BY_THEMSELVES = {
+    "exact": ("benchmarks.lab.chain.exact", "learning by exact expected updates, no seeds"),
+    "behind": ("benchmarks.lab.chain.behind", "an engine some updates behind, with seeds"),
+    "report": ("benchmarks.lab.report", "tables and figures from the records"),
+}
+"""Commands that need no engine, by the module whose ``main`` reads their arguments."""
 
 
 def main(arguments: list[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] in BY_THEMSELVES:
+        module, _ = BY_THEMSELVES[arguments[0]]
+        import_module(module).main(arguments[1:])
+        return
+    with_an_engine(arguments)
+
+
+def with_an_engine(arguments: list[str]) -> None:
+    """The commands that need transformers, and vLLM where it is."""
+    from benchmarks.lab import engines, models, offline, phases, sanity, tasks
+    from benchmarks.lab.experiment import Run, carry_out
+    from benchmarks.lab.policy import Size
+    from benchmarks.lab.reinforce import Schedule
+
     parser = argparse.ArgumentParser(prog="python -m benchmarks.lab", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     common = argparse.ArgumentParser(add_help=False)
@@ -56,15 +74,10 @@ def main(arguments: list[str] | None = None) -> None:
     ):
         command = commands.add_parser(name, parents=[common, learning], help=help_)
         command.add_argument("tasks", nargs="*", default=usual)
-    told = commands.add_parser("report", help="tables and figures from the records")
-    told.add_argument("--records", type=Path, default=HERE / "records")
-    told.add_argument("--pages", type=Path, nargs="*", default=report.PAGES)
-    told.add_argument("--pictures", type=Path, default=report.PICTURES)
+    for name, (_, help_) in BY_THEMSELVES.items():
+        commands.add_parser(name, help=help_)
 
     given = parser.parse_args(arguments)
-    if given.command == "report":
-        report.main(given.records, given.pages, given.pictures)
-        return
     size = Size(given.width, given.layers)
 
     def model(name: str, seed: int = 0) -> Path:

@@ -6,12 +6,11 @@ The engine serves rounded weights, as quantised rollouts do; the trainer keeps i
 from __future__ import annotations
 
 from benchmarks.lab.policy import Precision
+from benchmarks.lab.records import CORRECTIONS
 from benchmarks.lab.reinforce import Arm
 from benchmarks.lab.rounding import ROUNDINGS
 from benchmarks.lab.sanity import HIGH, LOW
 from iscorrect import PRESETS, PolicyLoss, PPOClip
-
-CORRECTIONS = ("uncorrected", "token-tis", "sequence-tis", "sequence-mis")
 
 
 def arms(longest: int) -> list[Arm]:

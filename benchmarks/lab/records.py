@@ -7,9 +7,10 @@ import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks.lab.phases import CORRECTIONS
 from benchmarks.lab.rounding import ROUNDINGS
 
+CORRECTIONS = ("uncorrected", "token-tis", "sequence-tis", "sequence-mis")
+"""Of the map."""
 LAST = 10
 """Steps that the reward at the end, and the best one before it, are means over."""
 FALLEN = 0.75

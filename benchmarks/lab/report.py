@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import statistics
@@ -32,7 +33,16 @@ CLAIMED = ("fp16 / fp16", "bf16 / fp16", "fp16 / bf16", "bf16 / bf16")
 """Rollout / trainer, best first, as the claim that the lab looks into has it."""
 
 
-def main(records: Path, pages: Iterable[Path], pictures: Path) -> None:
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.lab report", description=__doc__)
+    parser.add_argument("--records", type=Path, default=Path(__file__).parent / "records")
+    parser.add_argument("--pages", type=Path, nargs="*", default=PAGES)
+    parser.add_argument("--pictures", type=Path, default=PICTURES)
+    given = parser.parse_args(arguments)
+    write(given.records, given.pages, given.pictures)
+
+
+def write(records: Path, pages: Iterable[Path], pictures: Path) -> None:
     """Rewrite the tables between markers ``<!-- lab:table/folder -->``, and draw the figures.
 
     The folder, where one is named, is that of other records among these.

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from benchmarks.lab.policy import State
+if TYPE_CHECKING:  # which needs transformers
+    from benchmarks.lab.policy import State
 
 
 def as_trained(state: State) -> State:

@@ -1,0 +1,176 @@
+"""``python -m benchmarks.lab behind``: an engine some updates behind, sampled, with seeds.
+
+What is run, in which order, and how it is judged was written down before: ``PLAN.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.lab.chain.arms import ARMS, Arm
+from benchmarks.lab.chain.engines import Engine, plain
+from benchmarks.lab.chain.learner import Learner, State, View, state_of
+from benchmarks.lab.chain.policy import Parameters, warm_start
+from benchmarks.lab.chain.records import append, known, numbers, rows
+from benchmarks.lab.chain.world import WORLDS, World, sample
+from iscorrect import group_advantages
+
+LENGTH, PROMPTS, ANSWERS, STEPS, WARMUP, CLIP = 256, 4, 16, 150, 5, 1.0
+RATES = (3e-4, 1e-3, 3e-3)
+"""Of Adam; the control chooses among them."""
+TASKS, UNTOUCHED = (20, 21, 22), 23
+SEEDS, CALIBRATION_SEEDS = 20, 3
+LAGS = (8, 4, 2, 16, 1)
+MAIN = ("uncorrected", "token-tis", "icepop", "ppo")
+MEANT = (*MAIN, "token-mis", "sequence-tis", "sequence-mis", "cispo", "gspo")
+"""The arms of the plan. With one update a batch, PPO on a π_old that is recomputed at the weights
+of the update has a ratio of 1: it is ``uncorrected``, and with token-TIS it is ``token-tis``."""
+LAST = 20
+"""Steps that the end is a mean over."""
+AFTER = 10
+"""Step after which the lowest J(π) is looked for."""
+FELL, ZERO = 0.3, 0.1
+"""A run fell if its lowest J(π) is below the one, and is at zero if its end is below the other."""
+
+
+class Run(NamedTuple):
+    """One run; what its record is found by.
+
+    Attributes:
+        world: a name in ``WORLDS``.
+        task: a seed.
+        lag: updates that the engine is behind.
+        arm: a name in ``ARMS``.
+        rate: learning rate of Adam.
+        seed: of samples and features.
+    """
+
+    world: str
+    task: int
+    lag: int
+    arm: str
+    rate: float
+    seed: int
+
+
+def calibration() -> list[Run]:
+    """The control at every rate, on the first task."""
+    return [
+        Run("chain", TASKS[0], 0, "uncorrected", rate, seed)
+        for seed in range(CALIBRATION_SEEDS) for rate in RATES
+    ]
+
+
+def by_the_control(path: Path) -> list[float]:
+    """Rates on record, from the one at which the control ends highest."""
+    ends: dict[float, list[float]] = {rate: [] for rate in RATES}
+    wanted = {tuple(map(str, run)) for run in calibration()}
+    for row in rows(path):
+        if tuple(row[name] for name in Run._fields) in wanted:
+            ends[float(row["rate"])].append(float(row["end"]))
+    return sorted(RATES, key=lambda rate: -sum(ends[rate]) / len(ends[rate]))
+
+
+def design(rates: Sequence[float], *, world: str = "chain", untouched: bool = False) -> list[Run]:
+    """Every run, in the order in which they are done: the main claim first.
+
+    Args:
+        rates: the first is that of all arms and lags, the second of fewer.
+        world: a name in ``WORLDS``.
+        untouched: the fourth task in place of the three.
+    """
+    tasks = (UNTOUCHED,) if untouched else TASKS
+    first, second, *_ = rates
+    control = ("uncorrected",)
+    blocks = [
+        (first, (0,), control, 4), (first, (8,), MAIN, 4), (first, (8,), MEANT, 2),
+        (second, (8, 16), MAIN, 2), (first, (2, 4), MAIN, 2), (first, (8,), MAIN, 8),
+        (first, (1, 16), MAIN, 2), (first, (8,), MEANT, 6), (first, LAGS, MEANT, 4),
+        *((rate, lags, arms, SEEDS) for rate in (first, second)
+          for lags, arms in (((0,), control), (LAGS, MEANT))),
+    ]
+    runs = dict.fromkeys(
+        Run(world, task, lag, arm, rate, seed)
+        for rate, lags, arms, seeds in blocks
+        for seed, task, lag, arm in product(range(seeds), tasks, lags, arms)
+    )
+    return [*runs]
+
+
+def sampled_gain(arm: Arm, world: World, view: View, generator: torch.Generator) -> torch.Tensor:
+    """−loss on sequences that the engine samples; a prompt's mean reward is its baseline."""
+    drawn = sample(world, view.engine.exp(), ANSWERS, generator)
+    policy, rollout, engine = (x.reshape(-1)[drawn.places] for x in view)
+    group = torch.arange(world.prompts).repeat_interleave(ANSWERS)
+    advantages = group_advantages(drawn.reward.flatten(), group, estimator="dr-grpo")
+    loss, _ = arm.loss(
+        policy, rollout_log_probs=engine, old_log_probs=arm.old_log_probs(rollout, engine),
+        advantages=advantages, mask=torch.ones_like(engine, dtype=torch.bool),
+    )
+    return -loss
+
+
+def learn(run: Run, steps: int = STEPS) -> Iterator[State]:
+    """The state before each step; J is exact, the update is sampled."""
+    world, start = at_start(run.world, run.task)
+    learner = Learner(
+        world, start, Engine(plain, behind=run.lag), optimizer="adam", rate=run.rate,
+        seed=1000 * (run.seed + 1),
+    )
+    generator = torch.Generator().manual_seed(run.seed)
+    for step in range(steps):
+        view = learner.look()
+        yield state_of(world, view)
+        learner.optimizer.param_groups[0]["lr"] = run.rate * min(1, (step + 1) / WARMUP)
+        learner.ascend(sampled_gain(ARMS[run.arm], world, view, generator), CLIP)
+
+
+@cache
+def at_start(name: str, task: int) -> tuple[World, Parameters]:
+    """A world and the policy that every run in it starts from."""
+    world = WORLDS[name](length=LENGTH, task=task, prompts=PROMPTS)
+    return world, warm_start(world)
+
+
+def measures(states: Sequence[State]) -> dict[str, str]:
+    """What a run is judged by."""
+    policy = [state.policy for state in states]
+    last = policy[-LAST:]
+    return {"end": f"{sum(last) / len(last):.4f}", "lowest": f"{min(policy[AFTER:]):.4f}"}
+
+
+def carry_out(runs: Sequence[Run], path: Path, steps: int) -> None:
+    """Do what is not on record, and say how far it is."""
+    done = known(path, Run._fields)
+    due = [run for run in runs if tuple(map(str, run)) not in done]
+    print(f"{len(runs) - len(due)} of {len(runs)} runs are on record", flush=True)
+    for i, run in enumerate(due, 1):
+        began = time.process_time()
+        states = [*learn(run, steps)]
+        measured = measures(states)
+        append(path, {**run._asdict(), **measured, **numbers(states, every=5)})
+        print(f"{i}/{len(due)} {' '.join(map(str, run))}: end {measured['end']}, lowest "
+              f"{measured['lowest']}, {time.process_time() - began:.1f} s", flush=True)
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.lab behind", description=__doc__)
+    parser.add_argument("--records", type=Path, default=Path(__file__).parents[1] / "records")
+    parser.add_argument("--untouched", action="store_true", help="the fourth task alone")
+    parser.add_argument("--world", choices=WORLDS, default="chain")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="at most so many of each cell")
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    path = given.records / "behind.csv"
+    carry_out(calibration(), path, given.steps)
+    runs = design(by_the_control(path), world=given.world, untouched=given.untouched)
+    carry_out([run for run in runs if run.seed < given.seeds], path, given.steps)

@@ -1,0 +1,46 @@
+"""Records of the chain: one file an experiment, one line a run, written when it is complete."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from benchmarks.lab.chain.learner import State
+
+
+def known(path: Path, key: Sequence[str]) -> set[tuple[str, ...]]:
+    """The keys that are on record."""
+    return {tuple(row[name] for name in key) for row in rows(path)}
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    """A line each."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def append(path: Path, row: Mapping[str, object]) -> None:
+    """One more line; the first makes the file."""
+    new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(row), lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def numbers(states: Sequence[State], every: int = 1) -> dict[str, str]:
+    """J(π), J(μ) and KL of every so many steps, each in one cell."""
+    return {
+        name: " ".join(f"{getattr(state, name):.4g}" for state in states[::every])
+        for name in State._fields
+    }
+
+
+def curve(row: Mapping[str, str], name: str) -> list[float]:
+    """Numbers of a cell."""
+    return [float(x) for x in row[name].split()]

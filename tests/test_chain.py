@@ -1,0 +1,206 @@
+"""The lab's chain: its recursions against enumeration, and learning at toy size. Torch only."""
+
+from itertools import product
+
+import pytest
+import torch
+
+from benchmarks.lab.chain import behind, exact, learner
+from benchmarks.lab.chain.arms import ARMS, SIGNED, TOKEN_LOCAL, slopes
+from benchmarks.lab.chain.engines import ENGINES, Engine, plain
+from benchmarks.lab.chain.policy import logits, rounded_logits, untrained, warm_start
+from benchmarks.lab.chain.world import WORLDS, World, credit, divergence, outlook, recursion, sample
+from iscorrect.testing import TabularPolicy, audit
+
+SMALL = {"prompts": 1, "vocab": 2, "right": 1, "kinds": 3, "nuisance": 2}
+
+
+def tables(world, *, seed=0, noise=0.7):
+    """log π and log μ of a random policy and a noisy engine."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (*world.good.shape,)
+    policy = torch.randn(shape, generator=generator, dtype=torch.float64)
+    noisy = policy + noise * torch.randn(shape, generator=generator, dtype=torch.float64)
+    return policy.log_softmax(-1), noisy.log_softmax(-1)
+
+
+def enumerated(world):
+    """Every sequence of the one prompt: where its tokens lie in a table "s p t v", its reward."""
+    places, rewards = [], []
+    right = world.good[:, 0].tolist()
+    for tokens in product(range(world.vocab), repeat=world.length):
+        state, path, earned = 0, [], 0.0
+        for t, token in enumerate(tokens):
+            path.append((state * world.length + t) * world.vocab + token)
+            state = 0 if right[state][t][token] else 1
+            earned += world.pay * (state == 0)
+        places.append(path)
+        rewards.append(earned if world.dense else float(state == 0))
+    return torch.tensor(places), torch.tensor(rewards, dtype=torch.float64)
+
+
+def expected_by_enumeration(world, arm, policy, engine):
+    """Σ_y μ(y) (−∂loss/∂log π) of each table entry, with the library's loss on whole sequences."""
+    places, reward = enumerated(world)
+    table = policy.clone().requires_grad_()
+    taken, sampled = table.reshape(-1)[places], engine.reshape(-1)[places]
+    chance = sampled.sum(-1).exp()
+    advantages = chance * (reward - chance @ reward)
+    old = arm.old_log_probs(policy, engine)
+    loss, _ = arm.loss(
+        taken, rollout_log_probs=sampled, advantages=advantages * len(places),
+        mask=torch.ones_like(sampled, dtype=torch.bool),
+        old_log_probs=None if old is None else old.reshape(-1)[places],
+    )
+    (gradient,) = torch.autograd.grad(-loss, table)
+    return gradient
+
+
+def by_recursion(world, arm, policy, engine):
+    rewarded, punished = slopes(arm, policy, policy, engine)
+    positive, negative = credit(world, engine.exp())
+    return positive * rewarded + negative * punished
+
+
+@pytest.mark.parametrize("name", WORLDS)
+@pytest.mark.parametrize("arm", TOKEN_LOCAL)
+def test_sixteen_tokens_are_as_every_sequence_of_them_says(name, arm):
+    world = WORLDS[name](length=16, task=3, **SMALL)
+    if world.dense and arm in SIGNED:
+        pytest.skip("not exact where rewards are dense")
+    policy, engine = tables(world)
+    want = expected_by_enumeration(world, ARMS[arm], policy, engine)
+    assert torch.allclose(by_recursion(world, ARMS[arm], policy, engine), want, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_rewards_and_divergences_are_sums_over_sequences(name):
+    world = WORLDS[name](length=10, task=1, **SMALL)
+    policy, engine = tables(world)
+    places, reward = enumerated(world)
+    p, q = (x.reshape(-1)[places].sum(-1) for x in (policy, engine))
+    assert torch.allclose(outlook(world, policy.exp()).reward, p.exp() @ reward, atol=1e-12)
+    assert torch.allclose(divergence(world, engine, policy), q.exp() @ (q - p), atol=1e-12)
+
+
+@pytest.mark.parametrize("name", WORLDS)
+@pytest.mark.parametrize("arm", ["uncorrected", "token-tis", "icepop"])
+def test_the_audit_finds_the_same_update_in_logits(name, arm):
+    world = WORLDS[name](length=8, task=2, **SMALL)
+    policy, engine = tables(world)
+    prefixes = TabularPolicy.random(2, world.length).sequences
+    # the row of "s t" that each prefix ends in
+    row = torch.zeros(len(prefixes.seen), dtype=torch.long)
+    places, reward = enumerated(world)
+    row[prefixes.contexts] = places // world.vocab
+
+    def unfolded(table):
+        return TabularPolicy(table.reshape(-1, world.vocab)[row], world.length)
+
+    baseline = outlook(world, engine.exp()).reward
+    found = audit(ARMS[arm].loss, unfolded(policy), unfolded(engine), reward - baseline)
+    per_context = torch.zeros(2 * world.length, world.vocab, dtype=torch.float64)
+    per_context.index_add_(0, row, found.expected)
+    gain = by_recursion(world, ARMS[arm], policy, engine).reshape(-1, world.vocab)
+    chances = policy.exp().reshape(-1, world.vocab)
+    assert torch.allclose(per_context, gain - chances * gain.sum(-1, keepdim=True), atol=1e-12)
+
+
+def test_the_expected_update_of_the_policy_itself_is_the_gradient_of_its_reward():
+    for name in WORLDS:
+        world = WORLDS[name](length=12, task=4, prompts=2)
+        table = tables(world)[0].requires_grad_()
+        policy = table.log_softmax(-1)
+        view = learner.View(policy, policy.detach(), policy.detach())
+        got = torch.autograd.grad(
+            exact.expected_gain(world, "sequence-is", view), table, retain_graph=True
+        )[0]
+        want = torch.autograd.grad(outlook(world, policy.exp()).reward.mean(), table)[0]
+        assert torch.allclose(got, want, atol=1e-12)
+
+
+def test_a_recursion_is_its_loop():
+    generator = torch.Generator().manual_seed(0)
+    slope, offset = torch.rand(2, 3, 37, generator=generator, dtype=torch.float64)
+    x, want = torch.full((3,), 0.3, dtype=torch.float64), []
+    for a, c in zip(slope.unbind(-1), offset.unbind(-1), strict=True):
+        want.append(x := a * x + c)
+    assert torch.allclose(recursion(slope, offset, 0.3)[:, 1:], torch.stack(want, -1))
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_samples_have_the_reward_that_is_expected(name):
+    world = WORLDS[name](length=20, task=5, prompts=2)
+    engine = tables(world)[1]
+    drawn = sample(world, engine.exp(), 20_000, torch.Generator().manual_seed(0))
+    want = outlook(world, engine.exp()).reward
+    error = drawn.reward.std(1) / 20_000**0.5
+    assert ((drawn.reward.mean(1) - want).abs() < 4 * error + 1e-3).all()
+    chances = engine.exp().reshape(-1)[drawn.places]
+    assert (chances > 0).all() and drawn.places.shape == (2 * 20_000, 20)
+
+
+def test_without_bits_to_lose_the_rounded_network_is_the_network():
+    world = World(length=8)
+    features = world.features(torch.Generator().manual_seed(0))
+    weights = untrained(world)
+    exact_logits = logits(weights, features)
+    errors = [
+        (rounded_logits(weights, features, body=bits, head=bits) - 20 - exact_logits).abs().mean()
+        for bits in (None, 10, 7, 4)
+    ]
+    assert errors[0] < 1e-5 < errors[1] < errors[2] / 4 < errors[3] / 16
+
+
+def test_one_update_on_a_recomputed_old_policy_is_plain_reinforce():
+    """PPO's ratio is 1 there: its update is the uncorrected one, and with token-TIS that of it."""
+    world = World(length=12, task=6)
+    policy, engine = tables(world)
+    for clipped, plain_arm in (("ppo", "uncorrected"), ("ppo-token-tis", "token-tis")):
+        got = slopes(ARMS[clipped], policy, policy, engine)
+        want = slopes(ARMS[plain_arm], policy, policy, engine)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_what_is_decided_leaves_token_weights_nothing_to_bias():
+    """After a mistake for good the return is fixed: token-IS moves no logit, no weights do."""
+    world = World(length=4, task=7)
+    policy, engine = tables(world)
+    moved = {}
+    for name in ("token-is", "uncorrected"):
+        gain = by_recursion(world, ARMS[name], policy, engine)[1]
+        moved[name] = (gain - policy[1].exp() * gain.sum(-1, keepdim=True)).abs().max()
+    assert moved["token-is"] < 1e-14 and moved["uncorrected"] > 1e-4
+
+
+def test_a_start_is_half_right_at_every_length():
+    for length in (16, 256):
+        world = World(length=length, task=8)
+        start = warm_start(world, steps=400)
+        features = world.features(torch.Generator().manual_seed(9))
+        chances = logits(start, features).double().softmax(-1)
+        assert outlook(world, chances).reward.mean().item() == pytest.approx(0.5, abs=0.05)
+
+
+def test_an_engine_behind_has_the_weights_of_then():
+    world = World(length=6, task=0)
+    pupil = learner.Learner(
+        world, untrained(world), Engine(plain, behind=2), optimizer="sgd", rate=0.1, seed=0
+    )
+    weights = []
+    for _ in range(4):
+        view = pupil.look()
+        weights.append({name: x.detach().clone() for name, x in pupil.weights.items()})
+        pupil.ascend(view.policy[..., 0].mean())
+    held = pupil.held[0]
+    assert all(torch.equal(held[name], weights[1][name]) for name in held)
+    assert torch.equal(view.rollout, view.engine) and not torch.equal(view.policy, view.engine)
+
+
+def test_designs_name_known_engines_and_arms_once():
+    runs = exact.design()
+    assert len(runs) == len(set(runs)) and {run.engine for run in runs} == set(ENGINES)
+    assert {run.arm for run in runs} == {*TOKEN_LOCAL, "sequence-is"}
+    sampled = behind.design((1e-3, 3e-4))
+    assert len(sampled) == len(set(sampled)) and {run.arm for run in sampled} <= set(ARMS)
+    assert behind.UNTOUCHED not in {run.task for run in sampled}
