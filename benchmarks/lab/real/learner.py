@@ -1,0 +1,116 @@
+"""The policy that learns: float32 weights, one update a batch."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.lab.real.model import open_model, open_tokenizer, weights
+from benchmarks.lab.real.packed import Answers, log_probs, sample
+from benchmarks.lab.real.sums import LONGEST, Sums
+from iscorrect import Correction, PolicyLoss, PPOClip, effective_sample_size, group_advantages, k3
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What all runs share.
+
+    Attributes:
+        steps: batches of answers, an update each.
+        learning_rate: of AdamW, reached after ``warmup`` steps.
+        warmup: steps.
+        prompts: of a step.
+        answers: to each prompt.
+        every: steps from one sending of weights to the next.
+        judged: steps from one evaluation of the policy to the next.
+        grid: of the first weights.
+    """
+
+    steps: int = 30
+    learning_rate: float = 2e-5
+    warmup: int = 3
+    prompts: int = 4
+    answers: int = 8
+    every: int = 1
+    judged: int = 5
+    grid: str = "bf16-grid"
+
+
+class Learner:
+    """Policy, task and optimiser; a seed fixes which prompts come."""
+
+    def __init__(self, folder: Path, schedule: Schedule, seed: int):
+        torch.manual_seed(seed)
+        self.schedule = schedule
+        self.task = Sums(open_tokenizer(folder))
+        self.model = open_model(folder, schedule.grid)
+        self.weights = weights(self.model)
+        self.steps = 0
+        self._random = random.Random(seed)
+        self._optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=schedule.learning_rate, betas=(0.9, 0.99), weight_decay=0
+        )
+
+    def draw(self) -> list[int]:
+        """The numbers of the next prompts."""
+        return self._random.sample(range(len(self.task.prompts)), self.schedule.prompts)
+
+    def update(
+        self, which: list[int], answers: Answers, correction: Correction
+    ) -> dict[str, float]:
+        """Learn from a batch; what it was like, before the update.
+
+            reward                   share of right answers
+            kl, log_prob_diff, max   k3 of KL(μ‖π) and |log π − log μ|, nats per token
+            ess_token, ess_sequence  of weights π/μ, as shares
+            gradient_norm            before clipping
+            entropy                  −mean log μ, nats per token
+            length                   tokens of an answer
+        """
+        rewards = self.task.rewards(which, answers)
+        group = torch.arange(len(which)).repeat_interleave(rewards.shape[1])
+        advantages = group_advantages(rewards.flatten(), group, estimator="grpo")
+        own = log_probs(self.model, answers.prompts, answers.token_ids).flatten(0, 1)
+        mask, sampled = answers.mask.flatten(0, 1), answers.log_probs.flatten(0, 1)
+        loss, _ = PolicyLoss(correction=correction, objective=PPOClip(), aggregation="token-mean")(
+            own, old_log_probs=own.detach(), rollout_log_probs=sampled, advantages=advantages,
+            mask=mask,
+        )
+        self._optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.steps += 1
+        for settings in self._optimizer.param_groups:
+            share = min(1, self.steps / self.schedule.warmup)
+            settings["lr"] = self.schedule.learning_rate * share
+        self._optimizer.step()
+        d = (own.detach() - sampled).where(mask, 0).double()
+        sequence = d.sum(1, keepdim=True).exp()
+        all_of_them = torch.ones_like(sequence, dtype=torch.bool)
+        return {
+            "reward": rewards.mean().item(), "kl": k3(d)[mask].mean().item(),
+            "log_prob_diff": d[mask].abs().mean().item(), "max": d.abs().max().item(),
+            "ess_token": effective_sample_size(d.exp(), mask).item(),
+            "ess_sequence": effective_sample_size(sequence, all_of_them).item(),
+            "gradient_norm": norm.item(), "entropy": -sampled[mask].mean().item(),
+            "length": mask.sum(1).float().mean().item(),
+        }
+
+    def right(self, model, *, greedy: bool, rows: int = 27) -> float:
+        """The share of all prompts that a model answers right, once each."""
+        found = []
+        for which in torch.arange(len(self.task.prompts)).split(rows):
+            prompts = self.task.prompts[which]
+            answers = sample(model, prompts, 1, LONGEST, self.task.end, greedy=greedy)
+            found.append(self.task.rewards(which.tolist(), answers))
+        return torch.cat(found).mean().item()
+
+
+def apart(own: Tensor, other: Tensor, mask: Tensor) -> float:
+    """k3 of KL(own‖other), nats per token, on tokens "g n t" that the first sampled."""
+    d = (other - own).where(mask, 0).double()
+    return k3(d)[mask].mean().item()
