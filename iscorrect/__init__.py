@@ -20,12 +20,21 @@ from types import ModuleType as _Module
 from iscorrect.errors import (
     InputError as InputError,
 )
+from iscorrect.fp16.arrival import (
+    WeightArrival as WeightArrival,
+    weight_arrival as weight_arrival,
+)
 from iscorrect.fp16.audit import (
     FP16Audit as FP16Audit,
     audit_fp16 as audit_fp16,
 )
 from iscorrect.fp16.scaler import (
     fp16_scaler as fp16_scaler,
+)
+from iscorrect.fp16.sending import (
+    Sent as Sent,
+    round_with_feedback as round_with_feedback,
+    stochastic_round as stochastic_round,
 )
 from iscorrect.head.fused import (
     fp32_head_loss as fp32_head_loss,

@@ -95,7 +95,12 @@ def _of_state_dict(caller: str, state: Mapping[str, Any]) -> Iterator[Stored]:
                 fix="load the weights, or pass their path",
             )
         dense = x if x.layout == torch.strided else x.detach().to_dense()
-        yield Stored(name, str(x.dtype).removeprefix("torch."), iter([dense]))
+        yield Stored(name, str(x.dtype).removeprefix("torch."), _cut(dense))
+
+
+def _cut(x: Tensor) -> Iterator[Tensor]:
+    for box in boxes(x.shape):
+        yield x[box]
 
 
 def _holds_tensors(x: Any) -> bool:

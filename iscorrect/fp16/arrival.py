@@ -1,0 +1,307 @@
+"""How much of an update survives the number format of the engine that it is sent to."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
+from math import nan
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from iscorrect.errors import check_choice, describe, input_error
+from iscorrect.fp16.checkpoints import FLOATS, Source, Stored, stored
+from iscorrect.fp16.ranges import MEASURED_AT_ONCE
+from iscorrect.text import Table, finite, number, percent, visible
+
+Scaling = Literal["none", "row"]
+Rounding = Callable[[Tensor], Tensor]
+"""What an engine makes of a tensor; the values, in whatever dtype."""
+
+MOST = 12  # tensors that are printed
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """What of the update of one tensor, or of several, an engine sees. Δ = w' − w.
+
+    Attributes:
+        name: of the tensor.
+        entries: how many.
+        moved: entries with Δ ≠ 0.
+        seen: of these, those whose sent value changed.
+        nonfinite: entries that are NaN or infinite, before or after, as stored or as sent; they
+            are in none of the other counts and sums.
+        inner: Σ (Q(w') − Q(w)) Δ.
+        squares: Σ Δ².
+        rest_squares: Σ (Q(w') − w')².
+    """
+
+    name: str
+    entries: int = 0
+    moved: int = 0
+    seen: int = 0
+    nonfinite: int = 0
+    inner: float = 0.0
+    squares: float = 0.0
+    rest_squares: float = 0.0
+
+    def __add__(self, other: Arrived) -> Arrived:
+        return replace(self, **{x: getattr(self, x) + getattr(other, x) for x in SUMS})
+
+    @property
+    def share(self) -> float:
+        """⟨Q(w') − Q(w), Δ⟩ / ‖Δ‖²; NaN without an update."""
+        return self.inner / self.squares if self.squares else nan
+
+    @property
+    def unchanged(self) -> float:
+        """The share of the entries with an update whose sent value stayed; NaN without any."""
+        return 1 - self.seen / self.moved if self.moved else nan
+
+    @property
+    def rest(self) -> float:
+        """‖Q(w') − w'‖ / ‖Δ‖, the rounding beside the update; NaN without one."""
+        return float((self.rest_squares / self.squares) ** 0.5) if self.squares else nan
+
+    def to_dict(self) -> dict[str, Any]:
+        """Counts, and the three shares."""
+        counts = {x: getattr(self, x) for x in ("entries", "moved", "seen", "nonfinite")}
+        shares = {"share": self.share, "unchanged": self.unchanged, "rest": self.rest}
+        held: dict[str, Any] = finite({"name": self.name, **counts, **shares})
+        return held
+
+
+SUMS = ("entries", "moved", "seen", "nonfinite", "inner", "squares", "rest_squares")
+
+
+def arrived(
+    name: str, before: Tensor, after: Tensor, *, sent_before: Tensor, sent_after: Tensor
+) -> Arrived:
+    """What of an update arrives, given what was sent before it and after it.
+
+    Args:
+        name: of the tensor.
+        before: the trainer's weights, of any shape.
+        after: the same after the update.
+        sent_before: what the engine was sent of ``before``.
+        sent_after: what it was sent of ``after``.
+
+    >>> w, step = torch.ones(1), torch.full((1,), 2**-9)  # half of a step of BF16 at 1 is 2⁻⁸
+    >>> arrived("w", w, w + step, sent_before=w, sent_after=(w + step).bfloat16()).share
+    0.0
+    """
+    tensors = [x.detach().reshape(-1) for x in (before, after, sent_before, sent_after)]
+    parts = zip(*(x.split(MEASURED_AT_ONCE) for x in tensors), strict=True)
+    return sum((_arrived_flat(name, *part) for part in parts), Arrived(name))
+
+
+def _arrived_flat(name: str, w: Tensor, w2: Tensor, q: Tensor, q2: Tensor) -> Arrived:
+    w, w2, q, q2 = (x.to(torch.float64) for x in (w, w2, q, q2))
+    finite = (w + w2 + q + q2).isfinite()
+    update, seen, rest = ((a - b).where(finite, 0) for a, b in ((w2, w), (q2, q), (q2, w2)))
+    moved = update != 0
+    sums = torch.stack([
+        moved.sum().double(), (moved & (seen != 0)).sum().double(), (~finite).sum().double(),
+        seen @ update, update @ update, rest @ rest,
+    ]).tolist()
+    return Arrived(name, w.numel(), *map(int, sums[:3]), *sums[3:])
+
+
+@dataclass(frozen=True)
+class WeightArrival:
+    """What :func:`weight_arrival` found; printing it shows the tables.
+
+    Attributes:
+        format: that the engine holds its weights in.
+        rows: one per tensor.
+        skipped: dtype of each tensor that is not a float of 16 bits or more, by name.
+    """
+
+    format: str
+    rows: tuple[Arrived, ...]
+    skipped: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def total(self) -> Arrived:
+        """All tensors together."""
+        return sum(self.rows, Arrived("all"))
+
+    @property
+    def share(self) -> float:
+        """⟨Q(w') − Q(w), Δ⟩ / ‖Δ‖² of the whole update; NaN without one."""
+        return self.total.share
+
+    def blocks(self) -> list[str | Table]:
+        """Tables and lines that say what was found."""
+        moved = sorted((row for row in self.rows if row.moved), key=lambda row: row.share)
+        blocks: list[str | Table] = [summary([self])]
+        if moved:
+            blocks += ["", Table(
+                f"Least of it arrives in {self.format} of",
+                ["tensor", "arrives", "unchanged", "rest / update"],
+                [[visible(row.name), number(row.share), percent(row.unchanged), number(row.rest)]
+                 for row in moved[:MOST]],
+            )]
+        return blocks
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON can hold it."""
+        return {
+            "format": self.format, "total": self.total.to_dict(),
+            "tensors": [row.to_dict() for row in self.rows], "skipped": dict(self.skipped),
+        }
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.blocks()))
+
+
+def summary(found: Iterable[WeightArrival]) -> Table:
+    """What arrives in several formats, as one table."""
+    return Table(
+        "What an engine sees of the update",
+        ["engine", "arrives", "unchanged", "rest / update", "entries", "not finite"],
+        [[x.format, number(x.share), percent(x.total.unchanged), number(x.total.rest),
+          f"{x.total.entries:,}", f"{x.total.nonfinite:,}"] for x in found],
+    )
+
+
+def weight_arrival(
+    before: Source, after: Source, dtype: torch.dtype = torch.bfloat16, *, scaling: Scaling = "none"
+) -> WeightArrival:
+    """The share of an update that is left once weights are rounded to an engine's number format.
+
+        share = ⟨Q(w + Δ) − Q(w), Δ⟩ / ‖Δ‖²
+
+    where Q rounds to the nearest number of ``dtype``. It is 1 where the engine moves as its
+    trainer does, and 0 where every entry's update is lost: one of less than half a step of the
+    grid, |w| 2⁻⁹ to |w| 2⁻⁸ in BF16, from weights that lie on the grid, as those of a checkpoint
+    stored in BF16 do. Then the engine samples from an older policy. From weights that lie anywhere
+    between the grid's points the share is near 1, however few entries change: those that do, jump.
+
+    Both are read tensor by tensor, `.safetensors` piece by piece.
+
+    Args:
+        before: the trainer's own weights, not what was sent: a module, a state dict, or a path as
+            :func:`audit_fp16` takes it.
+        after: the same after one update or several.
+        dtype: that the engine holds its weights in: 16-bit or FP8.
+        scaling: "none", or for FP8 "row": each row of a tensor (all of one with a single axis) is
+            scaled to the largest number of ``dtype``, with a scale of its own before and after.
+
+    Returns:
+        A :class:`WeightArrival`; print it. Every tensor is rounded, also those that quantised
+        engines leave in 16 bits: pass state dicts of the others to leave these out.
+
+    Raises:
+        InputError: a path that cannot be read, tensors of other names or shapes, or an unknown
+            dtype or scaling.
+
+    References:
+        PULSE, arXiv 2602.03839: below which size an update does not show in BF16.
+
+    >>> w = {"w": torch.linspace(0.5, 1, 9)}  # on the grid of BF16, whose half step is 2⁻⁹ here
+    >>> moved = {"w": w["w"] - 2**-10}
+    >>> weight_arrival(w, moved, torch.bfloat16).share
+    0.0
+    >>> weight_arrival(w, moved, torch.float16).share
+    1.0
+    """
+    check_scaling("weight_arrival", dtype, scaling)
+    name = str(dtype).removeprefix("torch.") + (" by row" if scaling == "row" else "")
+    grids = {name: functools.partial(to_grid, dtype=dtype, scaling=scaling)}
+    (found,) = arrivals("weight_arrival", before, after, grids)
+    return found
+
+
+def check_scaling(caller: str, dtype: object, scaling: object) -> None:
+    """Raise unless an engine could hold weights in that format."""
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize <= 2
+            and dtype not in NOT_ROUNDED_TO):
+        raise input_error(
+            caller, "dtype", expected="a floating-point dtype of 8 or 16 bits", got=repr(dtype),
+            fix="pass torch.bfloat16, torch.float16 or torch.float8_e4m3fn",
+        )
+    check_choice(caller, "scaling", scaling, get_args(Scaling))
+
+
+NOT_ROUNDED_TO = [
+    getattr(torch, name) for name in ("float8_e8m0fnu", "float4_e2m1fn_x2") if hasattr(torch, name)
+]
+"""Formats of scales, and of two numbers a byte, which torch does not round to."""
+
+
+def to_grid(x: Tensor, dtype: torch.dtype, scaling: Scaling) -> Tensor:
+    """The nearest numbers of a dtype, as float32 or wider."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if scaling == "none":
+        return wide.to(dtype).to(wide.dtype)
+    axes = -1 if x.ndim else ()
+    scale = wide.abs().amax(axes, keepdim=True) / torch.finfo(dtype).max
+    scale = torch.where(scale > 0, scale, 1)
+    return (wide / scale).to(dtype).to(wide.dtype) * scale
+
+
+def arrivals(
+    caller: str, before: Source, after: Source, grids: Mapping[str, Rounding],
+    show: Callable[[Iterable[Stored]], Iterable[Stored]] = iter,
+) -> list[WeightArrival]:
+    """:func:`weight_arrival` in several formats, in one pass over the weights.
+
+    Args:
+        caller: what messages begin with.
+        before: the trainer's weights.
+        after: the same later.
+        grids: how each format rounds, by its name.
+        show: passes on the tensors of ``before``, as they are come to.
+    """
+    rows: dict[str, list[Arrived]] = {name: [] for name in grids}
+    skipped = {}
+    later = {x.name: x for x in stored(caller, after)}
+    first = list(stored(caller, before))
+    _check_names(caller, {x.name for x in first}, set(later))
+    for tensor in show(first):
+        name, dtype = tensor.name, tensor.dtype
+        if not {dtype, later[name].dtype} <= {*FLOATS.values()}:
+            skipped[name] = dtype
+            continue
+        sums = {form: Arrived(name) for form in grids}
+        for old, new in _pieces(caller, tensor, later[name]):
+            for form, rounded in grids.items():
+                sums[form] += arrived(
+                    name, old, new, sent_before=rounded(old), sent_after=rounded(new)
+                )
+        for form, row in sums.items():
+            rows[form].append(row)
+    if not any(rows.values()):
+        raise input_error(
+            caller, "before", expected="weights in FP64, FP32, BF16 or FP16",
+            got=", ".join(sorted(set(skipped.values()))) or "no tensor",
+            fix="pass the trainer's own weights",
+        )
+    return [WeightArrival(form, tuple(of), skipped) for form, of in rows.items()]
+
+
+def _check_names(caller: str, before: set[str], after: set[str]) -> None:
+    if other := sorted(before ^ after):
+        where = "`before`" if other[0] in before else "`after`"
+        raise input_error(
+            caller, "after", expected="of the same tensors as `before`",
+            got=f"{visible(other[0])} in {where} alone, and {len(other) - 1} more such names",
+            fix="pass two checkpoints that one run saved alike",
+        )
+
+
+def _pieces(caller: str, before: Stored, after: Stored) -> Iterator[tuple[Tensor, Tensor]]:
+    for old, new in zip_longest(before.pieces, after.pieces):
+        if old is None or new is None or old.shape != new.shape:
+            sizes = ["nothing" if x is None else describe(x) for x in (new, old)]
+            raise input_error(
+                caller, "after", expected="of the same shapes as `before`",
+                got=f"{sizes[0]} beside {sizes[1]} in {visible(before.name)}",
+                fix="pass two checkpoints that one run saved alike",
+            )
+        yield old, new.to(old.device)

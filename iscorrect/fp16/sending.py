@@ -1,0 +1,155 @@
+"""What to round weights with where they are sent to an engine, so that small updates arrive."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from iscorrect.errors import describe, input_error
+from iscorrect.fp16.arrival import check_scaling
+
+BITS = {2: (torch.int16, 0x7FFF), 1: (torch.uint8, 0x7F)}
+"""By bytes of a dtype: the integers that its numbers are read as, and the bits of a magnitude."""
+
+
+def stochastic_round(
+    x: Tensor, dtype: torch.dtype, *, generator: torch.Generator | None = None
+) -> Tensor:
+    """Round to one of the two neighbours in ``dtype``, at random, so that the mean is ``x``.
+
+        P(hi) = (x − lo) / (hi − lo),  lo ≤ x ≤ hi neighbours in ``dtype``
+
+    An update of the hundredth part of a step of the grid changes one entry of a hundred, and so
+    arrives on average, where rounding to nearest may lose all of it. The price is noise: a variance
+    of at most (hi − lo)² / 4, between one and three times that of rounding to nearest where x lies
+    anywhere.
+
+    With a generator that is seeded alike before every send (each tensor in the same order), an
+    entry meets the same draw every time: it changes once as it passes its own threshold, and what
+    did not change is sent as it was.
+
+    Args:
+        x: float32 or wider, of any shape; the trainer's weights.
+        dtype: of the engine: 16-bit or FP8.
+        generator: of the draws, on x's device; torch's own if None.
+
+    Returns:
+        In ``dtype``. Exact numbers of it stay; what is not finite, or beyond its range, becomes
+        what ``x.to(dtype)`` makes of it.
+
+    Raises:
+        InputError: x or dtype is of another kind.
+
+    References:
+        Gupta et al., arXiv 1502.02551: stochastic rounding in training.
+
+    >>> x = torch.full((10000,), 1 + 2**-10)  # an eighth of the way from 1 to the next in BF16
+    >>> x.bfloat16().mean(dtype=torch.float32).item()
+    1.0
+    >>> sent = stochastic_round(x, torch.bfloat16, generator=torch.Generator().manual_seed(0))
+    >>> sorted({*sent.tolist()}), round(float((sent.float() - 1).mean() * 2**10), 1)
+    ([1.0, 1.0078125], 1.0)
+    """
+    low, high, up = neighbours("stochastic_round", x, dtype)
+    draw = torch.rand(x.shape, generator=generator, device=x.device, dtype=torch.float32)
+    # draws are multiples of 2⁻²⁴, as are the probabilities but for those below FP16's normal range
+    return _where(draw < up, high, low)
+
+
+def neighbours(caller: str, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The numbers of a dtype next to x, toward 0 and away from it, and P(away from it).
+
+    >>> low, high, up = neighbours("f", torch.tensor([1.25, -1.0]), torch.float8_e5m2)
+    >>> low.tolist(), high.tolist(), up.tolist()
+    ([1.25, -1.0], [1.25, -1.0], [0.0, 0.0])
+    >>> low, high, up = neighbours("f", torch.tensor([1.1875]), torch.float8_e5m2)
+    >>> low.tolist(), high.tolist(), up.tolist()
+    ([1.0], [1.25], [0.75])
+    """
+    check_scaling(caller, dtype, "none")
+    if not (isinstance(x, Tensor) and x.is_floating_point() and x.element_size() >= 4):
+        raise input_error(
+            caller, "x", expected="a tensor of float32 or wider", got=describe(x),
+            fix="pass the trainer's float32 weights",
+        )
+    integers, magnitude = BITS[dtype.itemsize]
+    nearest = x.to(dtype)
+    size, largest = x.abs(), torch.finfo(dtype).max
+    inside = nearest.to(x.dtype).isfinite() & (size <= largest)
+    bits = nearest.view(integers)
+    step = torch.ones_like(bits)
+    beyond = inside & (nearest.to(x.dtype).abs() > size)
+    low = torch.where(beyond, bits - step, bits)
+    exact = low.view(dtype).to(x.dtype).abs() == size
+    high = torch.where(inside & ~exact & ((low & magnitude) < magnitude), low + step, low)
+    low, high = low.view(dtype), high.view(dtype)
+    a, b = low.to(x.dtype).abs(), high.to(x.dtype).abs()
+    up = torch.where(b > a, (size - a) / torch.where(b > a, b - a, 1), 0)
+    return low, high, up.to(torch.float32)
+
+
+def _where(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """``torch.where``, also of FP8, by the bits."""
+    integers, _ = BITS[a.dtype.itemsize]
+    return torch.where(condition, a.view(integers), b.view(integers)).view(a.dtype)
+
+
+class Sent(NamedTuple):
+    """What :func:`round_with_feedback` gives.
+
+    Attributes:
+        weights: for the engine, in its dtype.
+        rest: what rounding took, for the next send; in x's dtype.
+    """
+
+    weights: Tensor
+    rest: Tensor
+
+
+def round_with_feedback(x: Tensor, dtype: torch.dtype, rest: Tensor | None = None) -> Sent:
+    """Round to nearest, with what rounding took the last time added first.
+
+        sent_k = Q(x_k + rest_{k−1}),  rest_k = x_k + rest_{k−1} − sent_k
+
+    so that Σ sent_k = Σ x_k + rest_0 − rest_K up to float32's own rounding: over several sends the
+    engine's mean weights are the trainer's. Any one send is off by up to a whole step of the grid,
+    where rounding to nearest is by half of one, and the rests are as large as the model.
+
+    Args:
+        x: float32 or wider, of any shape; the trainer's weights.
+        dtype: of the engine: 16-bit or FP8.
+        rest: of the last send of the same tensor; None for none.
+
+    Raises:
+        InputError: x or dtype is of another kind, or ``rest`` of another shape.
+
+    References:
+        Seide et al., 1-bit stochastic gradient descent, Interspeech 2014: error feedback.
+
+    >>> x, rest = torch.tensor([1 + 2**-9]), None  # a quarter of the way to the next in BF16
+    >>> for _ in range(4):
+    ...     sent, rest = round_with_feedback(x, torch.bfloat16, rest)
+    ...     print(sent.item(), rest.item() * 2**9)
+    1.0 1.0
+    1.0 2.0
+    1.0078125 -1.0
+    1.0 0.0
+    """
+    check_scaling("round_with_feedback", dtype, "none")
+    if not (isinstance(x, Tensor) and x.is_floating_point() and x.element_size() >= 4):
+        raise input_error(
+            "round_with_feedback", "x", expected="a tensor of float32 or wider", got=describe(x),
+            fix="pass the trainer's float32 weights",
+        )
+    if rest is not None and rest.shape != x.shape:
+        raise input_error(
+            "round_with_feedback", "rest", expected=f"of shape {tuple(x.shape)} like `x`",
+            got=describe(rest), fix="pass the rest of the same tensor's last send",
+        )
+    wanted = x.detach() if rest is None else x.detach() + rest
+    sent = wanted.to(dtype)
+    back = sent.to(x.dtype)
+    # an entry that the format cannot hold leaves no rest, which would stay NaN for ever
+    return Sent(sent, (wanted - back).where(back.isfinite() & wanted.isfinite(), 0))

@@ -1,0 +1,352 @@
+"""What of an update arrives in an engine's number format, and the remedies where it is sent."""
+
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, strategies as st
+from safetensors.torch import save_file
+from torch import nn
+
+import iscorrect.fp16.checkpoints
+from iscorrect import InputError, round_with_feedback, stochastic_round, weight_arrival
+from iscorrect.cli.main import main
+from iscorrect.fp16.arrival import arrived, to_grid
+from iscorrect.fp16.checkpoints import boxes
+from iscorrect.fp16.sending import neighbours
+
+FP8 = [torch.float8_e4m3fn, torch.float8_e5m2]
+DTYPES = [torch.bfloat16, torch.float16, *FP8]
+
+
+def every_number(dtype):
+    """All finite numbers of a dtype, in float64, in order and once each."""
+    bits = torch.arange(2 ** (8 * dtype.itemsize), dtype=torch.int64)
+    kind = torch.int16 if dtype.itemsize == 2 else torch.uint8
+    values = bits.to(kind).view(dtype).double()
+    return np.unique(values[values.isfinite()].numpy())
+
+
+def nearest(x, dtype):
+    """The nearest numbers of a dtype in float64, ties to the even one, by looking at all."""
+    grid = every_number(dtype)
+    place = np.clip(np.searchsorted(grid, x), 1, len(grid) - 1)
+    low, high = grid[place - 1], grid[place]
+    middle = (low + high) / 2
+    found = np.where(x > middle, high, low)
+    ties = np.flatnonzero(x == middle)
+    kind = torch.int16 if dtype.itemsize == 2 else torch.uint8
+    for i in ties:
+        odd = int(torch.tensor(low[i]).to(dtype).view(kind)) & 1
+        found[i] = high[i] if odd else low[i]
+    return found
+
+
+# the share that arrives
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scaling", ["none", "row"])
+def test_the_share_is_that_of_float64(dtype, scaling):
+    torch.manual_seed(0)
+    before = torch.randn(7, 30) * 0.05
+    after = before + torch.randn(7, 30) * 1e-3
+    w, w2 = before.double().numpy(), after.double().numpy()
+
+    def rounded(x):
+        scale = np.float32(1)
+        if scaling == "row":  # as float32 has it
+            largest = np.abs(x).max(1, keepdims=True).astype(np.float32)
+            scale = largest / np.float32(torch.finfo(dtype).max)
+        small = x.astype(np.float32) / scale
+        return nearest(small.astype(np.float64), dtype).astype(np.float32) * scale
+
+    q, q2 = rounded(w).astype(np.float64), rounded(w2).astype(np.float64)
+    found = weight_arrival({"w": before}, {"w": after}, dtype, scaling=scaling)
+    step = w2 - w
+    assert found.share == pytest.approx(np.sum((q2 - q) * step) / np.sum(step**2), rel=1e-12)
+    assert found.total.seen == np.sum(q2 != q)
+    assert found.total.rest == pytest.approx(np.linalg.norm(q2 - w2) / np.linalg.norm(step))
+
+
+def test_updates_of_less_than_half_a_step_vanish_from_weights_on_the_grid():
+    grid = torch.arange(128, 256) * 2.0**-12  # every BF16 of an octave, 2⁻¹² apart
+    for size, share in ((0.499, 0.0), (0.501, 1 / 0.501), (1.0, 1.0)):
+        found = weight_arrival({"w": grid}, {"w": grid + size * 2.0**-12})
+        assert found.share == pytest.approx(share, rel=1e-3)
+        assert found.total.unchanged == (1.0 if size < 0.5 else 0.0)
+
+
+def test_from_weights_anywhere_small_updates_arrive_on_average():
+    w = (1 + torch.linspace(0, 1, 400_001))[:-1]
+    found = weight_arrival({"w": w}, {"w": w + 2.0**-11})  # an eighth of half a step
+    assert found.share == pytest.approx(1.0, abs=0.01)
+    assert found.total.unchanged == pytest.approx(1 - 2.0**-4, abs=0.01)
+
+
+def test_a_format_that_holds_the_weights_passes_the_whole_update():
+    w = torch.randn(50).half()
+    found = weight_arrival({"w": w}, {"w": w * 2}, torch.float16)
+    assert (found.share, found.total.rest) == (1.0, 0.0)
+
+
+def test_a_total_is_that_of_the_tensors_laid_end_to_end():
+    torch.manual_seed(1)
+    before = {"a": torch.randn(5, 3), "b": torch.randn(40)}
+    after = {name: x + torch.randn_like(x) * 3e-3 for name, x in before.items()}
+    ends = ({"ab": torch.cat([x["a"].flatten(), x["b"]])} for x in (before, after))
+    whole = weight_arrival(*ends)
+    total = weight_arrival(before, after).total
+    assert total.share == pytest.approx(whole.share)
+    assert (total.entries, total.seen) == (whole.total.entries, whole.total.seen)
+
+
+def test_without_an_update_there_is_no_share():
+    found = weight_arrival({"w": torch.ones(3)}, {"w": torch.ones(3)})
+    assert math.isnan(found.share) and math.isnan(found.total.unchanged)
+    assert found.to_dict()["total"]["share"] is None
+    assert "–" in str(found)
+
+
+def test_what_is_not_finite_is_counted_and_left_out():
+    before = torch.tensor([1.0, 1.0, math.nan, 70000.0])
+    after = torch.tensor([2.0, math.inf, 1.0, 70001.0])
+    total = weight_arrival({"w": before}, {"w": after}, torch.float16).total
+    assert (total.nonfinite, total.moved, total.share) == (3, 1, 1.0)
+
+
+def test_arrival_of_what_was_sent_in_another_way():
+    w, w2 = torch.tensor([1.0, 2.0]), torch.tensor([1.5, 1.0])
+    sent, sent2 = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.0])
+    found = arrived("w", w, w2, sent_before=sent, sent_after=sent2)
+    assert found.share == pytest.approx((0 * 0.5 + -2 * -1) / (0.25 + 1))
+    assert (found.moved, found.seen, found.unchanged) == (2, 1, 0.5)
+
+
+# what is read
+
+
+def planted(folder):
+    torch.manual_seed(2)
+    states = [{"a": torch.randn(30, 5, dtype=torch.float32), "n": torch.arange(3)}]
+    states.append({"a": states[0]["a"] + 1e-3, "n": torch.arange(3)})
+    for name, state in zip(("before", "after"), states, strict=True):
+        (folder / name).mkdir()
+        save_file(state, folder / name / "model.safetensors")
+    return states
+
+
+def test_folders_files_state_dicts_and_modules_say_the_same(tmp_path):
+    before, after = planted(tmp_path)
+    torch.save(after, tmp_path / "after.pt")
+    of_state = weight_arrival(before, after)
+    for paths in (
+        (tmp_path / "before", tmp_path / "after"), (before, tmp_path / "after"),
+        (tmp_path / "before", str(tmp_path / "after.pt")),
+    ):
+        found = weight_arrival(*paths)
+        assert found.rows == of_state.rows
+        assert set(found.skipped) == {"n"}
+    old, new = nn.Linear(3, 2), nn.Linear(3, 2)
+    by_module = weight_arrival(old, new)
+    assert by_module == weight_arrival(old.state_dict(), new.state_dict())
+
+
+def test_no_read_holds_more_than_a_piece(tmp_path, monkeypatch):
+    planted(tmp_path)
+    whole = weight_arrival(tmp_path / "before", tmp_path / "after")
+    sizes = []
+
+    def small(shape, _=None):
+        yield from boxes(shape, 8)
+
+    def watched(x, **of):
+        sizes.append(x.numel())
+        return to_grid(x, **of)
+
+    monkeypatch.setattr(iscorrect.fp16.checkpoints, "boxes", small)
+    monkeypatch.setattr("iscorrect.fp16.arrival.to_grid", watched)
+    parts = weight_arrival(tmp_path / "before", tmp_path / "after")
+    assert max(sizes) <= 8 and len(sizes) == 2 * 30
+    assert parts.share == pytest.approx(whole.share)
+    assert parts.total.seen == whole.total.seen
+
+
+@pytest.mark.parametrize(
+    ("after", "message"),
+    [({"v": torch.ones(3)}, r"v in `after` alone, and 1 more"),
+     ({"w": torch.ones(4)}, r"float32 \(4,\) beside float32 \(3,\) in w"),
+     ({"w": torch.ones(3), "x": torch.ones(3)}, "x in `after` alone")],
+)
+def test_two_models_are_no_update(after, message):
+    with pytest.raises(InputError, match=message):
+        weight_arrival({"w": torch.ones(3)}, after)
+
+
+@pytest.mark.parametrize(
+    ("changes", "argument"),
+    [(dict(dtype=torch.float32), "dtype"), (dict(dtype="bfloat16"), "dtype"),
+     (dict(dtype=torch.int8), "dtype"), (dict(scaling="tensor"), "scaling")],
+)
+def test_what_no_engine_holds_is_refused(changes, argument):
+    with pytest.raises(InputError, match=f"`{argument}`"):
+        weight_arrival({"w": torch.ones(3)}, {"w": torch.ones(3)}, **changes)
+
+
+def test_quantised_weights_alone_are_refused():
+    packed = {"w": torch.ones(3, dtype=torch.int8)}
+    with pytest.raises(InputError, match="the trainer's own weights"):
+        weight_arrival(packed, packed)
+
+
+# the command
+
+
+def test_fp16_check_says_what_arrives_since_an_earlier_checkpoint(tmp_path, capsys):
+    grid = torch.linspace(0.5, 1, 129)
+    for name, state in (("old", grid), ("new", grid - 2.0**-11)):
+        save_file({"w": state}, tmp_path / f"{name}.safetensors")
+    paths = [str(tmp_path / "new.safetensors"), "--since", str(tmp_path / "old.safetensors")]
+    assert main(["fp16-check", *paths]) == 0
+    printed = capsys.readouterr().out
+    rows = {line.split("  ")[0]: line.split() for line in printed.splitlines()}
+    assert rows["bfloat16"][1:4] == ["0", "100.0", "%"]
+    assert rows["float16"][1:4] == ["1.000", "0", "%"]
+    assert printed.splitlines()[-1].startswith("Safe with loss scaling")
+    assert main(["fp16-check", *paths, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["update"]
+    assert [x["format"] for x in found] == ["bfloat16", "float16", "float8_e4m3fn by row"]
+    assert [x["total"]["share"] for x in found][:2] == [0.0, 1.0]
+    assert main(["fp16-check", paths[0], "--since", str(tmp_path / "none")]) == 2
+    assert "a path that exists" in capsys.readouterr().err
+
+
+# the remedies
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_neighbours_are_those_of_the_list_of_all_numbers(dtype):
+    grid = every_number(dtype)
+    torch.manual_seed(0)
+    inside = torch.cat([
+        torch.randn(2000) * torch.logspace(-9, 2, 2000), torch.tensor(grid[::97]).float(),
+        torch.tensor([0.0, -0.0, 2.0**-30]),
+    ])
+    inside = inside[inside.abs() <= grid[-1]]
+    low, high, up = (x.double().numpy() for x in neighbours("f", inside, dtype))
+    x = inside.double().numpy()
+    size = np.abs(x)
+    positive = grid[grid >= 0]
+    place = np.searchsorted(positive, size, side="right") - 1
+    assert np.array_equal(np.abs(low), positive[place])
+    exact = positive[place] == size
+    above = positive[np.minimum(place + 1, len(positive) - 1)]
+    assert np.array_equal(np.abs(high), np.where(exact, size, above))
+    assert np.array_equal(np.signbit(low), np.signbit(x))
+    assert np.array_equal(up[exact], np.zeros(exact.sum()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(x=st.floats(-400, 400, width=32))
+def test_stochastic_rounding_has_no_bias_over_its_two_outcomes(dtype, x):
+    low, high, up = (v.double().item() for v in neighbours("f", torch.tensor([x]), dtype))
+    assert min(low, high) <= x <= max(low, high) and 0 <= up < 1
+    # the probability itself is a float32
+    assert (1 - up) * low + up * high == pytest.approx(x, abs=abs(high - low) * 2**-24)
+    drawn = math.ceil(up * 2**24) / 2**24  # how many of the 2²⁴ draws lie below it
+    spacing = 2.0 ** (math.frexp(x)[1] - 24) if x else 0.0
+    if high != low and spacing >= abs(high - low) * 2**-24:
+        assert drawn == up  # exact: float32's own step is a whole number of draws
+
+
+def test_every_draw_below_the_probability_rounds_away_from_zero(monkeypatch):
+    x = torch.tensor([1 + 2**-9, -1 - 2**-9])  # a quarter of a step of BF16
+    found = []
+    for draw in (0.0, 0.25 - 2**-24, 0.25, 1 - 2**-24):
+        monkeypatch.setattr(torch, "rand", lambda *_, draw=draw, **__: torch.full((2,), draw))
+        found.append(stochastic_round(x, torch.bfloat16).tolist())
+    away, back = [1 + 2**-7, -1 - 2**-7], [1.0, -1.0]
+    assert found == [away, away, back, back]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_numbers_of_the_format_stay_and_what_it_cannot_hold_is_as_torch_has_it(dtype):
+    grid = torch.tensor(every_number(dtype)).float()
+    assert torch.equal(stochastic_round(grid, dtype).float(), grid)
+    outside = torch.tensor([math.inf, -math.inf, math.nan, 3e38, 1e6, -1e6])
+    outside = outside[~(outside.abs() <= torch.finfo(dtype).max)]
+    sent, plain = stochastic_round(outside, dtype).float(), outside.to(dtype).float()
+    assert torch.equal(sent.nan_to_num(7), plain.nan_to_num(7))
+
+
+def test_a_seeded_generator_sends_what_did_not_change_as_it_was():
+    torch.manual_seed(0)
+    w = torch.randn(10_000) * 0.05
+
+    def sent(x):
+        return stochastic_round(x, torch.bfloat16, generator=torch.Generator().manual_seed(5))
+
+    first = sent(w)
+    later = [sent(w + k * 2e-6).float() for k in range(5)]
+    assert torch.equal(first, sent(w))
+    for old, new in itertools.pairwise(later):
+        assert (new >= old).all()  # an entry passes its threshold once
+    ends = weight_arrival({"w": w}, {"w": w + 8e-6}).total.moved
+    share = arrived("w", w, w + 8e-6, sent_before=later[0], sent_after=later[4]).share
+    assert ends == 10_000 and share == pytest.approx(1.0, abs=0.3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_feedback_sent_adds_up_to_what_it_was_given(dtype):
+    torch.manual_seed(3)
+    given_, sent, rest = torch.zeros(200).double(), torch.zeros(200).double(), None
+    for _ in range(50):
+        x = torch.randn(200)
+        out, rest = round_with_feedback(x, dtype, rest)
+        given_ += x.double()
+        sent += out.double()
+    assert torch.allclose(sent + rest.double(), given_, rtol=0, atol=50 * 2**-22)
+
+
+def test_feedback_sends_a_constant_weight_right_on_average():
+    x, rest, sent = torch.tensor([1 + 2**-10]), None, []
+    for _ in range(8):
+        out, rest = round_with_feedback(x, torch.bfloat16, rest)
+        sent.append(out.item())
+    assert sum(sent) / 8 == x.item()
+    assert x.bfloat16().item() == 1.0
+
+
+def test_what_a_format_cannot_hold_leaves_no_rest():
+    _, rest = round_with_feedback(torch.tensor([1e5, math.nan, 1.0]), torch.float16)
+    assert rest.tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("send", [stochastic_round, round_with_feedback])
+@pytest.mark.parametrize(
+    ("x", "dtype", "message"),
+    [(torch.ones(2).bfloat16(), torch.bfloat16, "float32 or wider, got bfloat16"),
+     (torch.ones(2), torch.float32, "`dtype`"), (1.0, torch.bfloat16, "got float")],
+)
+def test_sends_of_other_things_are_refused(send, x, dtype, message):
+    with pytest.raises(InputError, match=message):
+        send(x, dtype)
+
+
+def test_a_rest_of_another_tensor_is_refused():
+    with pytest.raises(InputError, match=r"`rest` must be of shape \(2,\)"):
+        round_with_feedback(torch.ones(2), torch.bfloat16, torch.ones(3))
+
+
+@pytest.mark.parametrize("name", ["old_is_lag", "noise"])
+def test_lag_and_noise_of_one_size_are_told_apart(name):
+    torch.manual_seed(4)
+    start = torch.randn(20_000)
+    update = torch.randn(20_000) * 1e-2
+    sent = start if name == "old_is_lag" else start + update + torch.randn(20_000) * 1e-2
+    found = arrived("w", start, start + update, sent_before=start, sent_after=sent)
+    assert found.rest == pytest.approx(1.0, abs=0.03)
+    assert found.share == pytest.approx(0.0 if name == "old_is_lag" else 1.0, abs=0.03)
