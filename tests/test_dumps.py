@@ -223,6 +223,84 @@ class TestDialects:
         assert dump.token_ids[0, 0] == 8
         assert dump.token_ids[1].tolist() == [8, 9]
 
+    def details(self, path, rows=3):
+        """What slime writes for one step: rollouts, and the trainer's samples in the same order."""
+        rollouts = [
+            {
+                "index": 7 + i, "group_index": i // 2, "tokens": [1, 2, 3 + i],
+                "response_length": 2, "rollout_log_probs": [-1.0 - i, -2.0],
+                "weight_versions": ["4"] * (1 + i % 2), "status": "completed",
+            }
+            for i in range(rows)
+        ]
+        samples = [
+            {
+                "rollout_position": i, "sample_index": 7 + i, "data_parallel_rank": 0,
+                "tokens": torch.tensor(x["tokens"]), "response_lengths": 2, "total_lengths": 3,
+                "loss_masks": torch.ones(2, dtype=torch.int),
+                "rollout_log_probs": torch.tensor(x["rollout_log_probs"]),
+                "log_probs": torch.tensor(x["rollout_log_probs"]) - 0.5,
+            }
+            for i, x in enumerate(rollouts)
+        ]
+        for folder in ("rollout_data", "train_data"):
+            (path / folder).mkdir(parents=True)
+        torch.save({"rollout_id": 5, "samples": rollouts}, path / "rollout_data" / "5.pt")
+        torch.save({"rollout_id": 5, "samples": rollouts}, path / "rollout_data" / "eval_5.pt")
+        content = {"format_version": 2, "rollout_id": 5, "rank": 0, "samples": samples}
+        torch.save(content, path / "train_data" / "5.pt")
+        return rollouts, samples
+
+    def test_the_directory_of_dump_details_is_the_trainers_samples_with_their_rollouts(
+        self, tmp_path
+    ):
+        rollouts, _ = self.details(tmp_path)
+        rollouts[2]["weight_versions"] = ["3", "4"]
+        torch.save({"rollout_id": 5, "samples": rollouts}, tmp_path / "rollout_data" / "5.pt")
+        dump = read_dump(tmp_path)
+        assert dump.step.tolist() == [5] * 3
+        assert dump.group.tolist() == [0, 0, 1]
+        assert [dump.names["policy_version"][i] for i in dump.policy_version] == ["4", "4", "3, 4"]
+        assert dump.token_ids[:, -1].tolist() == [3, 4, 5]
+        assert (dump.old_log_probs - dump.rollout_log_probs).unique().tolist() == [-0.5]
+        (tmp_path / "rollout_data" / "5.pt").write_bytes(b"objects of somebody")
+        assert read_dump(tmp_path).group is None
+
+    def test_rollouts_without_the_trainers_log_probs_are_refused_with_the_place_to_look(
+        self, tmp_path
+    ):
+        self.details(tmp_path)
+        with pytest.raises(InputError, match=r"without the trainer's log-probs.*train_data"):
+            read_dump(tmp_path / "rollout_data")
+
+    def test_a_request_that_failed_is_counted_and_a_short_one_is_refused(self, tmp_path):
+        _, samples = self.details(tmp_path)
+        path = tmp_path / "train_data" / "5.pt"
+        torch.save({"samples": [samples[0], samples[1] | {"rollout_log_probs": None}]}, path)
+        tokens = Tokens.of(read_dump(path))
+        assert (len(tokens), tokens.lost) == (2, 2)
+        torch.save({"samples": [samples[0] | {"rollout_log_probs": torch.ones(1)}]}, path)
+        with pytest.raises(InputError, match=r"`rollout_log_probs` must be 2 numbers.*got 1 in"):
+            read_dump(path)
+
+    def test_files_of_ranks_hold_each_sample_once(self, tmp_path):
+        _, samples = self.details(tmp_path)
+        (tmp_path / "train_data" / "5.pt").unlink()
+        columns = {name: [x[name] for x in samples] for name in samples[0]}
+        columns["sample_indices"] = columns.pop("sample_index")
+        early = {name: x for name, x in columns.items() if name != "log_probs"}
+        other = columns | {"sample_indices": [20, 21, 22]}
+        for rank, data in enumerate((early, early, columns, columns, other, other)):
+            content = {"rollout_id": 5, "rank": rank, "rollout_data": data, "cp_size": 1}
+            torch.save(content, tmp_path / "train_data" / f"5_{rank}.pt")
+        assert len(read_dump(tmp_path)) == 6
+        assert read_dump(tmp_path / "train_data" / "5_2.pt").group.tolist() == [0, 0, 1]
+        with pytest.raises(InputError, match="`log_probs` must be there"):
+            read_dump(tmp_path / "train_data" / "5_0.pt")
+        torch.save(content | {"cp_size": 2}, tmp_path / "train_data" / "5_0.pt")
+        with pytest.raises(InputError, match="a rank's shares of sequences"):
+            read_dump(tmp_path)
+
     def test_an_unknown_one_is_told_what_is_missing(self, tmp_path):
         (tmp_path / "dump.jsonl").write_text('{"logps": [-1.0], "input": "x"}\n')
         with pytest.raises(InputError, match=r"prime-rl.*logps, input in .*dump\.jsonl"):

@@ -35,7 +35,13 @@ from iscorrect.dumps.dump import (
 )
 from iscorrect.dumps.names import Array, texts_of
 from iscorrect.dumps.rows import DTYPES, canonical, padded, to_numpy
-from iscorrect.dumps.trainers import DIALECT_COLUMNS, SLIME_COLUMNS, unknown_dialect
+from iscorrect.dumps.trainers import (
+    DIALECT_COLUMNS,
+    SLIME_COLUMNS,
+    Copies,
+    unknown_dialect,
+    with_rollouts,
+)
 from iscorrect.errors import InputError, import_extra, input_error
 from iscorrect.text import visible
 
@@ -71,8 +77,9 @@ def stream_dump(*paths: str | PathLike[str], tokens: int = PIECE_TOKENS) -> Iter
 
     The format follows from the suffix: `.parquet`, `.jsonl`, `.npz`, `.safetensors`, or `.pt`.
     The names are those of :class:`LogProbDump`, or those of prime-rl's token exports, NeMo-RL's
-    ``train_data_stepN.jsonl``, or slime's ``--dump-details``. Arrays are padded "b t", or flat with
-    ``cu_seqlens``; in files of rows, each row is a sequence and holds lists.
+    ``train_data_stepN.jsonl``, or what slime and miles write into ``--dump-details``. Arrays are
+    padded "b t", or flat with ``cu_seqlens``; in files of rows, each row is a sequence and holds
+    lists.
 
     Args:
         paths: as for :func:`read_dump`.
@@ -88,8 +95,9 @@ def stream_dump(*paths: str | PathLike[str], tokens: int = PIECE_TOKENS) -> Iter
     waiting: list[Row] = []
     width = 0
     some = False
+    copies = Copies()
     for path in dump_files(*paths):
-        for row in _read_rows(path):
+        for row in _read_rows(path, copies):
             some = True
             length = max(width, len(row["mask"]))
             full = length * (len(waiting) + 1) > tokens or len(waiting) >= PIECE_SEQUENCES
@@ -98,6 +106,8 @@ def stream_dump(*paths: str | PathLike[str], tokens: int = PIECE_TOKENS) -> Iter
                 waiting, length = [], len(row["mask"])
             waiting.append(row)
             width = length
+    if not some and copies.unscored:
+        raise unknown_dialect(*copies.unscored, ["log_probs"])
     if not some:
         raise input_error(
             "read_dump", "path", expected="of files with at least one sequence",
@@ -117,11 +127,13 @@ def dump_files(*paths: str | PathLike[str]) -> list[Path]:
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = [p for p in path.rglob("*") if p.suffix in READERS and p.is_file()]
+            # of slime's and miles' --dump-details, one folder has the log-probs of both sides
+            place = path / "train_data" if (path / "train_data").is_dir() else path
+            inside = [p for p in place.rglob("*") if p.suffix in READERS and p.is_file()]
             if not inside:
                 raise input_error(
                     "read_dump", "path", expected="a directory with " + ", ".join(READERS),
-                    got=f"{visible(path)}, which has none",
+                    got=f"{visible(place)}, which has none",
                     fix="pass the directory that the trainer wrote",
                 )
             found += sorted(inside, key=_natural)
@@ -159,8 +171,9 @@ def _check_file(path: Path) -> None:
         )
 
 
-def _read_rows(path: Path) -> Iterator[Row]:
-    """The sequences of one file, canonical and checked."""
+def _read_rows(path: Path, copies: Copies) -> Iterator[Row]:
+    """The sequences of one file, canonical and checked, without those that another rank wrote."""
+    copies.next_file()
     reader = _jsonl_rows if str(path) == "-" else READERS[path.suffix]
     raw_rows = reader(path)
     for number in itertools.count():
@@ -176,6 +189,8 @@ def _read_rows(path: Path) -> Iterator[Row]:
             return
         if not isinstance(raw, Mapping):
             raise unknown_dialect(f"{visible(path)}, row {number}", [type(raw).__name__])
+        if copies.again(raw, visible(path)):
+            continue
         yield canonical(dict(raw), f"{visible(path)}, row {number}", path)
 
 
@@ -344,23 +359,28 @@ class _TensorSlice:
         return to_numpy(self.source[index])
 
 
-def _pt_rows(path: Path) -> Iterator[Any]:
+def _loaded(path: Path) -> Any:
+    """What torch.save wrote: tensors, numbers, lists and dicts."""
     try:
         if not zipfile.is_zipfile(path):
             raise pickle.UnpicklingError("not an archive of torch.save")
         with zipfile.ZipFile(path) as archive:
             check_size(path, unpacked=sum(member.file_size for member in archive.infolist()))
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise input_error(
             "read_dump", "path", expected="tensors, numbers, lists and dicts only",
             got=f"{visible(path)}, which holds other objects or is damaged, and is not unpickled",
             fix="save a dict of tensors, or use iscorrect.dumps.write_dump",
         ) from error
+
+
+def _pt_rows(path: Path) -> Iterator[Any]:
+    content = _loaded(path)
     if not isinstance(content, dict):
         raise unknown_dialect(visible(path), [type(content).__name__])
     if isinstance(content.get("samples"), list):  # slime, format 2
-        yield from content["samples"]
+        yield from with_rollouts(content["samples"], lambda: _rollouts(path, content))
     elif isinstance(content.get("rollout_data"), dict):  # slime before it, and miles
         if content.get("cp_size", 1) != 1:
             raise input_error(
@@ -368,7 +388,9 @@ def _pt_rows(path: Path) -> Iterator[Any]:
                 got=f"{content['cp_size']} in {visible(path)}, a rank's shares of sequences",
                 fix="dump the steps to be reported with --context-parallel-size 1",
             )
-        yield from _slime_columns(content["rollout_data"], path)
+        rank = {name: content.get(name) for name in ("rank", "rollout_id")}
+        rows = (row | rank for row in _slime_columns(content["rollout_data"], path))
+        yield from with_rollouts(rows, lambda: _rollouts(path, content))
     else:
         tensors = {name: x for name, x in content.items() if isinstance(x, Tensor)}
         used = {name: x for name, x in tensors.items() if name in ARRAYS}
@@ -377,6 +399,18 @@ def _pt_rows(path: Path) -> Iterator[Any]:
         lists = {name: x for name in IDS if isinstance(x := content.get(name), list)}
         arrays |= {name: np.array(x, dtype=object) for name, x in lists.items()}
         yield from _array_rows(arrays, map(str, content), path)
+
+
+def _rollouts(path: Path, content: dict[Any, Any]) -> list[Any]:
+    """The samples of the same step in the folder of rollouts beside the trainer's."""
+    beside = path.parent.parent / "rollout_data" / f"{content.get('rollout_id')}.pt"
+    if path.parent.name != "train_data" or not beside.is_file():
+        return []
+    try:
+        samples = _loaded(beside)["samples"]
+    except (InputError, LookupError, TypeError):  # it may hold pictures, or objects of the user
+        return []
+    return samples if isinstance(samples, list) else []
 
 
 def _plain(x: Tensor, name: str, path: Path) -> Array:
@@ -394,11 +428,11 @@ def _slime_columns(columns: dict[Any, Any], path: Path) -> Iterator[Row]:
         name: x for name, x in columns.items()
         if name in SLIME_COLUMNS and isinstance(x, list | tuple | Tensor)
     }
-    count = len(used.get("rollout_log_probs", ()))
+    count = len(used.get("rollout_log_probs", used.get("tokens", ())))
     for name, x in used.items():
         if len(x) != count:
             raise input_error(
-                "read_dump", name, expected=f"{count} rows like `rollout_log_probs`",
+                "read_dump", name, expected=f"{count} rows like the others",
                 got=f"{len(x)} in {visible(path)}", fix="the file is incomplete; write it again",
             )
     for i in range(count):

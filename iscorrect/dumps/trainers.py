@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from iscorrect.dumps.dump import REQUIRED, Row
 from iscorrect.errors import InputError, input_error
@@ -40,24 +44,38 @@ def _nemo_rl(row: Row, path: Path) -> Row:
 
 
 def _slime(row: Row, path: Path) -> Row:
-    rollout = row["rollout_log_probs"]
-    response = len(rollout)
+    old = row["log_probs"]
+    response = int(row.get("response_length", row.get("response_lengths", len(old))))
+    rollout = row.get("rollout_log_probs")
     mask = row.get("loss_mask", row.get("loss_masks"))
     tokens = row.get("tokens")
     return {
-        "rollout_log_probs": rollout,
-        "old_log_probs": row["log_probs"],
-        "mask": [1] * response if mask is None else mask[len(mask) - response :],
+        # a request that failed has none, which the report counts
+        "rollout_log_probs": [math.nan] * response if rollout is None else rollout,
+        "old_log_probs": old,
+        "mask": [1] * response if mask is None else mask,
         "token_ids": None if tokens is None else tokens[len(tokens) - response :],
         "advantages": row.get("advantages"),
+        "entropy": row.get("entropy"),
         "group": row.get("group_index"),
+        "policy_version": _one_version(row.get("weight_versions")),
         "step": step_of(path),
     }
 
 
+def _one_version(versions: Any) -> Any:
+    """What is known of a sample's version: where several sampled it, that they did."""
+    different = list(dict.fromkeys(map(str, versions or [])))
+    if len(different) != 1:
+        return ", ".join(different) or None
+    whole = re.fullmatch(r"[0-9]{1,18}", different[0])
+    return int(different[0]) if whole else different[0]
+
+
 SLIME_COLUMNS = (
     "rollout_log_probs", "log_probs", "loss_mask", "loss_masks", "tokens", "advantages",
-    "group_index",
+    "group_index", "response_length", "response_lengths", "entropy", "weight_versions",
+    "sample_indices",
 )
 
 DIALECT_COLUMNS = (
@@ -80,7 +98,7 @@ def translated(raw: Row, where: str, path: Path) -> Row:
         return raw
     if "old_log_probs" not in raw:
         for columns, translate in DIALECTS.items():
-            if all(raw.get(name) is not None for name in columns.split()):
+            if all(name in raw for name in columns.split()) and raw[columns.split()[1]] is not None:
                 try:
                     return translate(raw, path)
                 except (TypeError, ValueError, IndexError) as error:
@@ -89,7 +107,68 @@ def translated(raw: Row, where: str, path: Path) -> Row:
                         got=f"{type(raw[columns.split()[0]]).__name__} in {where} ({error})",
                         fix="write one list of numbers for each sequence",
                     ) from error
+    if "rollout_log_probs" in raw and "response_length" in raw:
+        raise input_error(
+            "read_dump", "path", expected="of what the trainer wrote",
+            got=f"a rollout without the trainer's log-probs, in {where}",
+            fix="pass the directory of --dump-details, or train_data in it",
+        )
     raise unknown_dialect(where, list(raw), [n for n in REQUIRED if n not in raw])
+
+
+class Copies:
+    """Which samples of a step another rank's file held: tensor-parallel ranks write the same."""
+
+    def __init__(self) -> None:
+        self.before: set[bytes] = set()
+        self.here: set[bytes] = set()
+        self.unscored: tuple[str, list[str]] | None = None
+
+    def next_file(self) -> None:
+        """What is read from here on is in another file."""
+        self.before |= self.here
+        self.here = set()
+
+    def again(self, row: Mapping[Any, Any], where: str) -> bool:
+        """Whether another rank's file had this sample, or this rank's has not its log-probs.
+
+        Of a pipeline, the last stage alone has them.
+        """
+        if row.get("rank") is None:
+            return False
+        if "log_probs" not in row:
+            self.unscored = where, [str(name) for name in row]
+            return True
+        digest = hashlib.sha256()
+        for name in ("rollout_id", "sample_indices", "tokens", "rollout_log_probs"):
+            x = row.get(name)
+            digest.update(repr(x.tolist() if isinstance(x, Tensor) else x).encode())
+        self.here.add(digest.digest())
+        return digest.digest() in self.before
+
+
+def with_rollouts(rows: Iterable[Any], rollouts: Callable[[], list[Any]]) -> Iterator[Any]:
+    """Rows of slime's trainer with the group and versions that their rollouts have.
+
+    Args:
+        rows: what the trainer wrote.
+        rollouts: gives the samples of the step, in their order; or none.
+    """
+    samples: list[Any] | None = None
+    by_index: dict[Any, Any] = {}
+    for row in rows:
+        if not isinstance(row, dict) or "group_index" in row or row.get("log_probs") is None:
+            yield row
+            continue
+        if samples is None:
+            samples = [sample for sample in rollouts() if isinstance(sample, dict)]
+            by_index = {sample.get("index"): sample for sample in samples}
+        place = row.get("rollout_position")
+        if isinstance(place, int) and 0 <= place < len(samples):
+            sample = samples[place]
+        else:
+            sample = by_index.get(row.get("sample_index", row.get("sample_indices")), {})
+        yield {name: sample.get(name) for name in ("group_index", "weight_versions")} | row
 
 
 def unknown_dialect(
