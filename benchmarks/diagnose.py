@@ -278,7 +278,7 @@ def cases(lab: Lab, real: LogProbDump | None) -> Iterator[Case]:
             yield Case("log-probs shifted against each other", f"{lag:+d}, {where}",
                        partial(_each, dumps, lambda d, k=lag: shifted(d, k)), True)
         for share in (0.001, 0.01):
-            yield Case("missing values filled with zeros", f"{share:.1%}, {where}",
+            yield Case("missing values filled with a constant", f"{share:.1%}, {where}",
                        partial(_each, dumps, lambda d, s=share: zero_filled(d, s)), share == 0.01)
         for dtype in (torch.bfloat16, torch.float16):
             yield Case("log-probs stored in 16 bits", f"{str(dtype)[6:]}, {where}",

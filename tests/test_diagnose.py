@@ -1,11 +1,14 @@
 """Each cause is made by an exact sampler on a small Markov policy, in NumPy, and must be named."""
 
+from dataclasses import fields
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from iscorrect import InputError, parse
-from iscorrect.diagnose import NOISE, Tokens, advise, diagnose
+from iscorrect.diagnose import NOISE, Cause, Tokens, advise, causes as known, diagnose
 from iscorrect.dumps import LogProbDump
 
 VOCABULARY, SEQUENCES, LENGTH = 64, 64, 128
@@ -72,6 +75,10 @@ def causes(dump, **kwargs):
     return [finding.cause for finding in diagnose(dump, **kwargs)]
 
 
+def patterns(dump, **kwargs):
+    return [finding.pattern for finding in diagnose(dump, **kwargs)]
+
+
 def top_p(mass):
     def sampler(logits, seen):
         p = np.exp(log_softmax(logits))
@@ -98,30 +105,49 @@ class TestClean:
     @pytest.mark.parametrize(
         ("noise", "scale"), [(1e-5, "float32"), (4e-3, "float16"), (0.05, "bfloat16")]
     )
-    def test_noise_is_called_noise_of_its_scale(self, noise, scale):
+    def test_noise_is_called_noise_with_its_scale(self, noise, scale):
         for seed in range(5):
-            assert causes(full(roll_out(seed, noise=noise))) == [f"{NOISE}: {scale} scale"]
+            (finding,) = diagnose(full(roll_out(seed, noise=noise)))
+            assert finding.pattern == NOISE
+            assert finding.evidence.endswith(f"as between kernels that round to {scale}")
+
+    def test_the_interval_of_the_scale_holds_that_of_a_hundred_times_the_tokens(self):
+        large = diagnose(full(roll_out(9, sequences=1600)))[0].statistic
+        found = [diagnose(full(roll_out(seed, sequences=16)))[0] for seed in range(20)]
+        inside = [abs(f.statistic - large) < 2 * f.error for f in found]
+        assert np.mean(inside) > 0.7
+
+    def test_a_scale_between_two_formats_is_given_to_both(self):
+        (finding,) = diagnose(full(roll_out(noise=0.013, sequences=8)))
+        assert "float16 or bfloat16" in finding.evidence
 
     def test_without_optional_fields_too(self):
-        assert causes(dump_of(roll_out())) == [f"{NOISE}: bfloat16 scale"]
+        assert patterns(dump_of(roll_out())) == [NOISE]
 
-    def test_equal_log_probs_are_called_identical(self):
-        assert causes(full(roll_out(noise=0.0))) == [f"{NOISE}: identical log-probs"]
+    def test_equal_log_probs_measure_nothing(self):
+        (finding,) = diagnose(full(roll_out(noise=0.0)))
+        assert finding.cause == "one side copied from the other"
+        assert not finding.correctable
 
     def test_what_is_no_larger_than_the_null_is_noise_without_a_scale(self):
         out, again = roll_out(noise=0.05), roll_out(seed=1, noise=0.05)
-        assert causes(full(out), null=full(again)) == [NOISE]
-        assert causes(full(out), null=full(roll_out(noise=0.01))) != [NOISE]
+        assert "of the null" in diagnose(full(out), null=full(again))[0].evidence
+        assert "round to" not in diagnose(full(out), null=full(again))[0].evidence
+        assert "round to" in diagnose(full(out), null=full(roll_out(noise=0.01)))[0].evidence
 
     def test_few_sequences_leave_a_large_mismatch_without_a_cause(self):
         out = roll_out(sampler=tempered(0.9), sequences=4)
-        assert causes(full(out)) == ["larger than 16-bit rounding, without a pattern"]
+        assert patterns(full(out)) == ["larger than 16-bit rounding, without a pattern"]
 
     def test_nothing_but_placeholders_is_no_error(self):
         out = roll_out(sequences=2)
         out["rollout_log_probs"][:] = 0
         out["old_log_probs"][:] = -2
-        assert causes(full(out)) == ["environment tokens in the mask"]
+        (finding,) = diagnose(full(out))
+        assert finding.pattern == "one value in many places"
+        assert [c.name for c in finding.causes][:2] == [
+            "a sampler that keeps one token", "environment tokens in the mask",
+        ]
 
     def test_one_token_is_no_error(self):
         out = {name: x[:1, :1] for name, x in roll_out().items()}
@@ -155,7 +181,7 @@ class TestSampling:
 
     def test_both_tempered_and_told_so_is_clean(self):
         out = roll_out(sampler=tempered(0.9), trainer_temperature=0.9)
-        assert causes(full(out)) == [f"{NOISE}: bfloat16 scale"]
+        assert patterns(full(out)) == [NOISE]
 
     def test_temperature_is_found_without_entropy(self):
         out = roll_out(sampler=tempered(0.8))
@@ -195,7 +221,7 @@ class TestTokens:
     def test_zeros_for_missing_values(self, side):
         out = roll_out()
         out[side][np.random.default_rng(1).random(out[side].shape) < 0.01] = 0
-        assert causes(full(out)) == ["missing values filled with zeros"]
+        assert causes(full(out)) == ["missing values filled with a constant"]
 
     def test_zeros_for_environment_tokens_come_in_runs(self):
         out = roll_out()
@@ -212,6 +238,9 @@ class TestTokens:
         out = roll_out()
         wrong = np.random.default_rng(1).random(out["old_log_probs"].shape) < 0.01
         out["old_log_probs"][wrong] -= 8
+        assert causes(full(out)) == ["log-probs of another candidate of the position"]
+        after = np.roll(wrong, 1, axis=1) | np.roll(wrong, 2, axis=1)
+        out["old_log_probs"][after & ~wrong] -= 0.5
         assert causes(full(out)) == ["wrong tokens"]
 
     def test_other_tokens_from_a_position_on(self):
@@ -225,7 +254,8 @@ class TestTokens:
         out = roll_out()
         fading = np.exp(-np.arange(LENGTH) / 6)
         out["old_log_probs"] += np.random.default_rng(1).normal(size=out["mass"].shape) * fading
-        out["old_log_probs"] = np.minimum(out["old_log_probs"], -1e-3)
+        below_0 = -1e-3 * np.random.default_rng(2).random(out["mass"].shape)
+        out["old_log_probs"] = np.minimum(out["old_log_probs"], below_0)
         assert causes(dump_of(out)) == ["wrong prompt template"]
 
 
@@ -305,8 +335,10 @@ class TestStorage:
         rng = np.random.default_rng(0)
         exact = torch.from_numpy(rng.normal(0, 3, (SEQUENCES, LENGTH, 32))).float().log_softmax(-1)
         dump = full(roll_out())
-        with_top = LogProbDump(**dump.given(), top_k_log_probs=exact.topk(4).values)
-        assert causes(with_top) == [f"{NOISE}: bfloat16 scale"]
+        top = exact.topk(4).values
+        top = torch.maximum(top, dump.rollout_log_probs[..., None] + top - top[..., :1])
+        with_top = LogProbDump(**dump.given(), top_k_log_probs=top)
+        assert patterns(with_top) == [NOISE]
 
 
 class TestEstimates:
@@ -344,12 +376,45 @@ class TestAdvice:
         advice = advise(full(roll_out(noise=0.004)), samples=64, length=128)
         assert advice[0].action == "No correction is needed"
 
-    def test_middling_kl_gets_a_sequence_cap_and_large_kl_token_weights(self):
+    def test_rounding_needs_no_correction_at_any_length_and_no_sequence_weights_at_many_nats(self):
         dump = full(roll_out(noise=0.05))
-        middling = advise(dump, samples=64, length=300)
-        large = advise(dump, samples=64, length=20_000)
-        assert middling[0].correction.startswith("sequence-tis:cap=")
-        assert large[0].correction == "token-tis:cap=2"
+        for length in (300, 20_000):
+            first, *others = advise(dump, samples=64, length=length)
+            assert first.action == "No correction is needed"
+            assert ("would starve" in first.because) == (length == 20_000)
+            assert not any(a.correction.startswith("sequence-") for a in others)
+
+    def test_other_weights_get_token_weights_and_sequence_weights_where_these_do_not_starve(self):
+        dump = full(roll_out(engine_shift=0.2))
+        short, long = (advise(dump, samples=64, length=length) for length in (4, 20_000))
+        assert short[0].correction == long[0].correction == "token-tis:cap=2"
+        assert short[1].correction.startswith("sequence-tis:cap=")
+        assert not any(a.correction.startswith("sequence-") for a in long)
+
+    def test_a_small_dump_gets_no_advice(self):
+        (advice,) = advise(full(roll_out(sequences=4)), samples=64, length=128)
+        assert advice.action == "The dump is too small to say anything"
+
+    def test_the_samples_that_weights_leave_are_those_of_the_dump(self):
+        dump = full(roll_out(engine_shift=0.2))
+        ratio = (dump.old_log_probs - dump.rollout_log_probs).double()
+        tokens = ratio.exp().flatten()
+        (told,) = {a.because.split(";")[1] for a in advise(dump, samples=64, length=LENGTH)[:1]}
+        ess = tokens.sum() ** 2 / tokens.square().sum() / tokens.numel()
+        assert f"token weights keep {ess:.1%}" in told
+        of_sequences = float((-ratio.sum(1).var()).exp())  # of log-normal weights
+        said = float(told.split()[-1].rstrip("%")) / 100
+        assert said == pytest.approx(of_sequences, abs=0.01)
+
+    def test_no_advice_says_that_nothing_is_needed_where_something_must_be_mended(self):
+        dumps = [
+            full(roll_out(sampler=tempered(0.9))), full(roll_out(noise=0.0)),
+            full(roll_out(trainer_temperature=0.98)), full(roll_out(sampler=top_p(0.95))),
+        ]
+        for dump in dumps:
+            assert not diagnose(dump)[0].correctable
+            for advice in advise(dump, samples=64, length=16):
+                assert "No correction" not in advice.action
 
     def test_every_correction_named_is_one(self):
         for length in (100, 1000, 100_000):
@@ -380,8 +445,8 @@ class TestAdvice:
         sign = np.where(np.arange(LENGTH) % 2, 0.69, -1.2)  # so that the mean ratio stays 1
         out["old_log_probs"] = np.minimum(out["old_log_probs"] + sign * rare, 0)
         advice = advise(dump_of(out), samples=64, length=16)
-        assert advice[0].action == "No correction is needed"
-        assert advice[-1].correction == "token-tis:cap=2"
+        assert advice[0].action.endswith("bound the token ratios")
+        assert advice[0].correction == "token-tis:cap=2"
 
     def test_every_sentence_has_a_number_beside_it(self):
         for noise in (0.004, 0.05, 0.4):
@@ -393,3 +458,20 @@ class TestAdvice:
             advise(full(roll_out()), samples=0, length=1)
         with pytest.raises(InputError, match="`length`"):
             advise(full(roll_out()), samples=1, length=0)
+
+
+class TestPage:
+    PAGE = (Path(__file__).parents[1] / "docs" / "diagnosis.md").read_text(encoding="utf-8")
+
+    @pytest.mark.parametrize(
+        "cause", [x for x in vars(known).values() if isinstance(x, Cause)], ids=lambda c: c.name
+    )
+    def test_every_cause_has_a_control_and_a_row(self, cause):
+        assert cause.control
+        rows = [line for line in self.PAGE.splitlines() if line.startswith("|")]
+        assert any(cause.name in row for row in rows)
+
+    def test_every_field_that_a_cause_needs_is_one_of_a_dump(self):
+        named = {f.name for f in fields(LogProbDump)}
+        for cause in vars(known).values():
+            assert not isinstance(cause, Cause) or named.issuperset(cause.needs)

@@ -249,7 +249,7 @@ class TestForms:
         dump = some_dump()
         same = replace(dump, old_log_probs=dump.rollout_log_probs)
         text = json.dumps(summarise([same]).to_json(), allow_nan=False)
-        assert json.loads(text)["findings"][0]["cause"].startswith("nothing beyond")
+        assert json.loads(text)["findings"][0]["pattern"].startswith("log-probs of both sides")
 
 
 class TestCommand:
@@ -322,8 +322,9 @@ class TestCommand:
 
     def test_a_null_turns_noise_into_noise(self, path, capsys):
         report_main(path, "--json", "--null", path)
-        cause = json.loads(capsys.readouterr().out)["findings"][0]["cause"]
-        assert cause == "nothing beyond numerical noise"
+        (finding,) = json.loads(capsys.readouterr().out)["findings"]
+        assert finding["pattern"] == "nothing beyond numerical noise"
+        assert "those of the null" in finding["evidence"]
 
     @pytest.mark.slow
     def test_a_terminal_gets_rich_tables(self, path):

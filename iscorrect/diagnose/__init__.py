@@ -1,7 +1,9 @@
 """What made trainer and engine disagree, and what to do about it."""
 
 from iscorrect.diagnose.advice import Advice, advise
-from iscorrect.diagnose.causes import NOISE, Finding, diagnose
+from iscorrect.diagnose.diagnosis import diagnose
+from iscorrect.diagnose.findings import Cause, Finding
+from iscorrect.diagnose.noise import NOISE
 from iscorrect.dumps import Estimate, Tokens
 
-__all__ = ["NOISE", "Advice", "Estimate", "Finding", "Tokens", "advise", "diagnose"]
+__all__ = ["NOISE", "Advice", "Cause", "Estimate", "Finding", "Tokens", "advise", "diagnose"]

@@ -1,31 +1,32 @@
-"""What to do: from KL per token times length, the tail, and the number of samples."""
+"""What to do: from the kind of the mismatch, its size, and the sample that weights would leave."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from iscorrect.diagnose.causes import (
-    HEAD,
-    HEAVY_TAIL,
-    NOISE,
-    QUANTISED,
-    SCALES,
-    STALE_WEIGHTS,
-    UNEXPLAINED,
-    Finding,
-    diagnose,
-)
+from iscorrect.diagnose.diagnosis import diagnose
+from iscorrect.diagnose.fields import HEAD
+from iscorrect.diagnose.findings import Finding
+from iscorrect.diagnose.noise import HEAVY_TAIL, IDENTICAL, NOISE, SCALES
+from iscorrect.diagnose.weights import OTHER_WEIGHTS, PLATEAU
 from iscorrect.dumps import LogProbDump, Tokens
 from iscorrect.dumps.tokens import as_tokens
 from iscorrect.errors import check_number
 from iscorrect.loss.caps import mse_optimal_cap
 from iscorrect.loss.pareto import pareto_tail
 
-# What a correction is for: hardware, and weights that differ on purpose. The rest is repaired.
-CORRECTABLE = (NOISE, STALE_WEIGHTS, QUANTISED, HEAVY_TAIL, HEAD, UNEXPLAINED)
+# Fewer sequences have no error of their own; fewer tokens leave most causes unseen.
+SEQUENCES, TOKENS = 8, 1024
+
+STARVED = math.exp(-1)
+"""ESS of sequences at 0.5 nats, from which sequence weights cost reward in every run measured."""
+
+BATCH = 0.2
+"""Nats of a whole batch below which engine and trainer can hardly be told apart by its samples."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,11 @@ def advise(
 ) -> list[Advice]:
     """What to do about the mismatch, most important first.
 
-    Sequence weights are taken as log-normal, log W ~ N(−K, 2K) with K = KL per token × length,
-    whose effective sample is exp(−2K) and of whose weight a cap C keeps Φ((log C − K)/√(2K)).
+    The kind of the mismatch comes before its size: rounding has a new sign at every token and
+    needs nothing, weights that differ push every update the same way. Sizes are the effective
+    sample (∑ w)² / (n ∑ w²) that weights of tokens and of sequences leave; of sequences of another
+    length than the dump's it is exp(−V), V the variance of a sequence's log-ratio × length / its
+    length.
 
     Args:
         dump: what was measured, or its tokens.
@@ -67,96 +71,190 @@ def advise(
     Raises:
         InputError: no samples or no length.
 
+    References:
+        The thresholds and where each was measured: docs/diagnosis.md.
+
     >>> rollout = -torch.rand(64, 32) * 4
     >>> same = LogProbDump(
     ...     rollout_log_probs=rollout, old_log_probs=rollout, mask=rollout < 0
     ... )
     >>> advise(same, samples=64, length=1000)[0].action
-    'No correction is needed'
+    'Nothing can be said: the mismatch was not measured'
     """
     check_number("advise", "samples", samples, "the sequences of one update", least=1)
     check_number("advise", "length", length, "the tokens of a sequence", least=1)
     tokens = as_tokens(dump)
     findings = diagnose(tokens) if findings is None else findings
-    d = torch.from_numpy(tokens.d)
-    kappa = float(tokens.k3.mean())
-    total = kappa * length
-    outside = float(tokens.outside.mean())
-    tail = float(pareto_tail(d[None], torch.ones(1, len(d)) > 0).k)
-    size = f"KL {kappa:.2g} nats per token × {length:,} tokens = {total:.2g} nats per sequence"
+    size = Size.of(tokens, length)
 
-    wrong = [f for f in findings if not f.cause.startswith(CORRECTABLE)]
-    if wrong:
+    if findings[0].pattern == IDENTICAL:
         return [Advice(
-            f"Fix the cause first: {wrong[0].cause}",
-            f"{wrong[0].evidence}. A correction would hide it, and pay for it in variance or bias:"
-            f" {size}",
+            "Nothing can be said: the mismatch was not measured",
+            f"{findings[0].evidence}; {findings[0].causes[0].control}",
         )]
-    advice = [_correction(total, samples, size, outside)]
-    if total >= 0.1:
-        low, high = _geometric_band(kappa, length)
+    wrong = [f for f in findings if not f.correctable]
+    if wrong:
+        first = wrong[0].causes[0]
+        others = " or ".join(cause.name for cause in wrong[0].causes[1:3])
+        return [Advice(
+            f"Fix the cause first: {first.name}",
+            f"{wrong[0].pattern}: {wrong[0].evidence}. {_sentence(first.control)}"
+            + (f" If that is clean: {others}." if others else "")
+            + f" A correction would hide it, and pay for it in variance or bias: {size}",
+        )]
+    if tokens.sequences < SEQUENCES or len(tokens) < TOKENS:
+        return [Advice(
+            "The dump is too small to say anything",
+            f"{tokens.sequences} sequences and {len(tokens)} tokens, where {SEQUENCES} and"
+            f" {TOKENS:,} are the least from which errors can be told; a dump of 8,192 tokens is"
+            " enough for most causes",
+        )]
+    advice = [_by_kind(findings[0], size, samples)]
+    if findings[0].pattern not in (NOISE, HEAD) and size.sequence >= STARVED:
+        excess = torch.tensor(math.expm1(size.variance))
+        cap = max(1.0, float(mse_optimal_cap(torch.tensor(float(samples)), excess)))
+        advice.append(Advice(
+            f"Or sequence-level TIS with cap {cap:.3g}",
+            f"{size}; it is unbiased up to its cap, which is the MSE-optimal one for {samples}"
+            " sequences",
+            f"sequence-tis:cap={cap:.4g}",
+        ))
+    if size.nats >= 0.1:
+        low, high = _geometric_band(size.kappa, length)
         advice.append(Advice(
             f"To drop strayed sequences, keep geometric means in [{low:.5g}, {high:.5g}]",
             f"{size}: this is exp(−KL ± 3 √(2 KL / length)), beyond which noise alone hardly takes"
             " them; a constant band would mean another thing for every stack",
             f"geometric-rs:low={low:.6g},high={high:.6g}",
         ))
-    heavy = math.isfinite(tail) and tail > 0.7
-    if advice[0].correction != "token-tis:cap=2" and (outside > 1e-3 or (heavy and outside > 0)):
-        settled = "above" if heavy else "below"
-        advice.append(Advice(
-            "Bound the token ratios",
-            f"{outside:.2%} of tokens have a ratio outside [0.5, 2]; the Pareto index of the tail"
-            f" is {tail:.2f}, {settled} the 0.7 up to which averages of weights settle",
-            "token-tis:cap=2",
-        ))
-    advice += _precision(tokens, findings, total, length)
+    advice += _tail(tokens, advice[0])
+    advice += _precision(tokens, findings, size)
     return advice
 
 
-def _correction(total: float, samples: int, size: str, outside: float) -> Advice:
-    ess = math.exp(-2 * total)
-    if total < 0.1:
-        return Advice(
-            "No correction is needed",
-            f"{size}; even whole-sequence weights would keep {ess:.0%} of the sample effective",
+@dataclass(frozen=True)
+class Size:
+    """How large the mismatch is, by what weights leave of the sample.
+
+    Attributes:
+        kappa: k3, nats per token.
+        length: tokens of a sequence.
+        token: ESS of token weights.
+        variance: of the log-ratio of a sequence of that length.
+    """
+
+    kappa: float
+    length: int
+    token: float
+    variance: float
+
+    @classmethod
+    def of(cls, tokens: Tokens, length: int) -> Size:
+        """Measured on a dump, for sequences of some length."""
+        ratio = np.exp(np.minimum(tokens.d, 30))
+        rows, member = np.unique(tokens.row, return_inverse=True)
+        lengths = np.bincount(member)
+        total = np.bincount(member, weights=tokens.d)
+        rate = total.sum() / len(tokens)
+        # sums of tokens: their variance grows with the length, so each is taken per token
+        per_token = float((np.square(total - rate * lengths) / lengths).sum()) / max(
+            len(rows) - 1, 1
         )
-    if total < 1:
-        cap = max(1.0, float(mse_optimal_cap(
-            torch.tensor(float(samples)), torch.tensor(math.expm1(2 * total))
-        )))
-        kept = _kept_weight(cap, total)
+        return cls(
+            kappa=float(tokens.k3.mean()), length=length,
+            token=float(ratio.mean() ** 2 / np.square(ratio).mean()),
+            variance=per_token * length,
+        )
+
+    @property
+    def nats(self) -> float:
+        """KL of a sequence."""
+        return self.kappa * self.length
+
+    @property
+    def sequence(self) -> float:
+        """ESS of sequence weights, taken as log-normal."""
+        return math.exp(-min(self.variance, 700.0))
+
+    def __str__(self) -> str:
+        return (
+            f"KL {self.kappa:.2g} nats per token, {self.nats:.2g} per sequence of"
+            f" {self.length:,}; token weights keep {self.token:.1%} of the sample, sequence weights"
+            f" {self.sequence:.0%}"
+        )
+
+
+def _by_kind(finding: Finding, size: Size, samples: int) -> Advice:
+    batch = samples * size.nats
+    told = f"{size}; {batch:.2g} nats in a batch of {samples:,}"
+    if finding.pattern in (NOISE, HEAD):
+        starved = "" if size.sequence >= STARVED else (
+            "; sequence weights would starve (from 0.5 nats on they cost a tenth of the reward)"
+        )
+        because = (
+            f"{told}. So few cannot move an update" if batch < BATCH else
+            f"{told}. Rounding has a new sign at every token: at 8 nats per answer of such noise"
+            " runs end where exact ones do"
+        )
+        return Advice("No correction is needed", because + starved)
+    if finding.pattern == OTHER_WEIGHTS:
         return Advice(
-            f"Sequence-level TIS or MIS with cap {cap:.3g}",
-            f"{size}: {ess:.0%} of the sample stays effective without a cap, the cap is the"
-            f" MSE-optimal one for {samples} sequences, and masking at it keeps {kept:.0%} of the"
-            " weight",
-            f"sequence-tis:cap={cap:.4g}",
+            "Token-level TIS with cap 2 where batches are large",
+            f"{told}. Other weights push every update the same way, which shows above some"
+            " batch size: 100 answers for 3-bit weights, 400 to 1,600 for 4 bits, above 30,000 for"
+            " 8 bits; below it a correction gains nothing",
+            "token-tis:cap=2",
+        )
+    if finding.pattern == PLATEAU:
+        return Advice(
+            "Token-level TIS with cap 2, and finer weights in the engine",
+            f"{told}. The engine lags behind the trainer by what its number format swallows;"
+            " float16 holds updates that are eight times smaller",
+            "token-tis:cap=2",
+        )
+    if finding.pattern == HEAVY_TAIL:
+        return Advice(
+            "Token-level TIS with cap 2: bound the token ratios",
+            f"{told}. {finding.evidence}; replaying the routing removes what a bound leaves",
+            "token-tis:cap=2",
         )
     return Advice(
-        "Token-level TIS with cap 2; not sequence-level weights",
-        f"{size}: sequence weights would leave {ess * samples:.2g} of {samples} sequences"
-        f" effective, and a mask at 3 would keep {_kept_weight(3.0, total):.0%} of the weight;"
-        f" token weights are biased but bounded, and cap {outside:.2%} of the tokens at most",
+        "Token-level TIS with cap 2, or IcePop",
+        f"{told}. Stale engines without a correction fell below a third of the reward in 12 of 22"
+        " runs at 2 updates and in 34 of 34 at 8; with token-level TIS in none",
         "token-tis:cap=2",
     )
 
 
-def _precision(
-    tokens: Tokens, findings: list[Finding], total: float, length: int
-) -> list[Advice]:
-    noise = tokens.logit_noise()
-    float16, bfloat16 = sorted(SCALES)[1:]
+def _tail(tokens: Tokens, first: Advice) -> list[Advice]:
+    d = torch.from_numpy(tokens.d)
+    outside = float(tokens.outside.mean())
+    tail = float(pareto_tail(d[None], torch.ones(1, len(d)) > 0).k)
+    heavy = math.isfinite(tail) and tail > 0.7
+    if first.correction or not (outside > 1e-3 or (heavy and outside > 0)):
+        return []
+    settled = "above" if heavy else "below"
+    return [Advice(
+        "Bound the token ratios",
+        f"{outside:.2%} of tokens have a ratio outside [0.5, 2]; the Pareto index of the tail is"
+        f" {tail:.2f}, {settled} the 0.7 up to which averages of weights settle",
+        "token-tis:cap=2",
+    )]
+
+
+def _precision(tokens: Tokens, findings: list[Finding], size: Size) -> list[Advice]:
+    scale = tokens.logit_noise()
+    low, high = SCALES["bfloat16"]
     advice = []
-    if float16 <= noise < bfloat16 and findings[0].cause.startswith((NOISE, HEAD)):
+    if low <= scale < high and findings[0].pattern in (NOISE, HEAD):
         advice.append(Advice(
             "Or switch both sides to float16",
-            f"log-odds differ by {noise:.2g}, as bfloat16's do; eight times finer rounding divides"
-            f" the KL by up to 64 (published runs: 14 to 24), from {total:.2g} to about"
-            f" {total / 24:.2g}–{total / 14:.2g} nats per sequence of {length:,} tokens. Audit the"
-            " checkpoint's range first",
+            f"log-odds differ by {scale:.2g}, as bfloat16's do; eight times finer rounding divides"
+            f" the KL by up to 64 (published runs: 14 to 24), from {size.nats:.2g} to about"
+            f" {size.nats / 24:.2g}–{size.nats / 14:.2g} nats per sequence of"
+            f" {size.length:,} tokens. Audit the checkpoint's range first",
         ))
-    heads = [f for f in findings if f.cause.startswith(HEAD)]
+    heads = [f for f in findings if f.pattern == HEAD]
     if heads:
         share = min(1.0, sum(head.statistic for head in heads))
         advice.append(Advice(
@@ -166,8 +264,8 @@ def _precision(
     return advice
 
 
-def _kept_weight(cap: float, total: float) -> float:
-    return 0.5 * (1 + math.erf((math.log(cap) - total) / math.sqrt(2 * total) / math.sqrt(2)))
+def _sentence(control: str) -> str:
+    return f"{control[0].upper()}{control[1:]}."
 
 
 def _geometric_band(kappa: float, length: int, z: float = 3.0) -> tuple[float, float]:

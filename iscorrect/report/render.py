@@ -11,13 +11,14 @@ import json
 import math
 import re
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from iscorrect.diagnose import Cause
 from iscorrect.dumps import Tokens
 from iscorrect.dumps.files import replacing
 from iscorrect.report.effects import HEADER, effect_row
@@ -57,8 +58,8 @@ def headline(report: Report) -> list[tuple[str, str]]:
 def tables(report: Report) -> list[Table]:
     """What was found, what to do, what corrections do, and where the mismatch is."""
     return [
-        Table("Findings", ("cause", "evidence", "control"), [
-            (f.cause, f.evidence, f.confirm) for f in report.findings
+        Table("Findings", ("pattern", "evidence", "causes, likeliest first, and controls"), [
+            (f.pattern, f.evidence, "\n".join(_numbered(f.causes))) for f in report.findings
         ]),
         Table("What to do", ("advice", "because"), [(a.action, a.because) for a in report.advice]),
         Table(
@@ -70,6 +71,13 @@ def tables(report: Report) -> list[Table]:
             for p in report.places
         ]),
     ]
+
+
+def _numbered(causes: Sequence[Cause]) -> Iterator[str]:
+    for i, cause in enumerate(causes, 1):
+        fields = " and ".join(cause.needs)
+        decided = f" (a dump with {fields} would tell)" if fields else ""
+        yield f"{i}. {cause.name}: {cause.control}{decided}"
 
 
 PROSE = ("Findings", "What to do")
@@ -101,8 +109,8 @@ def blocks(report: Report, width: int = 100) -> list[str | Table]:
             shown.append(textwrap.fill(name, width, initial_indent="* ", subsequent_indent="  "))
             indent = " " * 4
             shown += [
-                textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent)
-                for text in texts
+                textwrap.fill(line, width, initial_indent=indent, subsequent_indent=indent)
+                for text in texts for line in text.splitlines()
             ]
     return shown
 
@@ -116,7 +124,7 @@ def to_markdown(report: Report, figures: Iterable[str] = ()) -> str:
     for table in tables(report):
         lines += ["", f"## {table.title}", "", f"| {' | '.join(table.header)} |",
                   "|" + "---|" * len(table.header)]
-        lines += [f"| {' | '.join(x.replace('|', chr(92) + '|') for x in row)} |"
+        lines += [f"| {' | '.join(_cell(x) for x in row)} |"
                   for row in table.rows]
         if table.header == HEADER:
             lines += ["", " ".join([NOTE, *report.notes])]
@@ -124,6 +132,10 @@ def to_markdown(report: Report, figures: Iterable[str] = ()) -> str:
         lines += ["", "## Figures", ""]
         lines += [f"![{name.replace('_', ' ')}](figures/{name}.png)\n" for name in figures]
     return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", "<br>")
 
 
 STYLE = """
@@ -155,7 +167,8 @@ p.note { color: #555; font-size: .9rem; }
 def to_html(report: Report, figures: dict[str, bytes]) -> str:
     """The report as one file that needs no other; figures by name, as PNG."""
     def cells(tag: str, row: Iterable[str]) -> str:
-        return "".join(f"<{tag}>{html.escape(x)}</{tag}>" for x in row)
+        lines = (html.escape(x).replace("\n", "<br/>") for x in row)
+        return "".join(f"<{tag}>{x}</{tag}>" for x in lines)
 
     parts = ["<dl>" + "".join(
         f"<dt>{html.escape(n)}</dt><dd>{html.escape(x)}</dd>" for n, x in headline(report)

@@ -1,0 +1,178 @@
+"""What numerical noise has to pass before it is called that, and its scale."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from iscorrect.diagnose import causes
+from iscorrect.diagnose.findings import Finding
+from iscorrect.diagnose.scale import doubtless
+from iscorrect.dumps import Estimate, LogProbDump, Tokens
+from iscorrect.dumps.tokens import as_tokens
+from iscorrect.loss.pareto import pareto_tail
+
+NOISE = "nothing beyond numerical noise"
+IDENTICAL = "log-probs of both sides are the same numbers"
+UNEXPLAINED = "larger than 16-bit rounding, without a pattern"
+
+SCALES = {"float32": (0.0, 3e-4), "float16": (3e-4, 1e-2), "bfloat16": (1e-2, 3e-1)}
+"""Typical differences of log-odds between kernels that round to each format."""
+
+PARTS = 16  # of the sequences, each left out once for the error of the scale
+
+
+def heavy_tail(tokens: Tokens) -> Finding | None:
+    """Rare large differences amid small ones, of both signs."""
+    d = tokens.d
+    limit = max(0.5, 8 * tokens.typical())
+    out = np.abs(d) > limit
+    n = int(out.sum())
+    if n < max(5, 1e-3 * len(d)) or min((d[out] > 0).mean(), (d[out] < 0).mean()) <= 0.1:
+        return None
+    k = float(pareto_tail(torch.from_numpy(d)[None], torch.ones(1, len(d)) > 0).k)
+    return Finding(
+        HEAVY_TAIL,
+        f"{n} tokens ({n / len(d):.2%}) differ by more than {limit:.2g} nats, in both directions,"
+        f" amid noise of {tokens.typical():.2g}; Pareto index {k:.2f}",
+        (causes.ROUTING, causes.QUANTISED, causes.WRONG_TOKENS, causes.CORRUPTED),
+        n / len(d), correctable=True,
+    )
+
+
+HEAVY_TAIL = "rare large differences of both signs"
+
+
+def unearned(tokens: Tokens) -> Finding | None:
+    """The first test of noise that fails, whether or not its failure has a name."""
+    for test in (_tail_beyond_bound, _one_sided, _mean_ratio, _partly_equal):
+        finding = test(tokens)
+        if finding:
+            return finding
+    return None
+
+
+def _tail_beyond_bound(tokens: Tokens) -> Finding | None:
+    """P(ρ ≥ c) ≤ 1/c at every token, given what came before, if E ρ = 1.
+
+    So the number of them is at most binomial, whatever sequences share; Chernoff's bound of its
+    tail must not be below 1e-9.
+    """
+    d, n = tokens.d, len(tokens)
+    for c in (1, 2, 3, 5, 8, 12, 20, 30, 50, 100, 1000):
+        k = int((d >= c).sum())
+        share, allowed = k / n, math.exp(-c)
+        if k == 0 or share <= allowed:
+            continue
+        distance = k * (math.log(share) + c)
+        if k < n:
+            distance += (n - k) * math.log((1 - share) / (1 - allowed))
+        if distance > math.log(1e9):
+            worst = int(d.argmax())
+            return Finding(
+                "more high ratios than a probability allows",
+                f"{k} of {n} tokens have ρ ≥ e^{c}, where E ρ = 1 allows {n * allowed:.2g}; the"
+                f" highest is e^{d[worst]:.3g} in sequence {tokens.row[worst]} at token"
+                f" {tokens.position[worst]}, to which the engine gives {tokens.rollout[worst]:.6g}",
+                (causes.SENTINEL, causes.CORRUPTED, causes.CANDIDATE, causes.PREFILLED), share,
+            )
+    return None
+
+
+def _one_sided(tokens: Tokens) -> Finding | None:
+    """Rare large differences of one sign: noise of one scale has none."""
+    d = tokens.d
+    limit = max(0.5, 8 * tokens.typical())
+    out = np.abs(d) > limit
+    n = int(out.sum())
+    if n < max(5, 1e-3 * len(d)):
+        return None
+    lower = "the engine" if float((d[out] > 0).mean()) > 0.5 else "the trainer"
+    worst = int(np.abs(d).argmax())
+    return Finding(
+        "rare large differences of one sign",
+        f"on {n} tokens ({n / len(d):.2%}) in {len(np.unique(tokens.row[out]))} sequences {lower}"
+        f" is lower by more than {limit:.2g} nats, amid noise of {tokens.typical():.2g}; farthest"
+        f" in sequence {tokens.row[worst]} at token {tokens.position[worst]}, by"
+        f" {abs(d[worst]):.3g}",
+        (causes.CORRUPTED, causes.CANDIDATE, causes.SENTINEL, causes.SPECULATIVE), n / len(d),
+    )
+
+
+def _mean_ratio(tokens: Tokens) -> Finding | None:
+    """E ρ = 1 for tokens from an engine that reports what it samples from."""
+    excess = tokens.mean(np.expm1(np.minimum(tokens.d, 30)))
+    if not doubtless(excess, tokens) or abs(excess.value) < 0.1 * tokens.typical():
+        return None
+    return Finding(
+        "mean ratio other than 1",
+        f"the mean ratio is 1 {excess}, where it is 1 for every engine that reports what it samples"
+        " from",
+        (causes.HIDDEN_SAMPLER, causes.TRUNCATION, causes.CORRUPTED) if excess.value > 0
+        else (causes.TRUNCATION, causes.GRAMMAR, causes.CANDIDATE),
+        excess.value, excess.error,
+    )
+
+
+def _partly_equal(tokens: Tokens) -> Finding | None:
+    """Tokens that agree to the bit amid tokens that do not, where p is far from 1."""
+    open_ = np.maximum(tokens.rollout, tokens.old) < math.log(0.9)
+    d = tokens.d[open_]
+    if len(d) < 64 or tokens.typical() < 1e-3:
+        return None
+    equal = d == 0
+    if float(equal.mean()) < 0.05 or float(equal.mean()) > 0.999:
+        return None
+    usual = float(np.median(np.abs(d[~equal])))
+    return Finding(
+        "a part of the log-probs is equal to the bit",
+        f"{float(equal.mean()):.1%} of tokens with p < 0.9 are equal on both sides, the others"
+        f" differ by {usual:.2g}",
+        (causes.COPIED, causes.BAD_BATCH), float(equal.mean()),
+    )
+
+
+def noise(tokens: Tokens, null: LogProbDump | Tokens | None) -> Finding:
+    """The scale of what is left, with its interval."""
+    if not tokens.d.any():
+        return Finding(
+            IDENTICAL,
+            f"all {len(tokens)} pairs of log-probs are equal, so nothing is measured",
+            (causes.COPIED, causes.BITWISE), 0.0,
+        )
+    scale = Estimate(tokens.logit_noise(), _error_of_scale(tokens))
+    low, high = max(scale.value - 2 * scale.error, 0.0), scale.value + 2 * scale.error
+    evidence = (
+        f"log-odds typically differ by {scale.value:.2g} ({low:.2g} to {high:.2g}), log-probs by"
+        f" {tokens.typical():.2g}"
+    )
+    if null is not None:
+        floor = as_tokens(null).typical()
+        evidence += f", those of the null by {floor:.2g}"
+        if tokens.typical() <= 1.5 * floor:
+            return Finding(
+                NOISE, evidence, (causes.ROUNDING,), scale.value, scale.error, correctable=True,
+            )
+    if scale.value >= SCALES["bfloat16"][1]:
+        return Finding(
+            UNEXPLAINED, f"{evidence}, where bfloat16 kernels make the former 0.01 to 0.2",
+            (causes.LARGER, causes.DEFINITION, causes.STALE_WEIGHTS), scale.value, scale.error,
+        )
+    kernels = " or ".join(
+        name for name, (least, most) in SCALES.items() if low < most and high >= least
+    )
+    return Finding(
+        NOISE, f"{evidence}, as between kernels that round to {kernels}", (causes.ROUNDING,),
+        scale.value, scale.error, correctable=True,
+    )
+
+
+def _error_of_scale(tokens: Tokens) -> float:
+    """Jackknife over parts of the sequences."""
+    parts = [tokens.where(tokens.row % PARTS != k) for k in range(PARTS)]
+    left = np.array([p.logit_noise() for p in parts if 0 < len(p) < len(tokens)])
+    if len(left) < 2:
+        return math.inf
+    return math.sqrt((len(left) - 1) * float(left.var()))

@@ -1,0 +1,101 @@
+"""What moves all tokens in a pattern because of how they were sampled."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from iscorrect.diagnose import causes
+from iscorrect.diagnose.findings import Finding
+from iscorrect.diagnose.scale import doubtless
+from iscorrect.dumps import Tokens
+
+
+def temperature(tokens: Tokens) -> Finding | None:
+    """Whether log ρ follows log π + H, as log π^(1/τ) − log π = (1/τ − 1)(log π + H) + … does."""
+    excess = -tokens.gap if tokens.gap is not None else tokens.old - tokens.old.mean()
+    (slope,), explained = tokens.regress(tokens.d, excess)
+    if not doubtless(slope, tokens) or abs(slope.value) < 0.01 or explained < 0.2:
+        return None
+    if tokens.seen is not None and _share_explained_by_repeats(tokens) > explained:
+        return None
+    tau = 1 / (1 - slope.value) if slope.value < 0 else 1 - slope.value
+    raw = False
+    if tokens.gap is not None:
+        drift = tokens.mean(tokens.gap)
+        expected = slope.value * float(np.square(tokens.gap).mean())
+        raw = abs(drift.value) < abs(expected) / 2
+    else:
+        excess_ratio = tokens.mean(np.expm1(np.clip(tokens.d, -3, 3)))
+        raw = doubtless(excess_ratio, tokens) and excess_ratio.value > 0
+    numbers = (
+        f"log ρ moves by {slope} per nat of log p, which explains {explained:.0%} of its variance"
+        f" and is a temperature of about {tau:.3g}"
+    )
+    sides = (causes.ENGINE_TEMPERED, causes.TRAINER_TEMPERED)
+    likeliest, other = sides if slope.value < 0 else sides[::-1]
+    found = (likeliest, causes.RAW_TEMPERED, causes.SCALING)
+    if raw:
+        numbers += "; the tokens are distributed as the trainer says"
+        found = (causes.RAW_TEMPERED, likeliest, causes.SCALING)
+    elif tokens.gap is not None:
+        found = (likeliest, causes.SCALING, other)
+    return Finding(
+        "log ρ in proportion to log p", numbers, found, slope.value, slope.error,
+    )
+
+
+def _share_explained_by_repeats(tokens: Tokens) -> float:
+    assert tokens.seen is not None
+    return tokens.regress(tokens.d, tokens.seen.astype(float))[1]
+
+
+def truncation(tokens: Tokens) -> Finding | None:
+    """E ρ = 1 for an engine that reports what it samples from, but Z for a support of mass Z."""
+    d = tokens.d
+    if float(d.std()) > 0.5:
+        return None
+    excess = tokens.mean(np.expm1(d))
+    if not doubtless(excess, tokens) or excess.value > -2e-3:
+        return None
+    atoms = float(((tokens.rollout == 0) & (tokens.old < -1e-4)).mean())
+    certain = f"; on {atoms:.1%} of tokens it reports certainty" if atoms > 1e-3 else ""
+    return Finding(
+        "mean ratio below 1",
+        f"the mean ratio is 1 {excess}: the engine's probabilities are those of a distribution cut"
+        f" to {1 + excess.value:.1%} of the trainer's mass{certain}",
+        (causes.TRUNCATION, causes.GRAMMAR, causes.CANDIDATE), excess.value, excess.error,
+    )
+
+
+def penalty(tokens: Tokens) -> Finding | None:
+    """Whether tokens that came before are less likely to the engine."""
+    if tokens.seen is None or not 0.01 < tokens.seen.mean() < 0.99:
+        return None
+    (effect,), explained = tokens.regress(tokens.d, tokens.seen.astype(float))
+    if not doubtless(effect, tokens) or effect.value < 0.01 or explained < 0.05:
+        return None
+    return Finding(
+        "tokens that came before are less likely to the engine",
+        f"the trainer finds tokens that came before more likely than the engine by {effect} nats,"
+        f" which explains {explained:.0%} of the variance of log ρ",
+        (causes.PENALTY,), effect.value, effect.error,
+    )
+
+
+def hidden_sampler(tokens: Tokens) -> list[Finding]:
+    """Whether the tokens come from the distribution that both sides report."""
+    if tokens.gap is None:
+        return []
+    gap = tokens.mean(tokens.gap)
+    if not doubtless(gap, tokens) or abs(gap.value) < 0.01:
+        return []
+    varentropy = float(np.square(tokens.gap).mean())
+    tau = 1 / (1 - gap.value / varentropy)
+    colder = "sharper" if gap.value < 0 else "flatter"
+    return [Finding(
+        "tokens from a distribution that neither side reports",
+        f"the two sides agree to {tokens.typical():.2g} nats, but surprisal exceeds entropy by"
+        f" {gap} nats: the tokens come from a {colder} distribution than either side reports, as"
+        f" at a temperature of {tau:.3g}",
+        (causes.HIDDEN_SAMPLER, causes.ENTROPY_OTHER, causes.PREFILLED), gap.value, gap.error,
+    )]

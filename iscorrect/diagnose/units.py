@@ -1,0 +1,217 @@
+"""Parts of a dump that differ from the rest: prompts, sequences, engines, turns, places."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from iscorrect.diagnose import causes
+from iscorrect.diagnose.findings import Cause, Finding
+from iscorrect.diagnose.noise import heavy_tail
+from iscorrect.diagnose.scale import doubtless, levels, of_token, relative
+from iscorrect.diagnose.weights import row_medians
+from iscorrect.dumps import Estimate, Tokens
+from iscorrect.dumps.names import Array
+
+TWICE = math.log(2)
+FEW = 16  # tokens from which a level of a sequence is read
+
+OF_SEQUENCE: dict[str, tuple[Cause, ...]] = {
+    "engine": (causes.ONE_ENGINE, causes.DEFINITION, causes.QUANTISED),
+    "version": (causes.STALE_WEIGHTS, causes.ONE_ENGINE),
+    "step": (causes.BAD_BATCH, causes.STALE_WEIGHTS),
+    "group": (causes.STALE_CACHE, causes.HISTORY, causes.ONE_ENGINE),
+}
+
+WITHIN: dict[str, tuple[Cause, ...]] = {
+    "version": (causes.STALE_WEIGHTS, causes.VERSIONS_INSIDE),
+    "engine": (causes.ONE_ENGINE, causes.PREEMPTED),
+    "turn": (causes.HISTORY, causes.WRONG_PROMPT, causes.VERSIONS_INSIDE),
+    "pack": (causes.PACK_LEAK, causes.TWO_PASSES),
+}
+
+
+def prompt_dependent(tokens: Tokens) -> Finding | None:
+    """Groups whose first tokens differ several times as much as those of others."""
+    group = tokens.group
+    if group is None:
+        return None
+    early = tokens.where(tokens.position < 16)  # where the prompt matters most
+    rows, level = row_medians(relative(early.d, early.old), early.row)
+    groups, members = np.unique(group[rows], return_inverse=True)
+    if len(groups) < 8 or len(rows) < 2 * len(groups) or not (level > 0).all():
+        return None
+    log_level = np.log(level)
+    n = np.bincount(members)
+    center = np.bincount(members, weights=log_level) / n
+    within = float(np.square(log_level - center[members]).sum() / (len(rows) - len(groups)))
+    between = float((n * np.square(center - log_level.mean())).sum() / (len(groups) - 1))
+    ordered = np.sort(center)
+    jump = float(np.diff(ordered).max())
+    cut = int(np.diff(ordered).argmax()) + 1
+    affected = 1 - cut / len(groups)
+    if between < 8 * within or jump < math.log(1.3) or not 0.05 < affected < 0.95:
+        return None
+    if ordered[cut:].mean() - ordered[:cut].mean() < TWICE:
+        return None
+    # Routing that flips on a prompt's token marks that prompt's answers too.
+    affected_rows = rows[center[members] >= ordered[cut]]
+    if heavy_tail(tokens.where(~np.isin(tokens.row, affected_rows))):
+        return None
+    return Finding(
+        "mismatch depends on the prompt",
+        f"{affected:.0%} of the groups differ"
+        f" {math.exp(ordered[cut:].mean() - ordered[:cut].mean()):.1f} times as much as the others"
+        f" (variance between groups {between / within:.0f} times that within), among them group"
+        f" {tokens.label('group', int(groups[int(center.argmax())]))}",
+        OF_SEQUENCE["group"], between / within,
+    )
+
+
+def some_sequences(tokens: Tokens) -> Finding | None:
+    """Sequences whose tokens all differ several times as much as those of the others."""
+    seen, x = levels(tokens)
+    count = np.bincount(seen.row, minlength=tokens.count)
+    rows = np.flatnonzero(count >= FEW)
+    if len(rows) < 8:
+        return None
+    level = np.bincount(seen.row, weights=x, minlength=tokens.count)[rows] / count[rows]
+    apart = _apart(level)
+    if apart is None:
+        return None
+    high = level[apart].mean() - level[~apart].mean()
+    what, among = "sequences", f"{int(apart.sum())} of {len(rows)} sequences"
+    found: tuple[Cause, ...] = (causes.ONE_ENGINE, causes.BAD_BATCH, causes.VERSIONS_INSIDE,
+                                causes.STALE_CACHE, causes.HISTORY)
+    for name, likeliest in OF_SEQUENCE.items():
+        label = of_token(seen, name)
+        if label is None:
+            continue
+        of_row = np.full(tokens.count, -1)
+        of_row[seen.row] = label
+        units, member = np.unique(of_row[rows], return_inverse=True)
+        if 1 < len(units) <= len(rows) // 2 and _explains(apart, member) > 0.7:
+            share = np.bincount(member, weights=apart) / np.bincount(member)
+            what, found = f"{name}s", likeliest
+            bad = units[share > 0.5]
+            called = ", ".join(tokens.label(name, int(unit)) for unit in bad[:5])
+            among = f"{len(bad)} of {len(units)} {name}s ({called}{' …' if len(bad) > 5 else ''})"
+            break
+    return Finding(
+        f"some {what} apart from the rest",
+        f"{among} differ {math.exp(high):.1f} times as much as the rest; the farthest is sequence"
+        f" {int(rows[level.argmax()])}",
+        found, float(apart.mean()),
+    )
+
+
+def _apart(level: Array) -> Array | None:
+    """Which of the levels "s" lie apart from the others, beyond chance and by a factor of two."""
+    median = float(np.median(level))
+    ordered = np.sort(level)
+    lower = np.arange(1, len(level))
+    total = np.cumsum(ordered)[:-1]
+    gap = (ordered.sum() - total) / (len(level) - lower) - total / lower
+    split = lower * (len(level) - lower) * np.square(gap)
+    best = int(split.argmax())
+    part = float(split[best]) / len(level) ** 2 / max(float(level.var()), 1e-30)
+    # A normal sample split in its middle has 0.64 of its variance between the halves.
+    if part > 0.85 and gap[best] > TWICE and min(best + 1, len(level) - best - 1) >= 2:
+        upper: Array = level > ordered[best]
+        return upper
+    spread = 1.4826 * float(np.median(np.abs(level - median)))
+    far: Array = level > median + max(7 * spread, TWICE)
+    return far if 2 <= int(far.sum()) <= len(level) // 2 else None
+
+
+def _explains(apart: Array, member: Array) -> float:
+    """The share of the variance of a bool "s" that lies between units, less that of chance."""
+    n = np.bincount(member)
+    mean = np.bincount(member, weights=apart) / n
+    x = apart.astype(float)
+    within = float(np.square(x - mean[member]).sum()) / max(len(x) - len(n), 1)
+    return 1 - within / max(float(x.var(ddof=1)), 1e-30)
+
+
+def some_places(tokens: Tokens) -> Finding | None:
+    """Versions, engines, turns or places in a packed row whose tokens differ from the rest."""
+    seen, x = levels(tokens)
+    for name, likeliest in WITHIN.items():
+        label = of_token(seen, name)
+        if label is None:
+            continue
+        units, member = np.unique(label, return_inverse=True)
+        if len(units) < 2:
+            continue
+        count = np.bincount(member)
+        ranked = np.argsort(-np.bincount(member, weights=x) / count)
+        top = ranked[np.minimum(count, len(x) - count)[ranked] >= 32][:8]
+        for unit in top:
+            if name == "pack" and units[unit] == 0:
+                continue
+            effect, usual = _contrast(seen, x, member == unit)
+            if doubtless(effect, seen) and effect.value > TWICE:
+                called = tokens.label(name, int(units[unit]))
+                return Finding(
+                    f"one {name} apart from the rest" if name != "pack"
+                    else "mismatch depends on the place in a packed row",
+                    f"tokens of {name} {called} ({count[unit] / len(x):.0%}) differ"
+                    f" {math.exp(effect.value):.1f} times as much as the rest (log {effect},"
+                    f" median |Δ log p| there {usual:.2g})",
+                    likeliest, effect.value, effect.error, correctable=name == "version",
+                )
+    return None
+
+
+def _contrast(tokens: Tokens, x: Array, here: Array) -> tuple[Estimate, float]:
+    (effect,), _ = tokens.regress(x, here.astype(float))
+    return effect, float(np.median(np.abs(tokens.d[here])))
+
+
+def by_position(tokens: Tokens) -> Finding | None:
+    """A mismatch several times larger at the beginning or from a position on."""
+    size = np.abs(tokens.d)
+    early, late = tokens.position < 4, tokens.position >= 16
+    if early.sum() < 32 or late.sum() < 32:
+        return None
+    first, rest = float(np.median(size[early])), float(np.median(size[late]))
+    if first < 0.15 or first < 2.5 * rest:
+        return _steps_of_position(tokens)
+    next_to = (tokens.position >= 8) & (tokens.position < 16)
+    fades = not next_to.any() or float(np.median(size[next_to])) < 0.7 * first
+    prompt = (causes.WRONG_PROMPT, causes.VERSIONS_INSIDE, causes.SHARED_CACHE)
+    return Finding(
+        "mismatch at the beginning of answers",
+        f"median |Δ log p| is {first:.2g} nats on the first four tokens of an answer and {rest:.2g}"
+        " from the 17th on; "
+        + ("it fades, as the prompt's share in what they condition on does" if fades
+           else "it does not fade, but ends"),
+        prompt if fades else (causes.VERSIONS_INSIDE, causes.WRONG_PROMPT, causes.POSITIONS),
+        first / max(rest, 1e-12),
+    )
+
+
+def _steps_of_position(tokens: Tokens) -> Finding | None:
+    seen, x = levels(tokens)
+    best: tuple[Estimate, int] | None = None
+    for cut in (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768):
+        after = seen.position >= cut
+        if min(int(after.sum()), int((~after).sum())) < 256:
+            continue
+        (effect,), _ = seen.regress(x, after.astype(float))
+        if best is None or abs(effect.value) > abs(best[0].value):
+            best = effect, cut
+    if best is None or not doubtless(best[0], seen) or abs(best[0].value) < TWICE:
+        return None
+    effect, cut = best
+    later = effect.value > 0
+    return Finding(
+        "mismatch depends on the position",
+        f"tokens {'from' if later else 'before'} position {cut} {'on ' if later else ''}differ"
+        f" {math.exp(abs(effect.value)):.1f} times as much as the others (log {effect})",
+        (causes.POSITIONS, causes.HISTORY, causes.QUANTISED) if later
+        else (causes.VERSIONS_INSIDE, causes.WRONG_PROMPT, causes.POSITIONS),
+        effect.value, effect.error,
+    )
+

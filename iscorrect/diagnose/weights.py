@@ -1,0 +1,164 @@
+"""Weights that differ: over steps, with age, or in what repeats with a token."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from iscorrect.diagnose import causes
+from iscorrect.diagnose.findings import Finding
+from iscorrect.diagnose.scale import distinct, doubtless
+from iscorrect.dumps import Estimate, Tokens
+from iscorrect.dumps.names import Array
+
+OTHER_WEIGHTS = "log ρ repeats with the token"
+WITH_AGE = "mismatch grows with the age of the weights"
+PLATEAU = "mismatch grows over the first steps and stays"
+
+
+def growing(tokens: Tokens) -> Finding | None:
+    """A mismatch that rises with the steps: to the end, or to a level that it keeps."""
+    steps, levels = _by_step(tokens)
+    if len(steps) < 4:
+        return None
+    rising = float((np.diff(levels) > 0).mean())
+    growth = np.polyfit(steps - steps[0], np.log(levels), 1)[0] * (steps[-1] - steps[0])
+    told = (
+        f"median |Δ log p| grows from {levels[0]:.2g} at step {steps[0]} to {levels[-1]:.2g} at"
+        f" step {steps[-1]}"
+    )
+    half = len(steps) // 2
+    late = np.log(levels[half:])
+    flat = len(steps) >= 8 and (
+        abs(float(np.polyfit(np.arange(len(late)), late, 1)[0])) * (len(late) - 1) < 0.35
+    )
+    early = np.log(levels[half] / levels[0]) if half else 0.0
+    if flat and early > math.log(3) and np.median(late) - np.log(levels[0]) > math.log(3):
+        return Finding(
+            PLATEAU,
+            f"{told}, and has been within {math.exp(float(np.ptp(late))):.2g} times since step"
+            f" {steps[half]}",
+            (causes.SWALLOWED, causes.NEVER_SYNCHRONISED, causes.STALE_WEIGHTS),
+            float(np.exp(np.median(late)) / levels[0]), correctable=True,
+        )
+    if growth < math.log(3) or rising < 0.7:
+        return None
+    return Finding(
+        "mismatch grows with the steps", f"{told}, in {rising:.0%} of the steps between",
+        (causes.NEVER_SYNCHRONISED, causes.SWALLOWED, causes.DEFINITION), math.exp(growth),
+    )
+
+
+def over_time(tokens: Tokens) -> Finding | None:
+    """A mismatch that grows with age, or one step apart from the others."""
+    everything = tokens
+    if tokens.age is not None:
+        tokens = tokens.where(np.isfinite(tokens.age))
+    age = tokens.age
+    if age is not None and len(age) and age.min() < age.max():
+        size = np.minimum(np.abs(tokens.d), 2)
+        (slope,), _ = tokens.regress(size, age)
+        if doubtless(slope, tokens) and slope.value * np.ptp(age) > size.mean() / 2:
+            ages, member = np.unique(age, return_inverse=True)
+            k3 = np.bincount(member, weights=tokens.k3) / np.bincount(member)
+            inside = bool(((age[1:] != age[:-1]) & (tokens.row[1:] == tokens.row[:-1])).any())
+            shown = sorted({0, len(ages) // 2, len(ages) - 1})
+            worst = ", ".join(f"{ages[i]:g} steps old {k3[i]:.2g}" for i in shown)
+            return Finding(
+                WITH_AGE,
+                f"|Δ log p| grows by {slope} nats with each step of age; k3 of tokens {worst}"
+                + ("; answers hold tokens of several versions" if inside else ""),
+                (causes.STALE_WEIGHTS, *([causes.VERSIONS_INSIDE] if inside else []),
+                 causes.ONE_ENGINE),
+                slope.value, slope.error, correctable=True,
+            )
+    steps, levels = _by_step(everything)
+    if len(steps) >= 3 and levels.max() > 4 * np.median(levels):
+        worst_step = int(levels.argmax())
+        return Finding(
+            "one step apart from the others",
+            f"median |Δ log p| is {levels[worst_step]:.2g} at step {steps[worst_step]} and"
+            f" {np.median(levels):.2g} at a usual one",
+            (causes.STALE_WEIGHTS, causes.BAD_BATCH, causes.ONE_ENGINE),
+            float(levels[worst_step]), correctable=True,
+        )
+    return None
+
+
+def other_weights(tokens: Tokens) -> Finding | None:
+    """Rounding depends on all that came before a token; other weights move it alike anywhere."""
+    repeats = repeats_with_token(tokens)
+    if repeats is None or not doubtless(repeats, tokens) or repeats.value < 0.05:
+        return None
+    stale = repeats.value >= 0.35
+    if stale and tokens.gap is not None:
+        (flatter,), _ = tokens.regress(tokens.d, -tokens.gap)
+        # coarse weights blur what the engine says; a training step does not
+        stale = not (doubtless(flatter, tokens) and flatter.value > 0.03)
+    likeliest = (causes.STALE_WEIGHTS, causes.QUANTISED) if stale else \
+        (causes.QUANTISED, causes.STALE_WEIGHTS)
+    compared = "as much as a training step makes them" if stale else \
+        "less than a training step makes them"
+    return Finding(
+        OTHER_WEIGHTS,
+        f"log ρ repeats with the token across sequences ({repeats} of its variance): the engine"
+        f" holds other weights, {compared}, at a typical difference of log-odds of"
+        f" {tokens.logit_noise():.2g}",
+        (*likeliest, causes.ADAPTER, causes.DEFINITION, causes.SHARED_CACHE, causes.SWALLOWED),
+        repeats.value, repeats.error, correctable=_small(tokens),
+    )
+
+
+def _small(tokens: Tokens) -> bool:
+    """Whether token weights keep nearly all of their sample: their ESS is above 0.9."""
+    ratio = np.exp(np.minimum(tokens.d, 30))
+    return float(ratio.mean() ** 2 / np.square(ratio).mean()) > 0.9
+
+
+def repeats_with_token(tokens: Tokens) -> Estimate | None:
+    """How much of log ρ returns with the same token in other sequences.
+
+    Products of noise are averaged over pairs of equal tokens in different sequences.
+    """
+    if tokens.ids is None:
+        return None
+    x = tokens.d / (1.02 - np.minimum(np.exp(tokens.old), 1.0))
+    spread = 3 * max(1.4826 * float(np.median(np.abs(x))), 0.3 * float(x.std()))
+    if spread == 0:
+        return None
+    x = np.clip(x, -spread, spread)
+    x = x - x.mean()
+    # Copies of a sequence, as in a bootstrap sample, share their noise.
+    rows = distinct(tokens)[tokens.row]
+    _, token = np.unique(tokens.ids, return_inverse=True)
+    pair, inverse = np.unique(token * (rows.max() + 1) + rows, return_inverse=True)
+    total = np.bincount(inverse, weights=x)
+    count = np.bincount(inverse).astype(float)
+    pair_token, pair_row = pair // (rows.max() + 1), pair % (rows.max() + 1)
+    all_total = np.bincount(pair_token, weights=total)[pair_token]
+    all_count = np.bincount(pair_token, weights=count)[pair_token]
+    pairs = float((count * (all_count - count)).sum())
+    if pairs < 1000:
+        return None
+    products = np.bincount(pair_row, weights=total * (all_total - total))
+    products = products[np.unique(pair_row)]
+    s = len(products)
+    scale = pairs * float(x.var())
+    error = float(products.std(ddof=1)) * math.sqrt(s) / scale if s > 1 else math.inf
+    return Estimate(float(products.sum()) / scale, error)
+
+
+def _by_step(tokens: Tokens) -> tuple[Array, Array]:
+    """The steps, and the median |Δ log p| of each."""
+    if tokens.step is None:
+        return np.array([]), np.array([])
+    steps, medians = row_medians(np.abs(tokens.d), tokens.step[tokens.row])
+    return steps, np.maximum(medians, 1e-12)
+
+
+def row_medians(x: Array, row: Array) -> tuple[Array, Array]:
+    """The rows there are, and the median of x in each."""
+    order = np.lexsort((x, row))
+    rows, start, count = np.unique(row[order], return_index=True, return_counts=True)
+    return rows, x[order][start + count // 2]
