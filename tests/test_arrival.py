@@ -236,7 +236,7 @@ def test_neighbours_are_those_of_the_list_of_all_numbers(dtype):
         torch.tensor([0.0, -0.0, 2.0**-30]),
     ])
     inside = inside[inside.abs() <= grid[-1]]
-    low, high, up = (x.double().numpy() for x in neighbours("f", inside, dtype))
+    low, high, up = (x.double().numpy() for x in neighbours(inside, dtype))
     x = inside.double().numpy()
     size = np.abs(x)
     positive = grid[grid >= 0]
@@ -252,7 +252,7 @@ def test_neighbours_are_those_of_the_list_of_all_numbers(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(x=st.floats(-400, 400, width=32))
 def test_stochastic_rounding_has_no_bias_over_its_two_outcomes(dtype, x):
-    low, high, up = (v.double().item() for v in neighbours("f", torch.tensor([x]), dtype))
+    low, high, up = (v.double().item() for v in neighbours(torch.tensor([x]), dtype))
     assert min(low, high) <= x <= max(low, high) and 0 <= up < 1
     # the probability itself is a float32
     assert (1 - up) * low + up * high == pytest.approx(x, abs=abs(high - low) * 2**-24)
@@ -280,6 +280,15 @@ def test_numbers_of_the_format_stay_and_what_it_cannot_hold_is_as_torch_has_it(d
     outside = outside[~(outside.abs() <= torch.finfo(dtype).max)]
     sent, plain = stochastic_round(outside, dtype).float(), outside.to(dtype).float()
     assert torch.equal(sent.nan_to_num(7), plain.nan_to_num(7))
+
+
+def test_every_entry_of_a_large_tensor_is_rounded_in_its_place(monkeypatch):
+    monkeypatch.setattr("iscorrect.fp16.sending.ROUNDED_AT_ONCE", 7)
+    x = torch.randn(5, 4)
+    low, high, _ = neighbours(x, torch.bfloat16)
+    sent = stochastic_round(x, torch.bfloat16)
+    assert sent.shape == x.shape and ((sent == low) | (sent == high)).all()
+    assert stochastic_round(torch.zeros(0, 3), torch.bfloat16).shape == (0, 3)
 
 
 def test_a_seeded_generator_sends_what_did_not_change_as_it_was():
