@@ -14,7 +14,7 @@ from torch import nn
 import iscorrect.fp16.checkpoints
 from iscorrect import InputError, round_with_feedback, stochastic_round, weight_arrival
 from iscorrect.cli.main import main
-from iscorrect.fp16.arrival import arrived, to_grid
+from iscorrect.fp16.arrival import UpdateWatch, arrived, to_grid
 from iscorrect.fp16.checkpoints import boxes
 from iscorrect.fp16.sending import neighbours
 
@@ -359,3 +359,34 @@ def test_lag_and_noise_of_one_size_are_told_apart(name):
     found = arrived("w", start, start + update, sent_before=start, sent_after=sent)
     assert found.rest == pytest.approx(1.0, abs=0.03)
     assert found.share == pytest.approx(0.0 if name == "old_is_lag" else 1.0, abs=0.03)
+
+
+# over a run
+
+
+def test_a_sample_says_about_what_the_whole_says():
+    torch.manual_seed(5)
+    w = [torch.nn.Parameter((torch.randn(300, 100) * 0.05).bfloat16().float()) for _ in range(4)]
+    before = {str(i): x.detach().clone() for i, x in enumerate(w)}
+    watch = UpdateWatch(torch.bfloat16, entries=20_000)
+    assert math.isnan(watch(w).share)
+    with torch.no_grad():
+        for x in w:
+            x.add_(torch.randn_like(x).sign() * 1e-4)
+    found = watch(w)
+    whole = weight_arrival(before, {str(i): x for i, x in enumerate(w)})
+    assert found.entries == 20_000
+    assert 0.1 < whole.share < 0.9
+    assert found.share == pytest.approx(whole.share, abs=0.03)
+    assert found.unchanged == pytest.approx(whole.total.unchanged, abs=0.02)
+    assert watch(w).moved == 0
+
+
+def test_a_sample_may_be_all_there_is_and_a_rank_may_hold_nothing():
+    w = torch.nn.Parameter(torch.ones(7))
+    for parameters in ([w], [w, torch.nn.Parameter(torch.zeros(0))]):
+        watch = UpdateWatch(torch.bfloat16)
+        watch(parameters)
+        assert watch(parameters).entries == 7
+    empty = UpdateWatch(torch.bfloat16)
+    assert empty([torch.nn.Parameter(torch.zeros(0))]).entries == 0
