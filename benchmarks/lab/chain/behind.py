@@ -173,9 +173,9 @@ def record(run: Run, steps: int) -> dict[str, str]:
             each=ANSWERS, warmup=WARMUP, clip=CLIP, every=EVERY,
         )]
         curve = " ".join(f"{value:.4g}" for value in found)
-        return {**measures(found, EVERY), "policy": curve, "engine": "", "kl": ""}
+        return {**measures(found, EVERY), "j_policy": curve, "j_engine": "", "kl": ""}
     states = [*learn(run, steps)]
-    return {**measures([state.policy for state in states]), **numbers(states, every=EVERY)}
+    return {**measures([state.j_policy for state in states]), **numbers(states, every=EVERY)}
 
 
 def carry_out(runs: Sequence[Run], path: Path, steps: int) -> None:

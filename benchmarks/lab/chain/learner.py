@@ -113,13 +113,13 @@ class State(NamedTuple):
     """What is recorded of a step.
 
     Attributes:
-        policy: J(π).
-        engine: J(μ).
+        j_policy: J(π).
+        j_engine: J(μ).
         kl: KL(μ‖π), nats per sequence.
     """
 
-    policy: float
-    engine: float
+    j_policy: float
+    j_engine: float
     kl: float
 
 

@@ -31,7 +31,7 @@ def of_exact(records: Path, **key: object) -> dict[tuple[str, str], dict[str, st
 
 def outcome(row: dict[str, str]) -> tuple[float, float, int | None]:
     """J(π) at the end, the lowest, and the first step at ``LEARNT``."""
-    values = curve(row, "policy")
+    values = curve(row, "j_policy")
     reached = next((step for step, value in enumerate(values) if value >= LEARNT), None)
     return values[-1], min(values), reached
 
@@ -41,7 +41,7 @@ def cell(row: dict[str, str] | None) -> str:
     if row is None:
         return "not run"
     end, lowest, reached = outcome(row)
-    fell = f", lowest {lowest:.3f}" if lowest < curve(row, "policy")[0] - 0.005 else ""
+    fell = f", lowest {lowest:.3f}" if lowest < curve(row, "j_policy")[0] - 0.005 else ""
     return f"{end:.3f}{fell}, {'never' if reached is None else f'step {reached}'}"
 
 
