@@ -15,9 +15,10 @@ from iscorrect import InputError, Layout, parse
 from iscorrect.cli.main import main
 from iscorrect.dumps import LogProbDump, Tokens, concatenate, read_dump, write_dump
 from iscorrect.loss.ratios import at_level, units
-from iscorrect.report.gather import CORRECTIONS, SAMPLE, summarise
-from iscorrect.report.limits import check_thresholds
+from iscorrect.report.gather import CORRECTIONS, summarise
+from iscorrect.report.limits import broken, check_thresholds
 from iscorrect.report.render import blocks, headline, tables, to_html, to_markdown, write_report
+from iscorrect.report.sums import SAMPLE, Sums, student
 
 
 def some_dump(sequences=40, length=50, seed=0, noise=0.2):
@@ -54,9 +55,7 @@ class TestNumbers:
         assert m["mismatch/chi2/token"] == pytest.approx(((np.exp(d) - 1) ** 2).mean(), rel=1e-5)
         p, q = np.exp(rollout[mask]), np.exp(old[mask])
         assert m["mismatch/pearson"] == pytest.approx(np.corrcoef(p, q)[0, 1], rel=1e-6)
-        lengths, totals = mask.sum(1), ((old - rollout) * mask).sum(1)
-        slope = np.polyfit(lengths, totals, 1)[0]
-        assert m["mismatch/sequence_slope"] == pytest.approx(1000 * slope, rel=1e-4)
+        assert m["mismatch/sequence_slope"] == pytest.approx(1000 * d.mean(), rel=1e-5)
         assert m["tail/outside"] == pytest.approx((np.abs(d) > np.log(2)).mean())
 
     def test_sequences_of_one_length_have_the_slope_of_their_mean(self):
@@ -129,6 +128,96 @@ class TestNumbers:
         assert summarise([spoiled]).metrics == summarise([dump]).metrics
 
 
+    def test_errors_are_those_of_a_bootstrap_over_sequences(self):
+        g = torch.Generator().manual_seed(1)
+        dump = some_dump(sequences=200)
+        shift = 0.2 * torch.randn(200, 1, generator=g)  # shared by the tokens of a sequence
+        dump = replace(dump, old_log_probs=(dump.old_log_probs + shift).clamp(max=0))
+        d = torch.where(dump.mask, dump.old_log_probs - dump.rollout_log_probs, 0).double()
+        sums, counts = d.sum(1), dump.mask.sum(1)
+        drawn = torch.randint(200, (4000, 200), generator=g)
+        bootstrapped = (sums[drawn].sum(1) / counts[drawn].sum(1)).std()
+        errors = summarise([dump]).errors
+        assert errors["mismatch/kl_k1"] == pytest.approx(float(bootstrapped), rel=0.1)
+        assert errors["mismatch/sequence_slope"] == pytest.approx(1000 * errors["mismatch/kl_k1"])
+
+    def test_the_error_of_a_place_is_that_of_its_tokens_alone(self):
+        dump = some_dump()
+        step = next(row for row in summarise([dump]).places if row["place"] == "step 1")
+        alone = Tokens.of(dump.rows(dump.step == 1))
+        expected = alone.mean(alone.k3)
+        assert (step["kl_k3"], step["error"]) == pytest.approx(expected, rel=1e-9)
+
+    def test_places_are_told_apart_by_every_unit_and_by_age(self):
+        dump = some_dump()
+        t = torch.arange(50).expand(40, 50)
+        units = replace(
+            dump, version=dump.step[:, None] - (t < 20).long(), turn=t // 30, engine=t % 2,
+            pack=torch.arange(40) % 3, names={"engine": ("host-a", "host-b")},
+        )
+        noisy = torch.where(t < 20, units.old_log_probs - 1, units.old_log_probs)
+        report = summarise([replace(units, old_log_probs=noisy)])
+        places = {row["place"]: row for row in report.places}
+        assert {"engine host-a", "turn 1", "pack 2", "age 0", "age 1", "version 3"} <= set(places)
+        assert places["age 1"]["kl_k3"] > 5 * places["age 0"]["kl_k3"]
+        ages = [row for name, row in places.items() if name.startswith("age")]
+        assert sum(row["tokens"] for row in ages) == pytest.approx(1)
+
+    def test_many_places_are_counted_in_bounded_memory(self, monkeypatch):
+        dump = replace(some_dump(), version=torch.arange(2000).view(40, 50))
+        one = summarise([dump])
+        monkeypatch.setattr("iscorrect.report.sums.CELLS", 10)
+        other = summarise([dump])
+        assert [p["place"] for p in one.places] == [p["place"] for p in other.places]
+        assert [p["kl_k3"] for p in one.places] == pytest.approx([p["kl_k3"] for p in other.places])
+
+    def test_growth_is_the_factor_of_the_line_over_the_steps(self):
+        g = torch.Generator().manual_seed(0)
+        step = torch.arange(10).repeat_interleave(40)
+        rollout = -1 - torch.rand(400, 30, generator=g)
+        noise = 0.02 * 2 ** (step / 3)[:, None] * torch.randn(400, 30, generator=g)
+        sums = Sums()
+        sums.add(Tokens.of(LogProbDump(
+            rollout_log_probs=rollout, old_log_probs=rollout + noise, mask=rollout < 0, step=step,
+        )))
+        growth = sums.growth()
+        assert growth["mismatch/growth"] == pytest.approx(4**3, rel=0.2)
+        assert growth["mismatch/growth/low"] < 4**3 < growth["mismatch/growth/high"]
+        steady = Sums()
+        steady.add(Tokens.of(some_dump(400)))
+        assert steady.growth()["mismatch/growth/low"] < 1 < steady.growth()["mismatch/growth/high"]
+
+    @pytest.mark.parametrize(("degrees", "table"), [(3, 3.182), (5, 2.571), (20, 2.086)])
+    def test_half_an_interval_is_students(self, degrees, table):
+        assert student(degrees) == pytest.approx(table, rel=0.01)
+
+    def test_the_policy_being_trained_and_the_candidates_are_measured(self):
+        dump = some_dump()
+        ids = torch.zeros(40, 50, dtype=torch.long)
+        listed = torch.arange(50).expand(40, 50) % 4 != 0
+        report = summarise([replace(
+            dump, log_probs=dump.old_log_probs - 0.5, token_ids=ids,
+            top_k_ids=torch.where(listed, 0, 1)[..., None],
+            top_k_log_probs=dump.rollout_log_probs[..., None],
+        )])
+        assert report.metrics["policy/log_prob_diff/mean"] == pytest.approx(0.5, rel=1e-5)
+        share = float(listed[dump.mask].float().mean())
+        assert report.metrics["candidates/listed"] == pytest.approx(share)
+        assert "policy being trained" in dict(headline(report))["update"]
+
+    def test_tokens_without_a_log_prob_are_counted_and_change_nothing_else(self):
+        dump = some_dump()
+        bad = dump.mask & (torch.arange(50) == 3)
+        masked = summarise([replace(dump, mask=dump.mask & ~bad)])
+        for value in (torch.nan, -torch.inf):
+            rollout = torch.where(bad, value, dump.rollout_log_probs)
+            report = summarise([replace(dump, rollout_log_probs=rollout)])
+            assert report.metrics["batch/nonfinite"] == 40
+            for name in ("mismatch/kl_k1", "mismatch/kl_k3", "tail/outside"):
+                assert report.metrics[name] == pytest.approx(masked.metrics[name]), name
+            assert "40 of them without a finite log-prob" in dict(headline(report))["dump"]
+
+
 class TestSample:
     def test_a_large_dump_is_sampled_uniformly_and_in_bounded_size(self):
         def pieces():
@@ -160,7 +249,8 @@ class TestEveryDump:
         report = summarise([replace(dump, mask=mask, policy_version=dump.step, group=dump.step)])
         places = [row["place"] for row in report.places]
         assert "step 1" in places
-        assert not {"step 2", "policy version 2", "group 2"} & set(places)
+        assert "version 1" in places
+        assert not {"step 2", "version 2", "group 2"} & set(places)
         assert report.sequences == 40
 
     @pytest.mark.parametrize("tokens", [1, 2])
@@ -354,6 +444,29 @@ class TestThresholds:
     def test_each_comparison(self, condition, holds):
         assert bool(check_thresholds([condition], {"a": 1.0})) == holds
 
+    def test_findings_corrections_and_growth_are_conditions(self):
+        dump = some_dump(400)
+        noise = 0.02 * torch.randn(400, 50) * (1 - dump.rollout_log_probs.exp())
+        clean = replace(dump, old_log_probs=dump.rollout_log_probs + noise)
+        report = summarise([clean], corrections=["token-tis:cap=2"])
+        assert broken(["finding"], report) == []
+        tempered = summarise([replace(dump, old_log_probs=1.3 * dump.old_log_probs)])
+        name = tempered.findings[0].cause
+        assert len(broken(["finding", f"finding:{name[:5].upper()}", "finding:xyz"], tempered)) == 2
+        ess = report.corrections["token-tis:cap=2"]["is/ess"]
+        assert broken(["token-tis:cap=2/is/ess<2"], report) == [
+            f"token-tis:cap=2/is/ess<2 (it is {ess:.4g})"
+        ]
+        assert broken(["mismatch/growth/low>1.5"], report) == []
+        short = summarise([some_dump(40)])
+        assert broken(["mismatch/growth>1"], short) == ["mismatch/growth>1 (it was not measured)"]
+
+    def test_a_correction_that_a_condition_names_is_compared(self, tmp_path, capsys):
+        write_dump(some_dump(), tmp_path / "dump.npz")
+        condition = "sequence-tis:cap=7/is/ess<2"
+        assert report_main(tmp_path / "dump.npz", "--json", "--fail-if", condition) == 1
+        assert condition in capsys.readouterr().err
+
     def test_what_could_not_be_computed_does_not_pass(self):
         assert check_thresholds(["a>1"], {"a": float("nan")})
 
@@ -394,4 +507,6 @@ def test_figures_are_left_out_without_matplotlib(tmp_path, monkeypatch):
     )
     write_report(summarise([some_dump()]), tmp_path)
     assert not (tmp_path / "figures").exists()
-    assert "data:image/png" not in (tmp_path / "report.html").read_text()
+    for page in ("report.html", "report.md"):
+        assert "data:image/png" not in (tmp_path / page).read_text()
+        assert "No figures: they need matplotlib" in (tmp_path / page).read_text()

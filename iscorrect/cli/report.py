@@ -12,8 +12,8 @@ from iscorrect.cli.arguments import positive
 from iscorrect.cli.terminal import progress, say, tell
 from iscorrect.dumps import LogProbDump, Tokens, stream_dump
 from iscorrect.report.gather import CORRECTIONS, summarise
-from iscorrect.report.limits import check_thresholds
-from iscorrect.report.render import blocks, write_report
+from iscorrect.report.limits import broken, corrections_of
+from iscorrect.report.render import NO_FIGURES, blocks, write_report
 from iscorrect.text import visible
 
 HELP = "how large the mismatch of a dump is, where, why, and what to do"
@@ -36,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=positive, metavar="T",
                         help="tokens in a sequence (default: the dump's mean)")
     parser.add_argument("--fail-if", action="append", default=[], metavar="CONDITION",
-                        help="exit 1 where it holds, such as 'mismatch/kl_k3>0.01'; repeatable")
+                        help="exit 1 where it holds: 'mismatch/kl_k3>0.01',"
+                             " 'mismatch/growth/low>1', 'token-tis:cap=2/is/ess<0.5', 'finding'"
+                             " (any but noise), 'finding:TEXT'; repeatable")
     parser.add_argument("--json", action="store_true", help="print metrics.json instead of text")
 
 
@@ -47,21 +49,28 @@ def run(options: argparse.Namespace) -> int:
         null = Tokens.join([Tokens.of(piece) for piece in stream_dump(options.null)])
     report = summarise(
         _with_progress(options.dumps), source=", ".join(map(visible, options.dumps)),
-        corrections=tuple(options.correction or CORRECTIONS), null=null,
+        corrections=_corrections(options), null=null,
         samples=options.samples, length=options.length,
     )
-    broken = check_thresholds(options.fail_if, report.metrics)
+    held = broken(options.fail_if, report)
     directory = options.out or (None if options.json else Path("iscorrect-report"))
-    if directory is not None:
-        write_report(report, directory)
     if options.json:
         say(json.dumps(report.to_json(), indent=2))
     else:
         say(*blocks(report, min(shutil.get_terminal_size().columns, 100)))
-        tell(f"\nwritten to {visible(directory)}/report.html")
-    for condition in broken:
-        tell(f"fail-if: {condition}")
-    return 1 if broken else 0
+    if directory is not None:
+        figures = write_report(report, directory)
+        missing = "" if figures else f"\n{NO_FIGURES}"
+        tell(f"\nwritten to {visible(directory)}/report.html{missing}")
+    for condition in held:
+        tell(f"fail-if: {visible(condition)}")
+    return 1 if held else 0
+
+
+def _corrections(options: argparse.Namespace) -> list[str]:
+    """Those that were asked for, and those that conditions name."""
+    shown = options.correction or CORRECTIONS
+    return list(dict.fromkeys([*shown, *corrections_of(options.fail_if)]))
 
 
 def _with_progress(paths: Sequence[str]) -> Iterator[LogProbDump]:

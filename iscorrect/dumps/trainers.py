@@ -45,7 +45,8 @@ def _nemo_rl(row: Row, path: Path) -> Row:
 
 def _slime(row: Row, path: Path) -> Row:
     old = row["log_probs"]
-    response = int(row.get("response_length", row.get("response_lengths", len(old))))
+    lengths = (row.get(name) for name in ("response_length", "response_lengths"))
+    response = int(next((x for x in lengths if x is not None), len(old)))
     rollout = row.get("rollout_log_probs")
     mask = row.get("loss_mask", row.get("loss_masks"))
     tokens = row.get("tokens")

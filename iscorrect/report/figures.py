@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from iscorrect.dumps import LogProbDump, Tokens
+from iscorrect.dumps import Estimate, LogProbDump, Tokens
 from iscorrect.dumps.names import Array
 from iscorrect.dumps.tokens import as_tokens
 from iscorrect.errors import import_extra
@@ -75,16 +75,32 @@ def sequences(dump: LogProbDump | Tokens) -> Columns:
     return {"length": length[length > 0], "log_ratio": total[length > 0]}
 
 
-def plot_sequences(dump: LogProbDump | Tokens, *, ax: Axes | None = None) -> Axes:
-    """Log-ratio of whole sequences against their length, with the slope that KL gives it."""
+def plot_sequences(
+    dump: LogProbDump | Tokens, *, slope: Estimate | None = None, ax: Axes | None = None
+) -> Axes:
+    """Log-ratio of whole sequences against their length, with the slope that KL gives it.
+
+    Args:
+        dump: with at least one counted token.
+        slope: the log-ratio of 1,000 tokens, nats; None: the dump's.
+        ax: where to draw; None: a new figure.
+
+    Returns:
+        The axes.
+    """
     ax = _axes(ax)
-    table = sequences(dump)
+    tokens = as_tokens(dump)
+    table = sequences(tokens)
     length, total = table["length"], table["log_ratio"]
-    per_token = total.sum() / length.sum()
+    if slope is None:
+        mean = tokens.mean(tokens.d)
+        slope = Estimate(1000 * mean.value, 1000 * mean.error)
     ax.scatter(length, total, s=8, alpha=0.5, color=BLUE, linewidths=0, rasterized=True)
     ends = np.array([0, length.max()])
-    ax.plot(ends, per_token * ends, color=RED,
-            label=f"{1000 * per_token:+.3g} nats per 1,000 tokens")
+    ax.plot(ends, slope.value / 1000 * ends, color=RED, label=f"{slope} nats per 1,000 tokens")
+    if math.isfinite(slope.error):
+        low, high = (slope.value / 1000 + sign * slope.error / 500 for sign in (-1, 1))
+        ax.fill_between(ends, low * ends, high * ends, color=RED, alpha=0.15, linewidth=0)
     ax.axhline(0, color=GREY, linewidth=0.8)
     ax.set(
         xlabel="tokens in the sequence", ylabel="log-ratio of the sequence, nats",

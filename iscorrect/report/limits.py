@@ -1,17 +1,68 @@
-"""Conditions on a report's numbers, for CI."""
+"""Conditions on a report, for CI."""
 
 from __future__ import annotations
 
 import math
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+from iscorrect.diagnose import NOISE, Finding
 from iscorrect.errors import check_choice, input_error
+from iscorrect.report.gather import Report
+from iscorrect.report.sums import GROWTH
 
 COMPARISONS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt,
 }
+
+FINDING = r"\s*finding(?::(.*\S))?\s*"
+
+COMPARISON = r"\s*(\S(?:.*?\S)?)\s*(>=|<=|>|<)\s*(\S+)\s*"
+
+CORRECTION = r"(.+?)/((?:is|mismatch|batch)/.+)"
+
+
+def corrections_of(conditions: Sequence[str]) -> list[str]:
+    """The corrections that conditions name, to be compared.
+
+    >>> corrections_of(["token-tis:cap=2/is/ess<0.5", "mismatch/kl_k3>0.01", "finding"])
+    ['token-tis:cap=2']
+    """
+    named = [found[1] for text in conditions if (found := re.fullmatch(COMPARISON, text))]
+    return [found[1] for name in named if (found := re.fullmatch(CORRECTION, name))]
+
+
+def broken(conditions: Sequence[str], report: Report) -> list[str]:
+    """The conditions that hold for a report, each with what it found.
+
+    Args:
+        conditions: such as "mismatch/kl_k3>0.01", "mismatch/growth/low>1" (k3 grows over the
+            steps), "token-tis:cap=2/is/ess<0.5", "finding" (any but noise), or "finding:stale"
+            (one whose pattern or one of whose causes has this text).
+        report: which has these corrections.
+
+    Raises:
+        InputError: a condition that cannot be read, or an unknown name.
+    """
+    numbers = dict.fromkeys(GROWTH, math.nan) | report.metrics
+    for name, values in report.corrections.items():
+        numbers |= {f"{name}/{metric}": x for metric, x in values.items()}
+    held = []
+    for condition in conditions:
+        if found := re.fullmatch(FINDING, condition):
+            held += [f"{condition} ({text})" for text in _named(report.findings, found[1] or "")]
+        else:
+            held += check_thresholds([condition], numbers)
+    return held
+
+
+def _named(findings: Sequence[Finding], text: str) -> Iterator[str]:
+    """Findings other than noise in whose names a text stands."""
+    for finding in findings:
+        if not finding.pattern.startswith(NOISE):
+            names = [finding.pattern, *(cause.name for cause in finding.causes)]
+            yield from [name for name in names if text.lower() in name.lower()][:1]
 
 
 def check_thresholds(conditions: Sequence[str], metrics: dict[str, float]) -> list[str]:
@@ -27,9 +78,9 @@ def check_thresholds(conditions: Sequence[str], metrics: dict[str, float]) -> li
     >>> check_thresholds(["mismatch/kl_k3>0.01"], {"mismatch/kl_k3": 0.5})
     ['mismatch/kl_k3>0.01 (it is 0.5)']
     """
-    broken = []
+    held = []
     for condition in conditions:
-        found = re.fullmatch(r"\s*([\w/]+)\s*(>=|<=|>|<)\s*(\S+)\s*", condition)
+        found = re.fullmatch(COMPARISON, condition)
         try:
             if found is None:
                 raise ValueError
@@ -38,11 +89,16 @@ def check_thresholds(conditions: Sequence[str], metrics: dict[str, float]) -> li
                 raise ValueError
         except ValueError:
             raise input_error(
-                "report", "fail-if", expected="a name, one of > < >= <=, and a number",
+                "report", "fail-if",
+                expected="a name, one of > < >= <=, and a number; or finding, or finding:TEXT",
                 got=repr(condition), fix="pass --fail-if 'mismatch/kl_k3>0.01'",
             ) from None
         check_choice("report", "fail-if", name, sorted(metrics))
         # what cannot be computed cannot pass
         if math.isnan(metrics[name]) or COMPARISONS[comparison](metrics[name], limit):
-            broken.append(f"{condition} (it is {metrics[name]:.4g})")
-    return broken
+            value = metrics[name]
+            known = "was not measured" if math.isnan(value) else f"is {value:.4g}"
+            held.append(f"{condition} (it {known})")
+    return held
+
+

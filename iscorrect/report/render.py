@@ -19,12 +19,13 @@ from typing import Any
 import numpy as np
 
 from iscorrect.diagnose import Cause
-from iscorrect.dumps import Tokens
+from iscorrect.dumps import Estimate
 from iscorrect.dumps.files import replacing
 from iscorrect.report.effects import HEADER, effect_row
 from iscorrect.report.figures import FIGURES
 from iscorrect.report.gather import Report
-from iscorrect.text import Table
+from iscorrect.report.sums import GROWTH
+from iscorrect.text import Table, visible
 
 
 def headline(report: Report) -> list[tuple[str, str]]:
@@ -44,15 +45,46 @@ def headline(report: Report) -> list[tuple[str, str]]:
     return [
         ("dump", f"{report.source} · {report.sequences:,} sequences ·"
                  f" {m['batch/tokens']:,.0f} tokens{without}"),
-        ("mismatch", f"k1 {m['mismatch/kl_k1']:.2e} · k3 {m['mismatch/kl_k3']:.2e} nats per token ·"
-                     f" χ² {m['mismatch/chi2/token']:.2e}"),
+        ("mismatch", f"k1 {_measured(report, 'mismatch/kl_k1')} · k3"
+                     f" {_measured(report, 'mismatch/kl_k3')} nats per token · χ²"
+                     f" {m['mismatch/chi2/token']:.2e}"),
         ("|Δ log p|", f"mean {m['mismatch/log_prob_diff/mean']:.3g} · max"
                       f" {m['mismatch/log_prob_diff/max']:.3g} nats · Pearson of p"
                       f" {pearson}"),
-        ("sequences", f"log-ratio {m['mismatch/sequence_slope']:+.3g} nats per 1,000 tokens"),
+        ("sequences", f"log-ratio {slope(report)} nats per 1,000 tokens"),
         ("tail", f"{m['tail/outside']:.2%} of tokens have a ratio outside [0.5, 2] · Pareto k̂"
                  f" {tail}"),
+        *_update(m), *_growth(m),
     ]
+
+
+def slope(report: Report) -> Estimate:
+    """The log-ratio of 1,000 tokens of a sequence, nats."""
+    name = "mismatch/sequence_slope"
+    return Estimate(report.metrics[name], report.errors[name])
+
+
+def _measured(report: Report, name: str) -> str:
+    error = report.errors[name]
+    known = f" ± {error:.1e}" if math.isfinite(error) else ""
+    return f"{report.metrics[name]:.2e}{known}"
+
+
+def _update(m: dict[str, float]) -> list[tuple[str, str]]:
+    if "policy/kl_k3" not in m:
+        return []
+    return [("update", f"the policy being trained differs from π_old by"
+                       f" {m['policy/log_prob_diff/mean']:.3g} nats a token on average · k3"
+                       f" {m['policy/kl_k3']:.2e}")]
+
+
+def _growth(m: dict[str, float]) -> list[tuple[str, str]]:
+    if GROWTH[0] not in m:
+        return []
+    factor, low, high = (m[name] for name in GROWTH)
+    moves = "grows" if low > 1 else "falls" if high < 1 else "neither grows nor falls for certain"
+    return [("training", f"k3 {moves}: {factor:.2g} times the first step's at the last step (95 %"
+                         f" interval {low:.2g} to {high:.2g}, as if steps were independent)")]
 
 
 def tables(report: Report) -> list[Table]:
@@ -66,8 +98,9 @@ def tables(report: Report) -> list[Table]:
             "What each correction would do",
             HEADER, [effect_row(n, values) for n, values in report.corrections.items()],
         ),
-        Table("Where", ("place", "tokens", "k3", "ratio outside [0.5, 2]"), [
-            (p["place"], f"{p['tokens']:.1%}", f"{p['kl_k3']:.2e}", f"{p['outside']:.2%}")
+        Table("Where", ("place", "tokens", "k3", "±", "ratio outside [0.5, 2]"), [
+            (visible(p["place"]), f"{p['tokens']:.1%}", f"{p['kl_k3']:.2e}", _error(p["error"]),
+             f"{p['outside']:.2%}")
             for p in report.places
         ]),
     ]
@@ -80,6 +113,10 @@ def _numbered(causes: Sequence[Cause]) -> Iterator[str]:
         yield f"{i}. {cause.name}: {cause.control}{decided}"
 
 
+def _error(x: float) -> str:
+    return f"{x:.1e}" if math.isfinite(x) else "–"
+
+
 PROSE = ("Findings", "What to do")
 
 NOTE = (
@@ -87,6 +124,11 @@ NOTE = (
     " mass the mean distance between the exact ratio at the correction's level and the weight that"
     " it gives."
 )
+
+
+ERRORS = "± is one standard error, clustered by sequence."
+
+NO_FIGURES = "No figures: they need matplotlib (pip install matplotlib)."
 
 
 def blocks(report: Report, width: int = 100) -> list[str | Table]:
@@ -101,8 +143,7 @@ def blocks(report: Report, width: int = 100) -> list[str | Table]:
         shown.append("")
         if table.title not in PROSE:
             shown.append(table)
-            if table.header == HEADER:
-                shown += report.notes
+            shown += report.notes if table.header == HEADER else [ERRORS]
             continue
         shown.append(table.title)
         for name, *texts in table.rows:
@@ -131,6 +172,7 @@ def to_markdown(report: Report, figures: Iterable[str] = ()) -> str:
     if figures:
         lines += ["", "## Figures", ""]
         lines += [f"![{name.replace('_', ' ')}](figures/{name}.png)\n" for name in figures]
+    lines += ["", ERRORS, *([] if figures else ["", NO_FIGURES])]
     return "\n".join(lines) + "\n"
 
 
@@ -191,7 +233,9 @@ def to_html(report: Report, figures: dict[str, bytes]) -> str:
             for name, png in figures.items()
         )
         parts.append(f"<h2>Figures</h2><div class='figures'>{drawn}</div>")
-    sample = f"Causes and figures rest on {report.sample.count:,} sequences," \
+    else:
+        parts.append(f"<p class='note'>{NO_FIGURES}</p>")
+    sample = f"{ERRORS} Causes and figures rest on {report.sample.count:,} sequences," \
              f" {len(report.sample):,} tokens; all sums on the whole dump."
     return (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
@@ -203,16 +247,19 @@ def to_html(report: Report, figures: dict[str, bytes]) -> str:
     )
 
 
-def write_report(report: Report, directory: Path) -> None:
+def write_report(report: Report, directory: Path) -> list[str]:
     """Write report.html, report.md, metrics.json, and figures/ as PNG, SVG and CSV.
 
-    Figures are left out where matplotlib is not installed.
+    Figures are left out where matplotlib is not installed, which the pages say.
+
+    Returns:
+        The names of the figures.
 
     Raises:
         OSError: the directory cannot be written to.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    figures = _write_figures(report.sample, directory / "figures")
+    figures = write_figures(report, directory / "figures")
     for name, text in (
         ("metrics.json", json.dumps(report.to_json(), indent=2) + "\n"),
         ("report.md", to_markdown(report, figures)),
@@ -220,9 +267,12 @@ def write_report(report: Report, directory: Path) -> None:
     ):
         with replacing(directory / name) as unfinished:
             unfinished.write_text(text, encoding="utf-8")
+    return list(figures)
 
 
-def _write_figures(sample: Tokens, directory: Path) -> dict[str, bytes]:
+def write_figures(report: Report, directory: Path) -> dict[str, bytes]:
+    """Write every figure as PNG, SVG and CSV; their PNGs by name, none without matplotlib."""
+    sample = report.sample
     if not importlib.util.find_spec("matplotlib"):
         return {}
     import matplotlib as mpl
@@ -235,7 +285,8 @@ def _write_figures(sample: Tokens, directory: Path) -> dict[str, bytes]:
         ):
             continue
         with mpl.rc_context({"text.usetex": False}):  # LaTeX may not be there
-            figure: Any = draw(sample).figure
+            options = {"slope": slope(report)} if name == "sequences" else {}
+            figure: Any = draw(sample, **options).figure
             picture = io.BytesIO()
             figure.savefig(picture, format="png", dpi=110)
             pictures[name] = picture.getvalue()

@@ -27,7 +27,9 @@ KEYS = ["cap", "low", "high", "limit", "slope", "mean_k3", "max_k2", "x", ""]
 CONDITIONS = [
     "mismatch/kl_k3>0", "mismatch/kl_k3<-1", "batch/tokens>=1", "x>1", ">", "a>b",
     "tail/outside>nan", "mismatch/kl_k1 > 1e999", "mismatch/pearson<2", "", "mismatch/kl_k3>>1",
-    "\x1b[31m>1",
+    "\x1b[31m>1", "finding", "finding:weights", "finding:", "mismatch/growth/low>1",
+    "batch/nonfinite>0", "token-tis:cap=2/is/ess<0.5", "token-tis:cap=0/is/ess<0.5",
+    "x:y/is/ess<0.5", "icepop/is/x<1",
 ]
 NAMES = [
     "plain", "with space", "[bold]", "<b>", "a\nb", "\x1b[31mred", "ü€", "a'b\"c", "$HOME", "-dash",

@@ -1,0 +1,242 @@
+"""Sums over every token of a dump, and a uniform sample of its sequences, in one pass.
+
+Memory does not grow with the dump: errors clustered by sequence need sums of squares over
+sequences only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from iscorrect.dumps import Estimate, Tokens
+from iscorrect.dumps.dump import UNITS
+from iscorrect.dumps.names import Array
+
+SAMPLE = 2**20
+
+EDGES = {
+    "position": (0, 16, 64, 256, 1024, 4096),
+    "length": (0, 64, 256, 1024, 4096, 16384),
+    "rollout probability": (0.0, 0.1, 0.5, 0.9, 0.99),
+}
+
+CELLS = 2**22  # sequences times places that are counted in one array
+
+FEWEST_STEPS = 5  # of which growth is told
+
+Z = 1.959964  # half of a 95 % interval, in standard errors
+
+
+class Means:
+    """Means over tokens of some values in some places, with errors clustered by sequence."""
+
+    def __init__(self) -> None:
+        self.sums: dict[int | str, Array] = {}
+
+    def add(self, tokens: Tokens, values: Array, keys: Sequence[int | str], index: Array) -> None:
+        """Take tokens in.
+
+        Args:
+            tokens: whose sequences they are.
+            values: "m n".
+            keys: the places.
+            index: int "n", which place each token has.
+        """
+        places = len(keys)
+        cell = tokens.row * places + index
+        of_place = np.arange(tokens.count * places) % places
+        if len(of_place) > CELLS:
+            filled, cell = np.unique(cell, return_inverse=True)
+            of_place = filled % places
+        number = np.bincount(cell, minlength=len(of_place)).astype(float)
+        columns = [number, number * number, (number > 0).astype(float)]
+        for x in values:
+            total = np.bincount(cell, weights=x, minlength=len(of_place))
+            columns += [total, total * total, total * number]
+        sums = np.stack([np.bincount(of_place, weights=c, minlength=places) for c in columns])
+        for key, of_key in zip(keys, sums.T, strict=True):
+            if of_key[0]:
+                self.sums[key] = self.sums.get(key, np.zeros(len(sums))) + of_key
+
+    def tokens(self, key: int | str) -> float:
+        """How many tokens a place has."""
+        return float(self.sums[key][0])
+
+    def mean(self, key: int | str, value: int = 0) -> Estimate:
+        """The mean of a value in a place; the error of a single sequence is infinite."""
+        number, squares, sequences = self.sums[key][:3]
+        total, of_squares, crossed = self.sums[key][3 + 3 * value : 6 + 3 * value]
+        mean = total / number
+        spread = max(float(of_squares - 2 * mean * crossed + mean * mean * squares), 0.0)
+        if sequences < 2:
+            return Estimate(float(mean), math.inf)
+        error = math.sqrt(spread * sequences / (sequences - 1)) / number
+        return Estimate(float(mean), float(error))
+
+
+MEASURED = (
+    "mismatch/kl_k1", "mismatch/kl_k3", "mismatch/log_prob_diff/mean", "tail/outside",
+    "mismatch/ratio/mean",
+)
+
+
+UPDATE = ("policy/log_prob_diff/mean", "policy/kl_k3")
+"""Of the policy being trained against π_old."""
+
+CANDIDATES = ("candidates/listed", "candidates/first")
+"""How often the sampled token is among the engine's candidates, and is the likeliest."""
+
+
+GROWTH = ("mismatch/growth", "mismatch/growth/low", "mismatch/growth/high")
+
+
+class Sums:
+    """Sums over every token: of the whole dump and by place."""
+
+    def __init__(self) -> None:
+        self.whole = Means()
+        self.places: dict[str, Means] = {}
+        self.update = Means()
+        self.candidates = Means()
+        self.probabilities = np.zeros(6)  # of 1, p, q, p², q², p q
+        self.sequences = 0
+
+    def add(self, tokens: Tokens) -> None:
+        """Take the tokens of a piece in."""
+        d, k3, outside = tokens.d, tokens.k3, tokens.outside
+        values = np.stack([-d, k3, np.abs(d), outside, np.exp(np.minimum(d, 30))])
+        self.whole.add(tokens, values, ["all"], np.zeros(len(tokens), int))
+        p, q = np.exp(tokens.rollout), np.exp(tokens.old)
+        self.probabilities += [len(p), *(x.sum() for x in (p, q, p * p, q * q, p * q))]
+        length = np.bincount(tokens.row, minlength=tokens.count)
+        self.sequences += int(np.count_nonzero(length))
+        values = np.stack([k3, outside])
+        for name, of_token in (
+            ("position", tokens.position), ("length", length[tokens.row]),
+            ("rollout probability", p),
+        ):
+            index = np.searchsorted(EDGES[name][1:], of_token, "right")
+            self._place(name, tokens, values, range(len(EDGES[name])), index)
+        step = None if tokens.step is None else tokens.step[tokens.row]
+        units = {"step": step, **{name: getattr(tokens, name) for name in UNITS}}
+        for name, unit in units.items():
+            if unit is not None:
+                keys, index = np.unique(unit, return_inverse=True)
+                texts = tokens.names.get(name)
+                labels = keys.tolist() if texts is None else [texts[key] for key in keys]
+                self._place(name, tokens, values, labels, index)
+        age = tokens.age
+        if age is not None and (known := np.isfinite(age)).any():
+            keys, index = np.unique(age[known], return_inverse=True)
+            ages = [int(key) for key in keys.tolist()]
+            self._place("age", tokens.where(known), values[:, known], ages, index)
+        if tokens.current is not None and (known := np.isfinite(tokens.current)).any():
+            e = (tokens.current - tokens.old)[known]
+            values = np.stack([np.abs(e), np.expm1(np.minimum(e, 30)) - e])
+            self.update.add(tokens.where(known), values, ["all"], np.zeros(len(e), int))
+        if tokens.candidate is not None:
+            listed = np.isfinite(tokens.candidate)
+            values = np.stack([listed, listed & (tokens.candidate == tokens.best)])
+            self.candidates.add(tokens, values, ["all"], np.zeros(len(tokens), int))
+
+    def _place(
+        self, name: str, tokens: Tokens, values: Array, keys: Sequence[int | str], index: Array
+    ) -> None:
+        self.places.setdefault(name, Means()).add(tokens, values, keys, index)
+
+    @property
+    def tokens(self) -> float:
+        """How many tokens there are."""
+        return self.whole.tokens("all") if self.whole.sums else 0.0
+
+    def estimates(self) -> dict[str, Estimate]:
+        """What is measured on every token, with its error; the slope is per 1,000 tokens."""
+        found = {name: self.whole.mean("all", i) for i, name in enumerate(MEASURED)}
+        for means, names in ((self.update, UPDATE), (self.candidates, CANDIDATES)):
+            if means.sums:
+                found |= {name: means.mean("all", i) for i, name in enumerate(names)}
+        k1 = found["mismatch/kl_k1"]
+        return found | {"mismatch/sequence_slope": Estimate(-1000 * k1.value, 1000 * k1.error)}
+
+    def pearson(self) -> float:
+        """Correlation of the probabilities; NaN where one side is constant."""
+        n, p, q, pp, qq, pq = self.probabilities
+        spread = (n * pp - p * p) * (n * qq - q * q)
+        return float((n * pq - p * q) / math.sqrt(spread)) if spread > 0 else math.nan
+
+    def mean_length(self) -> float:
+        """Tokens of a sequence that has any."""
+        return self.tokens / self.sequences
+
+    def growth(self) -> dict[str, float]:
+        """By what factor k3 grows from the first step to the last, and its 95 % interval.
+
+        That of the line through log k3 over the steps, as if steps were independent; nothing with
+        fewer than five steps.
+        """
+        means = self.places.get("step", Means())
+        k3 = {key: means.mean(key).value for key in means.sums}
+        dated = sorted((key, x) for key, x in k3.items() if isinstance(key, int) and x > 0)
+        if len(dated) < FEWEST_STEPS:
+            return {}
+        x = np.array([float(step) for step, _ in dated])
+        y = np.log([level for _, level in dated])
+        centred = x - x.mean()
+        slope = float(centred @ y / (centred @ centred))
+        degrees = len(x) - 2
+        residual = y - y.mean() - slope * centred
+        error = math.sqrt(float(residual @ residual) / degrees / float(centred @ centred))
+        reach = float(np.ptp(x))
+        half = student(degrees) * error * reach
+        return {
+            name: math.exp(min(slope * reach + x, 700.0))
+            for name, x in zip(GROWTH, (0.0, -half, half), strict=True)
+        }
+
+
+def student(degrees: int) -> float:
+    """Half of a 95 % interval in standard errors, for so many degrees of freedom.
+
+    >>> [round(student(n), 2) for n in (3, 10, 1000)]  # 3.18, 2.23, 1.96
+    [3.16, 2.23, 1.96]
+    """
+    z, n = Z, degrees
+    return (
+        z + (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3)
+    )
+
+
+class Sample:
+    """Whole sequences with the smallest of random keys, which is a uniform sample."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.generator = np.random.default_rng(seed)
+        self.parts: list[Tokens] = []
+        self.keys: list[Array] = []
+        self.bar = 1.0
+
+    def add(self, tokens: Tokens) -> None:
+        """Take the tokens of a piece in."""
+        keys = self.generator.random(tokens.count)
+        self._keep(tokens, keys)
+        while sum(map(len, self.parts)) > SAMPLE and sum(map(len, self.keys)) > 1:
+            together = np.sort(np.concatenate(self.keys))
+            self.bar = together[(len(together) - 1) // 2]
+            before = zip(self.parts, self.keys, strict=True)
+            self.parts, self.keys = [], []
+            for part, of_part in before:
+                self._keep(part, of_part)
+
+    def _keep(self, tokens: Tokens, keys: Array) -> None:
+        below = keys <= self.bar
+        if below.any():
+            self.parts.append(tokens if below.all() else tokens.of_sequences(below))
+            self.keys.append(keys[below])
+
+    def joined(self) -> Tokens:
+        """The sample; at least one piece was added."""
+        return Tokens.join(self.parts)
