@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
-from collections.abc import Callable
 from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor
 
 from iscorrect.adapters.averages import sums
 from iscorrect.adapters.bands import SAFETY, HeldRule
+from iscorrect.adapters.methods import around
 from iscorrect.dumps import DumpWriter
 from iscorrect.errors import check_choice, input_error
 from iscorrect.loss.bounds import Mask, Truncate
@@ -95,36 +94,13 @@ def install(
     trainer._compute_is_correction_metrics = metrics_of
     if hasattr(trainer, "_get_rollout_is_correction"):
         trainer._get_rollout_is_correction = with_log_probs
-        _around(trainer, "_compute_loss_and_metrics", before=check_batch)
-        _around(trainer, "_prepare_algorithm_params", after=check_mode)
+        around(trainer, "_compute_loss_and_metrics", before=check_batch)
+        around(trainer, "_prepare_algorithm_params", after=check_mode)
     else:
         trainer._apply_rollout_importance_sampling = with_log_ratio
-        _around(trainer, "_compute_rollout_offpolicy_metrics", before=remember)
-        _around(trainer, "loss_func", before=check_batch)
-        _around(trainer, "_init_grpo_params", after=check_mode)
-
-
-def _around(
-    trainer: Any,
-    name: str,
-    before: Callable[..., None] | None = None,
-    after: Callable[[Any], None] | None = None,
-) -> None:
-    """Call one function before or after a method of a class, once however often it is asked."""
-    method = getattr(trainer, name)
-    method = getattr(method, "_iscorrect_original", method)
-
-    @functools.wraps(method)
-    def around(self: Any, *arguments: Any, **named: Any) -> Any:
-        if before is not None:
-            before(self, *arguments, **named)
-        result = method(self, *arguments, **named)
-        if after is not None:
-            after(self)
-        return result
-
-    around._iscorrect_original = method  # type: ignore[attr-defined]
-    setattr(trainer, name, around)
+        around(trainer, "_compute_rollout_offpolicy_metrics", before=remember)
+        around(trainer, "loss_func", before=check_batch)
+        around(trainer, "_init_grpo_params", after=check_mode)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,17 +6,21 @@ them.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import importlib
 import itertools
 import math
 import sys
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from iscorrect.adapters.bands import LEVELS, HeldBound, HeldRule, NormalizedAfter
+from iscorrect.adapters.methods import around
 from iscorrect.dumps import DumpWriter
 from iscorrect.errors import check_choice, input_error
 from iscorrect.layout import Layout, masked
@@ -38,7 +42,11 @@ def install(correction: CorrectionConfig, dumps: DumpWriter | None = None) -> No
 
     Args:
         correction: or its text; must not look at advantages, which verl computes later.
-        dumps: writes both log-probs of every batch, counted from 0 where verl names no step.
+        dumps: writes both log-probs of every batch, under the number of the trainer's weights, or
+            counted from 0.
+
+    Where verl says which versions of the weights sampled a trajectory, its tokens have the age of
+    the first of them: where another one took over is not said.
 
     Raises:
         InputError: in training: a setting of verl's that would count twice, or pass the hook by.
@@ -46,13 +54,50 @@ def install(correction: CorrectionConfig, dumps: DumpWriter | None = None) -> No
     from verl.trainer.ppo import rollout_corr_helper
 
     name = "compute_rollout_correction_and_add_to_batch"
-    hook = batch_hook(parse(correction), dumps)
+    told: list[Sampled] = []
+    hook = batch_hook(parse(correction), dumps, told)
     setattr(rollout_corr_helper, name, hook)
     setattr(rollout_corr_helper, "apply_bypass_mode", _refuse_bypass)  # noqa: B010
     # binds the function when it is imported, which may have happened already
     bound = sys.modules.get("verl.trainer.ppo.v1.trainer_base")
     if bound is not None:
         setattr(bound, name, hook)
+    for module, (kind, method) in ADVANTAGES.items():
+        with contextlib.suppress(ImportError):  # of a package that this trainer needs
+            trainer = getattr(importlib.import_module(module), kind)
+            around(trainer, method, before=functools.partial(_tell, told))
+
+
+class Sampled(NamedTuple):
+    """What verl knows of the weights that sampled a batch.
+
+    Attributes:
+        version: the trainer's.
+        first: which version sampled the beginning of each trajectory; None where nobody said.
+    """
+
+    version: int
+    first: Sequence[int | None]
+
+
+ADVANTAGES = {
+    "verl.trainer.ppo.v1.trainer_base": ("PPOTrainer", "_compute_advantage"),
+    "verl.experimental.separation.ray_trainer": (
+        "SeparateRayPPOTrainer", "_fit_compute_advantage"
+    ),
+}
+"""The trainers' methods that call the hook, by module."""
+
+
+def _tell(told: list[Sampled], trainer: Any, batch: Any, *_: Any, **__: Any) -> None:
+    name = "min_global_steps"
+    if hasattr(batch, "tags"):
+        first = [tag.get(name) for tag in batch.tags]
+    else:
+        first = list(batch.non_tensor_batch.get(name, [None]))
+    # weights are sent to the engine, with the step's number, at the end of a step
+    version = getattr(trainer, "current_param_version", trainer.global_steps - 1)
+    told[:] = [Sampled(version, first)]
 
 
 def _refuse_bypass(*_: Any, **__: Any) -> None:
@@ -63,11 +108,18 @@ def _refuse_bypass(*_: Any, **__: Any) -> None:
     )
 
 
-def batch_hook(correction: Correction, dumps: DumpWriter | None = None) -> Hook:
+def batch_hook(
+    correction: Correction, dumps: DumpWriter | None = None, told: list[Sampled] | None = None
+) -> Hook:
     """What stands for verl's ``compute_rollout_correction_and_add_to_batch``.
 
     As in verl, tokens that a rule rejects leave ``response_mask``, those whose weight the bound
     makes 0 stay in it. Where a rule rejects the whole batch the mask stays too, with weights of 0.
+
+    Args:
+        correction: must not look at advantages.
+        dumps: writes both log-probs of every batch.
+        told: holds what is known of the next batch, which the hook takes out.
     """
     batches = itertools.count()
 
@@ -82,22 +134,32 @@ def batch_hook(correction: Correction, dumps: DumpWriter | None = None) -> Hook:
                     " from_verl(...) of these settings to install",
                 )
         response_mask = batch.batch["response_mask"]
-        evidence = dict(
-            old_log_probs=batch.batch["old_log_probs"],
-            rollout_log_probs=batch.batch["rollout_log_probs"], mask=response_mask.bool(),
-        )
-        weights, _, metrics = correction(**evidence)
+        mask, number = response_mask.bool(), next(batches)
+        log_probs = {name: batch.batch[name] for name in ("old_log_probs", "rollout_log_probs")}
+        sampled = told.pop() if told else None
+        age, version = _ages(sampled, mask)
+        layout = Layout(mask, age=age)
+        weights, _, metrics = correction(mask=layout, **log_probs)
         rules = dataclasses.replace(correction, bound=Ignore(), normalize=False)
-        keep = rules(**evidence).keep
-        keep = torch.where(keep.any(), keep, evidence["mask"])
+        keep = rules(mask=layout, **log_probs).keep
+        keep = torch.where(keep.any(), keep, mask)
         if dumps is not None:
-            number = next(batches)
-            dumps.write(step=int(batch.meta_info.get("global_steps", number)), **evidence)
+            step = batch.meta_info.get("global_steps", sampled.version if sampled else number)
+            dumps.write(step=int(step), mask=mask, version=version, **log_probs)
         batch.batch["rollout_is_weights"] = weights
         batch.batch["response_mask"] = (response_mask * keep).to(response_mask.dtype)
-        return batch, verl_metrics(correction, keep=keep, **evidence) | metrics.to_floats()
+        logged = verl_metrics(correction, mask=mask, keep=keep, **log_probs)
+        return batch, logged | metrics.to_floats()
 
     return add_to_batch
+
+
+def _ages(sampled: Sampled | None, mask: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Ages and versions of tokens, int "b t" each, where all trajectories have one."""
+    if sampled is None or len(sampled.first) != len(mask) or None in sampled.first:
+        return None, None
+    first = torch.tensor(sampled.first, device=mask.device)[:, None].expand(mask.shape)
+    return sampled.version - first, first
 
 
 def register_loss(name: str, objective: Objective | str) -> None:
