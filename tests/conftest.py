@@ -5,7 +5,9 @@ from importlib.util import find_spec
 
 from hypothesis import HealthCheck, settings
 
-FRAMEWORKS = {"tiny_trl.py": "trl", "verl_on_cpu.py": "tensordict"}
+FRAMEWORKS = {
+    "tiny_trl.py": "trl", "verl_engine.py": "transfer_queue", "verl_recorder.py": "transfer_queue",
+}
 # they import their framework when they are collected
 collect_ignore = [
     f"test_adapters/{file}" for file, name in FRAMEWORKS.items() if find_spec(name) is None

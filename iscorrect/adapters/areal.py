@@ -7,12 +7,10 @@ import itertools
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor
 
 from iscorrect.adapters.averages import floats, sums
 from iscorrect.adapters.bands import ClipWhere, clamp_to
-from iscorrect.adapters.ragged import pad_together
 from iscorrect.dumps import DumpWriter
 from iscorrect.errors import check_choice, input_error
 from iscorrect.layout import Layout
@@ -55,7 +53,8 @@ def loss_function(
 
     Args:
         policy_loss: or its text; aggregated by "token-mean" over the mask.
-        dumps: writes both log-probs of every call, counted from 0.
+        dumps: writes both log-probs of every call, under AReaL's version where it says one, and
+            the versions that sampled the tokens.
 
     Raises:
         InputError: another aggregation; at the call: a setting of the actor's that would make
@@ -88,8 +87,11 @@ def loss_function(
         )
         if dumps is not None:
             old = logprobs if batch["old_log_probs"] is None else batch["old_log_probs"]
-            rows = _rows(lengths, mask=mask, **batch | {"old_log_probs": old})
-            dumps.write(step=next(calls), **rows)
+            number, version = next(calls), settings.get("current_version")
+            dumps.write(
+                step=number if version is None else version, mask=layout,
+                **batch | {"old_log_probs": old},
+            )
         loss, metrics = spec(logprobs, mask=layout, **batch)
         _log(floats(sums(metrics)))
         return loss
@@ -142,16 +144,6 @@ def _age(versions: Tensor | None, current: int | None) -> Tensor | None:
         return None
     # a token's log-prob lies one position before the token, and its version with the token
     return current - versions.long().roll(-1, -1)
-
-
-def _rows(lengths: Tensor | None, **tensors: Tensor) -> dict[str, Tensor]:
-    """One sequence a row."""
-    if lengths is None:
-        return tensors
-    sizes = lengths.diff().tolist()
-    cut = {name: torch.split(x[: sum(sizes)], sizes) for name, x in tensors.items()}
-    rows, present = pad_together("areal", "pass whole sequences", **cut)
-    return rows | {"mask": rows["mask"] & present}
 
 
 def _log(values: dict[str, float]) -> None:

@@ -137,29 +137,29 @@ def batch_hook(
         mask, number = response_mask.bool(), next(batches)
         log_probs = {name: batch.batch[name] for name in ("old_log_probs", "rollout_log_probs")}
         sampled = told.pop() if told else None
-        age, version = _ages(sampled, mask)
-        layout = Layout(mask, age=age)
+        layout = Layout(mask, age=_ages(sampled, mask))
         weights, _, metrics = correction(mask=layout, **log_probs)
         rules = dataclasses.replace(correction, bound=Ignore(), normalize=False)
         keep = rules(mask=layout, **log_probs).keep
         keep = torch.where(keep.any(), keep, mask)
         if dumps is not None:
             step = batch.meta_info.get("global_steps", sampled.version if sampled else number)
-            dumps.write(step=int(step), mask=mask, version=version, **log_probs)
+            dumps.write(step=int(step), mask=layout, **log_probs)
         batch.batch["rollout_is_weights"] = weights
         batch.batch["response_mask"] = (response_mask * keep).to(response_mask.dtype)
         logged = verl_metrics(correction, mask=mask, keep=keep, **log_probs)
-        return batch, logged | metrics.to_floats()
+        measured = {n: x for n, x in metrics.to_floats().items() if not math.isnan(x)}
+        return batch, logged | measured
 
     return add_to_batch
 
 
-def _ages(sampled: Sampled | None, mask: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Ages and versions of tokens, int "b t" each, where all trajectories have one."""
+def _ages(sampled: Sampled | None, mask: Tensor) -> Tensor | None:
+    """Ages of tokens, int "b t", where all trajectories have one."""
     if sampled is None or len(sampled.first) != len(mask) or None in sampled.first:
-        return None, None
-    first = torch.tensor(sampled.first, device=mask.device)[:, None].expand(mask.shape)
-    return sampled.version - first, first
+        return None
+    first = torch.tensor(sampled.first, device=mask.device)[:, None]
+    return (sampled.version - first).expand(mask.shape)
 
 
 def register_loss(name: str, objective: Objective | str) -> None:

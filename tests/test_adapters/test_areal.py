@@ -1,6 +1,7 @@
 """AReaL's own loss, actor and engine, with a loss of this library in them."""
 
 import functools
+import math
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -11,7 +12,7 @@ from hypothesis import given, strategies as st
 from outcome import record, reported
 from stubs import real
 
-from iscorrect import Correction, InputError, PolicyLoss, PPOClip, token_tis, uncorrected
+from iscorrect import Correction, InputError, Layout, PolicyLoss, PPOClip, token_tis, uncorrected
 from iscorrect.adapters.areal import from_areal, install, loss_function
 from iscorrect.adapters.averages import from_averages
 from iscorrect.dumps import DumpWriter, read_dump
@@ -222,6 +223,52 @@ def test_corrections_see_how_old_each_token_is(flat):
     loss_fn(current, current, data, current_version=3)
     tracker.export()
     assert seen[0].tolist() == [2, 1, 0, 0, 0, 0]
+
+
+def three_versions(batch):
+    """Versions 0, 5 and 7 at AReaL's places: one position after the token's log-prob."""
+    version = torch.tensor([0, 5, 7])[torch.arange(len(batch.mask)) % 3][:, None]
+    version = version.repeat(1, batch.mask.shape[1])
+    version[::2, 6:] = 7
+    return version
+
+
+@pytest.mark.parametrize("sizes", [[6], [1, 3, 2], [1] * 6])
+def test_its_log_has_the_metrics_of_three_versions_however_the_batch_is_cut(sizes):
+    """Averages over micro-batches and ranks, as AReaL logs them, against all tokens at once."""
+    batch, loss_fn = fixed(4, rows=6), PolicyLoss(correction=token_tis(cap=1.1))
+    versions = three_versions(batch)
+    corrected = loss_function(loss_fn)
+    parts = [data_of(batch) | {"versions": versions.roll(1, -1)}]
+    parts = [
+        {name: x.split(sizes)[i] for name, x in parts[0].items()} for i in range(len(sizes))
+    ]
+    for x, part in zip(batch.log_probs.split(sizes), parts, strict=True):
+        corrected(x.float(), torch.zeros_like(x), part, current_version=7)
+    found = from_averages(tracker.export())
+    whole = loss_fn(
+        batch.log_probs.float(), old_log_probs=batch.old_log_probs.float(),
+        rollout_log_probs=batch.rollout_log_probs.float(), advantages=batch.advantages.float(),
+        mask=Layout(batch.mask, age=7 - versions),
+    ).metrics.to_floats()
+    ages = {n: x for n, x in whole.items() if n.startswith("age/") and not math.isnan(x)}
+    assert sum(x > 0 for name, x in ages.items() if name.endswith("/tokens")) == 3
+    for name, value in ages.items():
+        assert found[name] == pytest.approx(value, rel=1e-6), name
+
+
+def test_the_versions_of_tokens_are_in_its_dump(tmp_path):
+    batch = fixed(4, rows=6)
+    data = data_of(batch) | {"versions": three_versions(batch).roll(1, -1)}
+    dumps = DumpWriter(tmp_path / "dump")
+    zeros = torch.zeros_like(batch.log_probs)
+    loss_function(TIS, dumps)(batch.log_probs, zeros, data, current_version=7)
+    tracker.export()
+    dump = read_dump(dumps.directory)
+    assert set(dump.step.tolist()) == {7}
+    expected = [v[m].tolist() for v, m in zip(three_versions(batch), batch.mask, strict=True)]
+    found = [v[m].tolist() for v, m in zip(dump.version, dump.mask, strict=True)]
+    assert sorted(found) == sorted(expected)
 
 
 @pytest.mark.parametrize("flat", [False, True])

@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from batches import batches, make_batch
@@ -16,7 +17,7 @@ from hypothesis import assume, example, given, reject, strategies as st
 from outcome import largest, record
 
 import iscorrect
-from iscorrect import Correction, Ignore, InputError, PPOClip, token_tis
+from iscorrect import AgeAbove, Correction, Ignore, InputError, PPOClip, token_tis
 from iscorrect.adapters.verl import batch_hook, from_verl, install, register_loss
 from iscorrect.dumps import DumpWriter, read_dump
 
@@ -25,6 +26,7 @@ with warnings.catch_warnings():
     helper = pytest.importorskip("verl.trainer.ppo.rollout_corr_helper")
     from tensordict import TensorDict
     from verl import DataProto
+    from verl.trainer.config.algorithm import RolloutCorrectionConfig
     from verl.trainer.ppo import core_algos
     from verl.workers.config import ActorConfig
 
@@ -257,12 +259,65 @@ def registered_losses(batch, mode, weighted):
     return results
 
 
-def test_bypass_which_asks_for_no_weights_stops_the_trainer(monkeypatch):
-    for name in ("apply_bypass_mode", "compute_rollout_correction_and_add_to_batch"):
-        monkeypatch.setattr(helper, name, getattr(helper, name))
-    install(token_tis())
+@pytest.fixture
+def installed(monkeypatch):
+    def put(correction, dumps=None):
+        for name in ("apply_bypass_mode", "compute_rollout_correction_and_add_to_batch"):
+            monkeypatch.setattr(helper, name, getattr(helper, name))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of modules that it imports
+            install(correction, dumps)
+
+    return put
+
+
+def test_bypass_which_asks_for_no_weights_stops_the_trainer(installed):
+    installed(token_tis())
     with pytest.raises(InputError, match="bypass_mode=false"):
         helper.apply_bypass_mode(batch=None, rollout_corr_config={}, policy_loss_config=None)
+
+
+@pytest.mark.parametrize("versions", [[0, 5, 7], [None, None, None]])
+def test_the_fully_asynchronous_trainer_tells_the_ages(installed, tmp_path, versions):
+    """Its own step from a scored batch to advantages, at version 7 of the weights."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        separation = pytest.importorskip("verl.experimental.separation.ray_trainer")
+        from verl.trainer.config import AlgoConfig
+    known = None not in versions
+    age = 7 - torch.tensor(versions if known else [7, 7, 7])[:, None]
+    installed(Correction(reject=(AgeAbove(limit=4),) if known else ()), DumpWriter(tmp_path))
+    x = make_batch(2, rows=3, width=9)
+    batch = DataProto(batch=TensorDict(dict(
+        old_log_probs=x.old_log_probs.float(), rollout_log_probs=x.rollout_log_probs.float(),
+        response_mask=x.mask.long(),
+    ), batch_size=3))
+    batch.non_tensor_batch.update(
+        uid=np.array(["a", "a", "a"], dtype=object),
+        min_global_steps=np.array(versions, dtype=object),
+    )
+    me = object.__new__(separation.SeparateRayPPOTrainer)
+    me.metrics, me.timing_raw, me.reward_extra_infos_dict = {}, {}, {}
+    me.reward_tensor, me.global_steps, me.current_param_version = torch.ones(3, 9), 20, 7
+    config = AlgoConfig(adv_estimator="grpo", rollout_correction=RolloutCorrectionConfig(
+        rollout_is=None, rollout_rs=None
+    ))
+    me.config = SimpleNamespace(
+        algorithm=config, actor_rollout_ref=SimpleNamespace(rollout=SimpleNamespace(n=3))
+    )
+    me._fit_compute_advantage(batch)
+    found = {name: v for name, v in me.metrics.items() if name.startswith("age/")}
+    if not known:
+        assert not found
+        return
+    share = x.mask.sum(-1).double() / x.mask.sum()
+    assert found["age/0/tokens"] == pytest.approx(share[2].item())
+    assert found["age/2-3/tokens"] == pytest.approx(share[1].item())
+    assert found["age/4-7/rejected"] == 1.0
+    assert not batch.batch["response_mask"][0].any()
+    dump = read_dump(tmp_path)
+    assert (dump.version[dump.mask] == (7 - age).expand(x.mask.shape)[x.mask]).all()
+    assert set(dump.step.tolist()) == {7}
 
 
 def test_a_name_of_verls_cannot_be_taken():
