@@ -1,16 +1,20 @@
 """Is the diagnosis right? Faults injected on purpose, clean rollouts, and how often it says what.
 
-    python -m benchmarks.diagnose [--rollouts DIR] [--trials 100] [--clean 1000] [--write FILE]
+    python -m benchmarks diagnose faults [--models 10 11 12 13] [--trials 32] [--part 1/4]
+    python -m benchmarks diagnose clean  [--rollouts DIR] [--dumps DIR] [--trials 24]
+    python -m benchmarks diagnose tables
 
 Clean dumps are real rollouts of a real engine under every pair of precisions, and a small
 transformer in two implementations; faults happen inside that transformer's engine, sampler, or
 trainer, or, where they are faults of a file, in the real rollouts too. A trial is a bootstrap
-sample of whole prompts (all answers to them) of the size asked for.
+sample of whole prompts (all answers to them) of the size asked for. What was counted lies in
+``benchmarks/records/diagnose``; ``tables`` writes the page from it.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import itertools
 import math
 import re
@@ -27,29 +31,38 @@ import torch
 from torch import Tensor
 
 from benchmarks.faulty import (
+    PROMPT,
     VOCABULARY,
     Scenario,
     Stack,
     Weights,
+    attention_scaled,
+    low_rank,
     min_p,
     plain,
+    prompts_of,
     quantised,
     random_weights,
     repetition_penalty,
     roll_out,
+    scored_after,
+    stretched,
     tempered,
     top_k,
     top_p,
     updated,
 )
 from iscorrect.cli.rollouts import MODELS, PAIRS as SHIPPED_PAIRS, shipped_rollouts
-from iscorrect.diagnose import diagnose
-from iscorrect.dumps import LogProbDump, concatenate
+from iscorrect.diagnose import NOISE, diagnose
+from iscorrect.dumps import LogProbDump, concatenate, read_dump
 
 LENGTH, ANSWERS = 128, 4
 BF16 = Stack(torch.bfloat16, fused=True), Stack(torch.bfloat16, fused=False)
 PAIRS = ("float32", "bfloat16", "float16", "amp_bf16", "amp_fp16", "bfloat16_eager")
-NOISE = "nothing beyond numerical noise: "
+RECORDS = Path(__file__).parent / "records" / "diagnose"
+PAGE = Path(__file__).parents[1] / "docs" / "diagnosis.md"
+LOOKED_AT = (0, 1)
+"""Seeds of the weights that thresholds were set on."""
 
 
 @dataclass(frozen=True)
@@ -62,25 +75,16 @@ class Case:
     practical: bool = False
 
 
-def _scale(engine: str, trainer: str) -> str:
-    """What noise of two precisions should be called: after the coarser."""
-    if "bf" in engine + trainer:
-        return f"{NOISE}bfloat16 scale"
-    return f"{NOISE}{'float32' if engine == trainer == 'float32' else 'float16'} scale"
-
-
-def shipped() -> dict[str, tuple[str, LogProbDump]]:
-    """The package's rollouts by name, each with what its noise should be called."""
+def shipped() -> dict[str, LogProbDump]:
+    """The package's rollouts by name."""
     dumps = {}
     for model, (engine, trainer) in itertools.product(MODELS, SHIPPED_PAIRS):
         dump = shipped_rollouts(model, engine, trainer)
-        dumps[f"{model}, {engine} / {trainer}"] = _scale(engine, trainer), replace(
-            dump, group=torch.arange(len(dump))
-        )
+        dumps[f"{model}, {engine} / {trainer}"] = replace(dump, group=torch.arange(len(dump)))
     return dumps
 
 
-def clean_rollouts(directory: Path) -> dict[str, tuple[str, LogProbDump]]:
+def clean_rollouts(directory: Path) -> dict[str, LogProbDump]:
     """The same from files that also hold tokens, the trainer's entropy, and autocast."""
     dumps = {}
     for path in sorted(directory.glob("*_rollout_*.npz")):
@@ -90,7 +94,7 @@ def clean_rollouts(directory: Path) -> dict[str, tuple[str, LogProbDump]]:
             def tensor(name: str, arrays: object = arrays) -> Tensor:
                 return torch.from_numpy(arrays[name])  # type: ignore[index]
 
-            dumps[f"{model}, {engine} / {pair}"] = _scale(engine, pair), LogProbDump(
+            dumps[f"{model}, {engine} / {pair}"] = LogProbDump(
                 rollout_log_probs=tensor("rollout_log_probs"),
                 old_log_probs=tensor(f"trainer_log_probs_{pair}"),
                 entropy=tensor(f"trainer_entropy_{pair}"),
@@ -98,6 +102,17 @@ def clean_rollouts(directory: Path) -> dict[str, tuple[str, LogProbDump]]:
                 mask=torch.ones(tensor("token_ids").shape, dtype=torch.bool),
                 group=torch.arange(len(tensor("token_ids"))),
             )
+    return dumps
+
+
+def clean_dumps(directory: Path) -> dict[str, LogProbDump]:
+    """Dumps of healthy runs by the names of their files."""
+    dumps = {}
+    for path in sorted(directory.glob("*.npz")):
+        dump = read_dump(path)
+        dumps[f"{directory.name}, {path.stem.replace('-', ' / ')}"] = replace(
+            dump, group=torch.arange(len(dump))
+        )
     return dumps
 
 
@@ -206,13 +221,138 @@ def over_steps(lab: Lab, rates: list[float]) -> list[LogProbDump]:
     return [concatenate(steps) for steps in zip(*by_step, strict=True)]
 
 
+def served_by(
+    lab: Lab, other: Scenario, share: float, named: bool = False
+) -> list[LogProbDump]:
+    """Some of the sequences from another engine; ``named`` says which engine served which."""
+    dumps = []
+    for i, (good, bad) in enumerate(zip(lab(Scenario()), lab(other), strict=True)):
+        g = torch.Generator().manual_seed(i)
+        chosen = torch.zeros(len(good), dtype=torch.bool)
+        chosen[torch.randperm(len(good), generator=g)[: round(share * len(good))]] = True
+        picked = {
+            name: torch.where(chosen.view(-1, *[1] * (x.ndim - 1)), getattr(bad, name), x)
+            for name, x in good.given().items()
+        }
+        count = round(1 / share)
+        engine = torch.where(chosen, 0, 1 + torch.arange(len(good)) % (count - 1))
+        dump = LogProbDump(**picked)
+        dumps.append(replace(dump, engine=engine) if named else dump)
+    return dumps
+
+
+def continued(lab: Lab, rate: float, cut: int, dated: bool) -> list[LogProbDump]:
+    """Answers that were begun under older weights; ``dated`` gives each token's version."""
+    dumps = lab(Scenario(
+        engine_weights=lab.after(rate), later_weights=lambda weights: weights, cut=cut
+    ))
+    version = torch.where(torch.arange(LENGTH) < cut, 3, 5).expand(len(dumps[0]), LENGTH)
+    step = torch.full((len(dumps[0]),), 5)
+    return [replace(d, version=version, step=step) if dated else d for d in dumps]
+
+
+def stop_tokens(dump: LogProbDump, low: float, value: float = 0.0) -> LogProbDump:
+    """Answers that end early, their last token's log-prob a placeholder of the engine's."""
+    g = torch.Generator().manual_seed(5)
+    b, t = dump.mask.shape
+    lengths = torch.randint(t // 2, t + 1, (b, 1), generator=g)
+    last = torch.arange(t) == lengths - 1
+    p = (low + (0.97 - low) * torch.rand(b, 1, generator=g)).log()
+    return replace(
+        dump, mask=torch.arange(t) < lengths, entropy=None, varentropy=None, top_k_ids=None,
+        top_k_log_probs=None, old_log_probs=torch.where(last, p, dump.old_log_probs),
+        rollout_log_probs=torch.where(last, value, dump.rollout_log_probs),
+    )
+
+
+def sentinels(dump: LogProbDump, share: float, value: float) -> LogProbDump:
+    g = torch.Generator().manual_seed(5)
+    missing = torch.rand(dump.mask.shape, generator=g) < share
+    return replace(dump, rollout_log_probs=dump.rollout_log_probs.masked_fill(missing, value))
+
+
+def lowered(dump: LogProbDump, share: float, nats: float) -> LogProbDump:
+    """The engine's log-probs too low on some tokens, each by another amount."""
+    g = torch.Generator().manual_seed(5)
+    some = torch.rand(dump.mask.shape, generator=g) < share
+    by = nats * (0.75 + 0.5 * torch.rand(dump.mask.shape, generator=g))
+    return replace(dump, rollout_log_probs=dump.rollout_log_probs - some * by)
+
+
+def closed_turns(dump: LogProbDump) -> LogProbDump:
+    """Turns of 32 tokens, the last of each with a placeholder."""
+    t = dump.mask.shape[1]
+    ends = torch.arange(t) % 32 == 31
+    turn = (torch.arange(t) // 32).expand(dump.mask.shape)
+    return replace(
+        dump, turn=turn, rollout_log_probs=dump.rollout_log_probs.masked_fill(ends, 0.0)
+    )
+
+
+def first_candidates(dump: LogProbDump, listed: bool) -> LogProbDump:
+    """The first candidate's log-prob in place of the sampled token's."""
+    assert dump.top_k_log_probs is not None
+    other = {} if listed else {"top_k_ids": None, "top_k_log_probs": None}
+    return replace(dump, rollout_log_probs=dump.top_k_log_probs[..., 0], **other)
+
+
+def entropy_of(dump: LogProbDump, change: Callable[[Tensor], Tensor]) -> LogProbDump:
+    assert dump.entropy is not None
+    return replace(dump, entropy=change(dump.entropy))
+
+
+def leaking(lab: Lab) -> list[LogProbDump]:
+    """Rows packed by fours; the last eight tokens of a neighbour are attended to."""
+    dumps = []
+    for i, (weights, dump) in enumerate(zip(lab.models, lab(Scenario()), strict=True)):
+        prompts = prompts_of(len(dump), torch.Generator().manual_seed(100 + i))
+        assert dump.token_ids is not None
+        tokens = torch.cat([prompts, dump.token_ids], dim=1)
+        leaked = scored_after(weights, tokens.roll(1, 0)[:, -8:], tokens, start=-8)
+        pack = torch.arange(len(dump)) % 4
+        dumps.append(replace(dump, pack=pack, old_log_probs=torch.where(
+            pack[:, None] > 0, leaked[:, PROMPT - 1 :], dump.old_log_probs
+        )))
+    return dumps
+
+
+def other_histories(lab: Lab, told: bool) -> list[LogProbDump]:
+    """Turns of 32 tokens; from the second on the trainer sees a first one without eight tokens."""
+    dumps = []
+    for i, (weights, dump) in enumerate(zip(lab.models, lab(Scenario()), strict=True)):
+        prompts = prompts_of(len(dump), torch.Generator().manual_seed(100 + i))
+        assert dump.token_ids is not None
+        tokens = torch.cat([prompts, dump.token_ids], dim=1)
+        first = PROMPT + 31  # the last of the first turn is the context of the second's first
+        before = torch.cat([tokens[:, :PROMPT], tokens[:, PROMPT + 8 : first]], dim=1)
+        later = scored_after(weights, before, tokens[:, first:], start=0)
+        old = torch.cat([dump.old_log_probs[:, :32], later], dim=1)
+        turn = (torch.arange(LENGTH) // 32).expand(len(dump), LENGTH)
+        other = replace(dump, old_log_probs=old, entropy=None, varentropy=None)
+        dumps.append(replace(other, turn=turn) if told else other)
+    return dumps
+
+
 def cases(lab: Lab, real: LogProbDump | None) -> Iterator[Case]:
     """Every cause at several strengths."""
-    engine, trainer = BF16
+    yield from of_the_sampler(lab)
+    yield from of_the_weights(lab)
+    yield from of_the_tokens(lab)
+    healthy = lab(Scenario())
+    yield from of_the_fields(healthy)
+    yield from of_the_values("transformer", healthy)
+    if real is not None:
+        yield from of_the_values("real", [real])
 
-    def case(cause: str, strength: str, scenario: Scenario, practical: bool = False) -> Case:
-        return Case(cause, strength, lambda: lab(scenario), practical)
 
+def _case(
+    lab: Lab, cause: str, strength: str, scenario: Scenario, practical: bool = False
+) -> Case:
+    return Case(cause, strength, partial(lab, scenario), practical)
+
+
+def of_the_sampler(lab: Lab) -> Iterator[Case]:
+    case = partial(_case, lab)
     honest = "temperature: engine divides its logits, trainer does not"
     for tau in (0.98, 0.95, 0.9, 0.7):
         yield case(honest, f"τ = {tau}", Scenario(sampler=tempered(tau)), tau == 0.9)
@@ -238,6 +378,11 @@ def cases(lab: Lab, real: LogProbDump | None) -> Iterator[Case]:
     for penalty in (1.01, 1.02, 1.05, 1.2):
         yield case("repetition penalty", f"{penalty}",
                    Scenario(sampler=repetition_penalty(penalty)), penalty == 1.05)
+
+
+def of_the_weights(lab: Lab) -> Iterator[Case]:
+    engine, trainer = BF16
+    case = partial(_case, lab)
     for rate in (2e-5, 5e-5, 2e-4):
         yield case("stale weights", f"one step, {rate:g} per weight",
                    Scenario(engine_weights=lab.after(rate)), rate == 2e-4)
@@ -248,14 +393,6 @@ def cases(lab: Lab, real: LogProbDump | None) -> Iterator[Case]:
     for rate in (1e-4, 2e-4, 1e-3):
         yield case("stale prefix cache", f"half the prompts, {rate:g} per weight",
                    Scenario(prompt_weights=lab.after(rate)), rate == 1e-3)
-    yield case("wrong prompt template", "halves swapped", Scenario(prompt=_another_prompt), True)
-    yield case("wrong prompt template", "first token",
-               Scenario(prompt=lambda p: torch.cat([p[:, :1] * 0 + 7, p[:, 1:]], dim=1)))
-    for share in (0.002, 0.01):
-        yield case("wrong tokens", f"{share:.1%}", Scenario(tokens=_wrong(share)), share == 0.01)
-    for every in (16, 4):
-        yield case("different tokens from a position on", f"1 sequence in {every}",
-                   Scenario(tokens=_inserted(every)), every == 4)
     for bits in (8, 6, 4):
         yield case("quantised rollout", f"{bits} bits", Scenario(engine_weights=quantised(bits)),
                    bits == 8)
@@ -269,42 +406,109 @@ def cases(lab: Lab, real: LogProbDump | None) -> Iterator[Case]:
     yield case("16-bit LM head in the trainer", "bfloat16",
                Scenario(trainer=replace(trainer, head=torch.bfloat16)), True)
 
-    small = lab(Scenario())
-    sources = {"transformer": small}
-    if real is not None:
-        sources["real"] = [real]
-    for where, dumps in sources.items():
-        for lag in (1, -1):
-            yield Case("log-probs shifted against each other", f"{lag:+d}, {where}",
-                       partial(_each, dumps, lambda d, k=lag: shifted(d, k)), True)
-        for share in (0.001, 0.01):
-            yield Case("missing values filled with a constant", f"{share:.1%}, {where}",
-                       partial(_each, dumps, lambda d, s=share: zero_filled(d, s)), share == 0.01)
-        for dtype in (torch.bfloat16, torch.float16):
-            yield Case("log-probs stored in 16 bits", f"{str(dtype)[6:]}, {where}",
-                       partial(_each, dumps, lambda d, t=dtype: stored(d, t)), True)
-        for scored in (False, True):
-            yield Case(
-                "environment tokens in the mask",
-                f"12 tokens in 1 answer of 4, {'scored' if scored else 'zeros'}, {where}",
-                partial(_each, dumps, lambda d, s=scored: with_environment(d, 12, s)), True,
-            )
+    yield Case("updates lost in the engine's number format", "twelve steps, level from the fifth",
+               lambda: over_steps(lab, [0, 5e-5, 1e-4, 1.5e-4, *[2e-4] * 8]), True)
+    for rate in (5e-5, 2e-4):
+        stale = Scenario(engine_weights=lab.after(rate))
+        for share in (1 / 8, 1 / 4):
+            yield Case("one engine or rank of many", f"1 of {1 / share:.0f}, {rate:g} per weight",
+                       partial(served_by, lab, stale, share), rate == 2e-4)
+        yield Case("one engine or rank of many", f"1 of 4 by name, {rate:g} per weight",
+                   partial(served_by, lab, stale, 1 / 4, True), rate == 2e-4)
+    yield Case("one engine or rank of many", "1 of 4 by name, 4 bits", partial(
+        served_by, lab, Scenario(engine_weights=quantised(4)), 1 / 4, True), True)
+    yield Case("stale weights", "versions inside answers, dated, 0.0002 per weight",
+               partial(continued, lab, 2e-4, 48, True), True)
+    yield Case("weight versions inside an answer", "undated, 0.0002 per weight",
+               partial(continued, lab, 2e-4, 48, False), True)
+    yield case("another model definition, by position", "pressed by 1.2 from the 64th on",
+               Scenario(trainer_weights=stretched(64, 1.2)), True)
+    for factor in (1.02, 1.1):
+        yield case("another model definition", f"attention scale × {factor}",
+                   Scenario(trainer_weights=attention_scaled(factor)))
+    for size in (0.05, 0.2):
+        yield case("an adapter not served or not merged", f"rank 4, {size} of the weights",
+                   Scenario(engine_weights=low_rank(4, size)))
+    yield case("a cache of the shared system prompt that outlives the weights", "0.001 per weight",
+               Scenario(prompt_weights=lab.after(1e-3), prompts_affected=1))
+
+
+def of_the_tokens(lab: Lab) -> Iterator[Case]:
+    case = partial(_case, lab)
+    yield case("wrong prompt template", "halves swapped", Scenario(prompt=_another_prompt), True)
+    yield case("wrong prompt template", "first token",
+               Scenario(prompt=lambda p: torch.cat([p[:, :1] * 0 + 7, p[:, 1:]], dim=1)))
+    for share in (0.002, 0.01):
+        yield case("wrong tokens", f"{share:.1%}", Scenario(tokens=_wrong(share)), share == 0.01)
+    for every in (16, 4):
+        yield case("different tokens from a position on", f"1 sequence in {every}",
+                   Scenario(tokens=_inserted(every)), every == 4)
+    yield case("two passes of the trainer that disagree", "8-bit weights in the second",
+               Scenario(second_weights=quantised(8)), True)
+    yield case("candidates reported before temperature and penalties, the sampled token after",
+               "τ = 0.9", Scenario(sampler=tempered(0.9), trainer_temperature=0.9,
+                                   candidates=plain), True)
+    yield Case("state that leaks between neighbours of a packed row", "eight tokens",
+               partial(leaking, lab), True)
+    yield Case("conversation histories rendered differently", "eight tokens, turns given",
+               partial(other_histories, lab, True), True)
+    yield Case("conversation histories rendered differently", "eight tokens, turns not given",
+               partial(other_histories, lab, False))
+
+
+def of_the_fields(healthy: list[LogProbDump]) -> Iterator[Case]:
+    yield Case("log-probs of another candidate of the position", "the first, candidates given",
+               partial(_each, healthy, lambda d: first_candidates(d, True)), True)
+    yield Case("log-probs of another candidate of the position", "the first",
+               partial(_each, healthy, lambda d: first_candidates(d, False)))
+    yield Case("entropy of another position", "of the next", partial(
+        _each, healthy, lambda d: entropy_of(d, lambda h: h.roll(-1, dims=1))), True)
+    yield Case("entropy in other units or of other logits", "bits", partial(
+        _each, healthy, lambda d: entropy_of(d, lambda h: h / math.log(2))), True)
+    yield Case("entropy in other units or of other logits", "always 0", partial(
+        _each, healthy, lambda d: entropy_of(d, torch.zeros_like)), True)
+    yield Case("end-of-turn tokens added by the template", "four turns",
+               partial(_each, healthy, closed_turns), True)
+
+
+def of_the_values(where: str, dumps: list[LogProbDump]) -> Iterator[Case]:
+    for lag in (1, -1):
+        yield Case("log-probs shifted against each other", f"{lag:+d}, {where}",
+                   partial(_each, dumps, lambda d, k=lag: shifted(d, k)), True)
+    for share in (0.001, 0.01):
+        yield Case("missing values filled with a constant", f"{share:.1%}, {where}",
+                   partial(_each, dumps, lambda d, s=share: zero_filled(d, s)), share == 0.01)
+    for low in (0.01, 0.55):
+        yield Case("stop token appended, not sampled", f"of probability {low:g} up, {where}",
+                   partial(_each, dumps, lambda d, p=low: stop_tokens(d, p)), True)
+    for value, share in ((-9999.0, 5e-4), (-100.0, 0.01), (-1.0, 0.01)):
+        yield Case("a sentinel in place of −inf", f"{value:g} on {share:.2%}, {where}",
+                   partial(_each, dumps, lambda d, s=share, v=value: sentinels(d, s, v)),
+                   True)
+    for share, nats in ((0.002, 3.0), (0.01, 1.0), (0.01, 8.0)):
+        yield Case("values lost or overwritten on one side",
+                   f"{nats:g} nats lower on {share:.1%}, {where}",
+                   partial(_each, dumps, lambda d, s=share, n=nats: lowered(d, s, n)),
+                   share == 0.01)
+    yield Case("negative log-likelihoods in place of log-probs", where, partial(
+        _each, dumps, lambda d: replace(d, rollout_log_probs=-d.rollout_log_probs)), True)
+    yield Case("one side copied from the other", f"all, {where}", partial(
+        _each, dumps, lambda d: replace(d, old_log_probs=d.rollout_log_probs)), True)
+    for dtype in (torch.bfloat16, torch.float16):
+        yield Case("log-probs stored in 16 bits", f"{str(dtype)[6:]}, {where}",
+                   partial(_each, dumps, lambda d, t=dtype: stored(d, t)), True)
+    for scored in (False, True):
+        yield Case(
+            "environment tokens in the mask",
+            f"12 tokens in 1 answer of 4, {'scored' if scored else 'zeros'}, {where}",
+            partial(_each, dumps, lambda d, s=scored: with_environment(d, 12, s)), True,
+        )
 
 
 def _each(
     dumps: list[LogProbDump], spoil: Callable[[LogProbDump], LogProbDump]
 ) -> list[LogProbDump]:
     return [spoil(dump) for dump in dumps]
-
-
-def first_causes(
-    dumps: list[LogProbDump], sequences: int, trials: int, seed: int
-) -> Counter[str]:
-    """How often each cause comes first, the models taking turns."""
-    return Counter(
-        diagnose(resample(dumps[i % len(dumps)], sequences, seed + i))[0].cause
-        for i in range(trials)
-    )
 
 
 def interval(hits: int, trials: int) -> tuple[float, float]:
@@ -315,71 +519,139 @@ def interval(hits: int, trials: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def run(
-    rollouts: Path | None, *, trials: int, clean: int, sequences: int, seeds: Sequence[int]
-) -> Iterator[tuple[str, str]]:
-    """The tables by name, in Markdown."""
-    real = clean_rollouts(rollouts) if rollouts else shipped()
-    lab = Lab(sequences, seeds)
-    expected = dict(real)
+FAULTS = (
+    "models", "cause", "strength", "practical", "tokens", "draws", "first", "named", "instead"
+)
+CLEAN = ("models", "rollouts", "tokens", "draws", "false", "said")
+
+
+def count_faults(
+    lab: Lab, real: LogProbDump | None, *, trials: int, part: tuple[int, int], record: Path
+) -> None:
+    """How often each fault is named first, and at all; every size, the models taking turns."""
+    models = " ".join(map(str, lab.seeds))
+    sizes = [lab.sequences // 8, lab.sequences // 4, lab.sequences // 2, lab.sequences]
+    for i, case in enumerate(cases(lab, real)):
+        if i % part[1] != part[0] - 1:
+            continue
+        dumps = case.make()
+        for size in sizes:
+            firsts: Counter[str] = Counter()
+            named = 0
+            for trial in range(trials):
+                seed = 100_000 + 1000 * i + trial
+                findings = diagnose(resample(dumps[trial % len(dumps)], size, seed))
+                firsts[findings[0].cause] += 1
+                named += any(c.name == case.cause for f in findings for c in f.causes)
+            others = "; ".join(f"{c} ({n})" for c, n in firsts.most_common() if c != case.cause)
+            append(record, FAULTS, (
+                models, case.cause, case.strength, int(case.practical), size * LENGTH, trials,
+                firsts[case.cause], named, others,
+            ))
+        _progress(f"{case.cause}, {case.strength}: {firsts[case.cause]} of {trials}; {others}")
+
+
+def count_clean(
+    lab: Lab, rollouts: dict[str, LogProbDump], *, trials: int, record: Path
+) -> None:
+    """How often anything but noise is said of clean dumps, and of draws from them."""
+    models = " ".join(map(str, lab.seeds))
+    expected = dict(rollouts)
     for name in ("bfloat16", "float16", "float32"):
         dtype = getattr(torch, name)
         healthy = Scenario(engine=Stack(dtype, fused=True), trainer=Stack(dtype, fused=False))
-        for i, dump in enumerate(lab(healthy)):
-            expected[f"transformer {i}, {name} / {name}"] = f"{NOISE}{name} scale", dump
+        for seed, dump in zip(lab.seeds, lab(healthy), strict=True):
+            expected[f"transformer {seed}, {name} / {name}"] = dump
+    for i, (name, dump) in enumerate(expected.items()):
+        false: Counter[str] = Counter()
+        for trial in range(trials):
+            found = diagnose(resample(dump, len(dump), 10_000 * i + trial))
+            wrong = [f.pattern for f in found if f.pattern != NOISE]
+            false.update(wrong[:1])
+        (said, *_) = diagnose(dump)
+        append(record, CLEAN, (
+            models, name, dump.num_tokens, trials, false.total(),
+            said.evidence if said.pattern == NOISE else said.pattern,
+        ))
+        _progress(f"{name}: {false.total()} of {trials} {dict(false) or ''}")
 
-    rows, wrong, scale_wrong = [], 0, 0
-    each = -(-clean // len(expected))
-    for i, (name, (scale, dump)) in enumerate(expected.items()):
-        found: Counter[str] = Counter()
-        for trial in range(each):
-            for finding in diagnose(resample(dump, sequences, 10_000 * i + trial)):
-                found[finding.cause] += 1
-        false = sum(n for cause, n in found.items() if not cause.startswith(NOISE[:-2]))
-        scale_wrong += sum(n for c, n in found.items() if c.startswith(NOISE[:-2]) and c != scale)
-        wrong += false
-        whole = [finding.cause for finding in diagnose(dump)]
-        shown = ", ".join(c.removeprefix(NOISE) for c in whole)
-        rows.append(f"| {name} | {shown} | {false} / {each} |")
-        _progress(rows[-1])
-    total = each * len(expected)
-    low, high = interval(wrong, total)
+
+def append(path: Path, header: Sequence[str], row: Sequence[object]) -> None:
+    """Add a row to a record."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if new:
+            writer.writerow(header)
+        writer.writerow(row)
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows of a record; a part that was run again replaces what it said before."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    keys = ("models", "cause", "strength", "rollouts", "tokens")
+    return list({tuple(row.get(k) for k in keys): row for row in rows}.values())
+
+
+def tables() -> Iterator[tuple[str, str]]:
+    """The tables of the page by name, in Markdown, from the records."""
+    clean = read(RECORDS / "clean.csv")
+    draws, false = (sum(int(r[k]) for r in clean) for k in ("draws", "false"))
+    low, high = interval(false, draws)
     yield "clean", "\n".join([
-        f"{total} draws of {sequences * LENGTH:,} tokens: {wrong} false findings"
-        f" ({wrong / total:.2%}, 95 % interval {low:.2%} to {high:.2%}), the scale of the noise"
-        f" misjudged in {scale_wrong}.", "",
-        "| rollout / trainer | findings on the whole | false findings in draws |",
-        "|---|---|---|", *rows,
+        f"{draws} draws from {len(clean)} clean dumps: {false} false findings"
+        f" ({false / draws:.2%}, 95 % interval {low:.2%} to {high:.2%}).", "",
+        "| rollout / trainer | tokens | said of the whole | false findings in draws |",
+        "|---|---|---|---|",
+        *(f"| {r['rollouts']} | {int(r['tokens']):,} | {r['said']} | {r['false']} / {r['draws']} |"
+          for r in clean),
+    ])
+    faults = read(RECORDS / "faults.csv")
+    looked_at = " ".join(map(str, LOOKED_AT))
+    held_out = [r for r in faults if r["models"] != looked_at]
+    sizes = sorted({int(r["tokens"]) for r in faults})
+    cells: dict[tuple[str, ...], dict[int, dict[str, str]]] = {}
+    for r in held_out:
+        mark = " *" if int(r["practical"]) else ""
+        key = r["cause"], r["strength"] + mark
+        cells.setdefault(key, {})[int(r["tokens"])] = r
+    yield "power", "\n".join([
+        "| cause | strength | " + " | ".join(f"{n:,}" for n in sizes) + " | named |",
+        "|---|---|" + "---|" * (len(sizes) + 1),
+        *(f"| {cause} | {strength} | "
+          + " | ".join(_share(of.get(n), "first") for n in sizes)
+          + f" | {_share(of.get(sizes[-1]), 'named')} |"
+          for (cause, strength), of in cells.items()),
+    ])
+    lines = ["| weights | starred faults | draws | right cause first | named at all |",
+             "|---|---|---|---|---|"]
+    for name, rows in (("held out", held_out),
+                       ("looked at", [r for r in faults if r["models"] == looked_at])):
+        starred = [r for r in rows if int(r["practical"]) and int(r["tokens"]) == sizes[-1]]
+        n = sum(int(r["draws"]) for r in starred)
+        if not n:
+            lines.append(f"| {name} | not run | – | – | – |")
+            continue
+        models = ", ".join(sorted({r["models"] for r in starred}))
+        hits = [sum(int(r[k]) for r in starred) for k in ("first", "named")]
+        lines.append(
+            f"| {name} (seeds {models}) | {len(starred)} | {n} | "
+            + " | ".join(f"{h / n:.1%}" for h in hits) + " |"
+        )
+    missed = [r for r in held_out if int(r["practical"]) and int(r["tokens"]) == sizes[-1]
+              and int(r["first"]) < int(r["draws"])]
+    yield "confusion", "\n".join([
+        *lines, "", "| injected, held-out weights | first | named | first instead |",
+        "|---|---|---|---|",
+        *(f"| {r['cause']}, {r['strength']} | {_share(r, 'first')} | {_share(r, 'named')} |"
+          f" {r['instead']} |" for r in missed),
     ])
 
-    bf16 = real.get("sharp, bfloat16 / bfloat16")
-    sizes = [sequences // 8, sequences // 4, sequences // 2, sequences]
-    table, confusion = [], {}
-    for i, case in enumerate(cases(lab, bf16[1] if bf16 else None)):
-        dumps = case.make()
-        power = []
-        for size in sizes:
-            firsts = first_causes(dumps, size, trials, seed=100_000 + 1000 * i)
-            power.append(firsts[case.cause] / trials)
-        mark = " *" if case.practical else ""
-        table.append(
-            f"| {case.cause} | {case.strength}{mark} | {' | '.join(f'{p:.0%}' for p in power)} |"
-        )
-        if case.practical:
-            confusion.setdefault(case.cause, Counter()).update(firsts)
-        _progress(table[-1])
-    header = " | ".join(f"{size * LENGTH:,}" for size in sizes)
-    yield "power", "\n".join([
-        f"| cause | strength | {header} |", "|---|---|" + "---|" * len(sizes), *table,
-    ])
-    lines = []
-    for cause, firsts in confusion.items():
-        others = ", ".join(f"{c} ({n})" for c, n in firsts.most_common() if c != cause)
-        n = firsts.total()
-        lines.append(f"| {cause} | {firsts[cause] / n:.1%} of {n} | {others or '–'} |")
-    yield "confusion", "\n".join([
-        "| injected | named first | named instead |", "|---|---|---|", *lines,
-    ])
+
+def _share(row: dict[str, str] | None, of: str) -> str:
+    return f"{int(row[of]) / int(row['draws']):.0%}" if row else "not run"
 
 
 def _progress(line: str) -> None:
@@ -397,27 +669,42 @@ def write_between_markers(path: Path, name: str, text: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the tables, and write them into a page."""
+    """Count, or write the page from what was counted."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks diagnose", description=__doc__)
+    parser.add_argument("what", choices=("faults", "clean", "tables"))
     parser.add_argument("--rollouts", type=Path, metavar="DIR",
                         help="*_rollout_*.npz with tokens and entropy; default: the shipped ones")
-    parser.add_argument("--trials", type=int, default=100, help="draws for each fault and size")
-    parser.add_argument("--clean", type=int, default=1000, help="clean draws in all")
+    parser.add_argument("--dumps", type=Path, action="append", default=[], metavar="DIR",
+                        help="clean dumps besides; repeatable")
+    parser.add_argument("--trials", type=int, default=32, help="draws from each dump and size")
     parser.add_argument("--sequences", type=int, default=64, help="of 128 tokens in a draw")
-    parser.add_argument("--models", type=int, nargs="+", default=[0, 1], metavar="SEED",
+    parser.add_argument("--models", type=int, nargs="+", default=list(LOOKED_AT), metavar="SEED",
                         help="of the transformer's weights; others than 0 and 1 are held out")
-    parser.add_argument("--write", type=Path, help="page whose tables are replaced")
+    parser.add_argument("--part", type=_part, default=(1, 1), metavar="I/N",
+                        help="the i-th of n parts of the faults")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
+    if args.what == "tables":
+        for name, text in tables():
+            write_between_markers(PAGE, name, text)
+        return 0
     start = time.perf_counter()
-    tables = run(args.rollouts, trials=args.trials, clean=args.clean, sequences=args.sequences,
-                 seeds=args.models)
-    for name, text in tables:
-        print(f"## {name}\n\n{text}\n")
-        if args.write:
-            write_between_markers(args.write, name, text)
+    lab = Lab(args.sequences, args.models)
+    real = clean_rollouts(args.rollouts) if args.rollouts else shipped()
+    if args.what == "faults":
+        count_faults(lab, real.get("sharp, bfloat16 / bfloat16"), trials=args.trials,
+                     part=args.part, record=RECORDS / "faults.csv")
+    else:
+        for directory in args.dumps:
+            real |= clean_dumps(directory)
+        count_clean(lab, real, trials=args.trials, record=RECORDS / "clean.csv")
     _progress(f"{time.perf_counter() - start:.0f} s")
     return 0
+
+
+def _part(text: str) -> tuple[int, int]:
+    i, n = map(int, text.split("/"))
+    return i, n
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -61,13 +61,18 @@ def random_weights(seed: int) -> Weights:
 
 
 def forward(
-    weights: Weights, tokens: Tensor, stack: Stack, cache: list[Tensor] | None = None
+    weights: Weights, tokens: Tensor, stack: Stack, cache: list[Tensor] | None = None,
+    start: int = 0,
 ) -> Tensor:
-    """Logits "b t v" of ``tokens``; with a cache, of the tokens that it does not hold yet."""
+    """Logits "b t v" of ``tokens``; with a cache, of the tokens that it does not hold yet.
+
+    Positions count from ``start``, which is where the cache begins.
+    """
     r, inner = stack.rounded, stack.inner
     past = 0 if not cache else cache[0].shape[1]
     new = tokens[:, past:]
-    x = r(weights["embed"])[new] + r(weights["position"])[past : past + new.shape[1]]
+    at = (start + past + torch.arange(new.shape[1])) % len(weights["position"])
+    x = r(weights["embed"])[new] + r(weights["position"])[at]
     x = inner(x)
     b, t, _ = x.shape
     for i in range(LAYERS):
@@ -152,9 +157,21 @@ class Scenario:
     report: Sampler | None = None  # None: what the sampler drew from
     trainer_temperature: float = 1.0
     engine_weights: Callable[[Weights], Weights] = lambda weights: weights
+    later_weights: Callable[[Weights], Weights] | None = None  # of the engine from ``cut`` on
+    cut: int = 0
+    trainer_weights: Callable[[Weights], Weights] = lambda weights: weights
+    second_weights: Callable[[Weights], Weights] | None = None  # of a second pass, log_probs
+    candidates: Sampler | None = None  # None: as reported
     prompt_weights: Callable[[Weights], Weights] | None = None  # of every other prompt's cache
+    prompts_affected: int = 2  # one prompt in so many has a cache of prompt_weights
     prompt: Callable[[Tensor], Tensor] = lambda prompt: prompt  # as the trainer sees it
     tokens: Callable[[Tensor], Tensor] = lambda tokens: tokens  # as the trainer sees them
+
+
+def prompts_of(sequences: int, g: torch.Generator) -> Tensor:
+    """A prompt for every four answers; int "b t"."""
+    prompts = torch.randint(0, VOCABULARY, (-(-sequences // 4), PROMPT), generator=g)
+    return prompts.repeat_interleave(4, dim=0)[:sequences]
 
 
 @torch.no_grad()
@@ -163,31 +180,44 @@ def roll_out(
 ) -> LogProbDump:
     """Sample from the engine, score with the trainer; four answers to each prompt."""
     g = torch.Generator().manual_seed(seed)
-    prompts = torch.randint(0, VOCABULARY, (-(-sequences // 4), PROMPT), generator=g)
-    prompts = prompts.repeat_interleave(4, dim=0)[:sequences]
+    prompts = prompts_of(sequences, g)
     served = scenario.engine_weights(weights)
     tokens, cache, reported, best = prompts, [], [], []
     if scenario.prompt_weights is not None:
         fresh: list[Tensor] = []
         forward(served, tokens[:, :-1], scenario.engine, fresh)
         forward(scenario.prompt_weights(weights), tokens[:, :-1], scenario.engine, cache)
-        stale = (torch.arange(sequences) // 4 % 2 == 0)[:, None, None]
+        stale = (torch.arange(sequences) // 4 % scenario.prompts_affected == 0)[:, None, None]
         cache = [torch.where(stale, a, b) for a, b in zip(cache, fresh, strict=True)]
-    for _ in range(length):
+    for t in range(length):
+        if scenario.later_weights is not None and t == scenario.cut:
+            served, cache = scenario.later_weights(weights), []
         logits = forward(served, tokens, scenario.engine, cache)[:, -1]
         drawn_from = scenario.sampler(logits, tokens)
         told = (scenario.report or scenario.sampler)(logits, tokens).log_softmax(-1)
         choice = torch.multinomial(drawn_from.softmax(-1), 1, generator=g)
         tokens = torch.cat([tokens, choice], dim=1)
         reported.append(told.gather(1, choice))
-        best.append(told.topk(4))
+        listed = told if scenario.candidates is None else (
+            scenario.candidates(logits, tokens[:, :-1]).log_softmax(-1)
+        )
+        best.append(listed.topk(4))
     seen = torch.cat([scenario.prompt(prompts), scenario.tokens(tokens[:, PROMPT:])], dim=1)
-    logits = forward(weights, seen, scenario.trainer)[:, PROMPT - 1 : -1]
-    log_p = (logits / scenario.trainer_temperature).log_softmax(-1)
+    chosen = seen[:, PROMPT:, None]
+
+    def scored(w: Weights) -> Tensor:
+        logits = forward(w, seen, scenario.trainer)[:, PROMPT - 1 : -1]
+        return (logits / scenario.trainer_temperature).log_softmax(-1)
+
+    log_p = scored(scenario.trainer_weights(weights))
+    second = None
+    if scenario.second_weights is not None:
+        second = scored(scenario.second_weights(weights)).gather(2, chosen)[..., 0]
     entropy = -(log_p.exp() * log_p).sum(-1)
     return LogProbDump(
         rollout_log_probs=torch.cat(reported, dim=1),
-        old_log_probs=log_p.gather(2, seen[:, PROMPT:, None])[..., 0],
+        old_log_probs=log_p.gather(2, chosen)[..., 0],
+        log_probs=second,
         mask=torch.ones(sequences, length, dtype=torch.bool),
         token_ids=tokens[:, PROMPT:],
         entropy=entropy,
@@ -196,6 +226,17 @@ def roll_out(
         top_k_ids=torch.stack([top.indices for top in best], dim=1),
         top_k_log_probs=torch.stack([top.values for top in best], dim=1),
     )
+
+
+@torch.no_grad()
+def scored_after(weights: Weights, before: Tensor, tokens: Tensor, *, start: int) -> Tensor:
+    """The trainer's log-probs of tokens "b t" whose context begins with other tokens "b s"."""
+    stack = Stack(torch.bfloat16, fused=False)
+    cache: list[Tensor] = []
+    forward(weights, before, stack, cache, start)
+    both = torch.cat([before, tokens], dim=1)
+    log_p = forward(weights, both, stack, cache, start).log_softmax(-1)
+    return log_p[:, :-1].gather(2, tokens[:, 1:, None])[..., 0]
 
 
 def updated(weights: Weights, rate: float, seed: int, steps: int = 1) -> Weights:
@@ -236,6 +277,41 @@ def quantised(bits: int) -> Callable[[Weights], Weights]:
     return quantise
 
 
-def replaced(dump: LogProbDump, **changed: Tensor) -> LogProbDump:
-    """A dump with other values in some fields."""
-    return replace(dump, **changed)
+def low_rank(rank: int, size: float) -> Callable[[Weights], Weights]:
+    """Weights without an adapter: attention less a product of two thin matrices."""
+
+    def bare(weights: Weights) -> Weights:
+        g = torch.Generator().manual_seed(11)
+        return {
+            name: x - size * (torch.randn(len(x), rank, generator=g)
+                              @ torch.randn(rank, x.shape[1], generator=g)) / math.sqrt(
+                                  rank * x.shape[1])
+            if name.endswith("qkv") else x for name, x in weights.items()
+        }
+
+    return bare
+
+
+def stretched(known: int, factor: float) -> Callable[[Weights], Weights]:
+    """Positions beyond those known pressed together, as a scaled rotary embedding does."""
+
+    def stretch(weights: Weights) -> Weights:
+        table = weights["position"]
+        at = torch.arange(len(table)).float()
+        at = torch.where(at < known, at, known + (at - known) / factor)
+        low, part = at.long(), (at - at.floor())[:, None]
+        high = (low + 1).clamp(max=len(table) - 1)
+        return {**weights, "position": (1 - part) * table[low] + part * table[high]}
+
+    return stretch
+
+
+def attention_scaled(factor: float) -> Callable[[Weights], Weights]:
+    """Queries times a factor: another attention scale in the configuration."""
+
+    def scale(weights: Weights) -> Weights:
+        rows = torch.ones(3 * WIDTH, 1)
+        rows[:WIDTH] = factor
+        return {n: x * rows if n.endswith("qkv") else x for n, x in weights.items()}
+
+    return scale

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
 from unittest.mock import patch
 
 import torch
@@ -20,6 +22,9 @@ from benchmarks.report import ROOT
 from iscorrect.head import onepass, reader
 from iscorrect.head.block import Kernels
 from iscorrect.head.linear import linear_log_probs
+
+if TYPE_CHECKING:
+    from rehearsal.ledger import Ledger
 
 SCALE = 64
 V, D, ROWS, CHUNK = 151_936, 4096, 16_384, 4096
@@ -46,7 +51,8 @@ def predict(tokens: int) -> Workload:
     )
     n, v, d = tokens // SCALE, V // SCALE, D // SCALE
     for provider, step in routes(n, v, d).items():
-        beside, inside, products = count(step, n, v, d)
+        ledger = rehearsed(step)
+        beside, inside, products = count(ledger, n, v, d)
         logits = tokens * V
         bare = 2 * products * logits * D / PRODUCTS
         least, most = (bare + x * logits / MEMORY for x in (beside, beside + inside))
@@ -56,6 +62,8 @@ def predict(tokens: int) -> Workload:
                 "products": products, "bytes beside": beside, "bytes in products": inside,
                 "ms": f"{1e3 * least:.0f}–{1e3 * most:.0f}",
                 "of three products, %": f"{100 * best / most:.0f}–{100 * best / least:.0f}",
+                "kernels": f"{len(ledger.kernels):,}",
+                "waits of the host": str(ledger.waits.total()),
             },
         )
     return workload
@@ -94,24 +102,26 @@ def routes(n: int, v: int, d: int) -> dict[str, Callable[[], object]]:
     }
 
 
-def count(step: Callable[[], object], n: int, v: int, d: int) -> tuple[float, float, float]:
-    """Bytes per logit beside products and in them, and how many products of all logits."""
+def rehearsed(step: Callable[[], object]) -> Ledger:
+    """What a step costs a GPU, in chunks and blocks of the proportions of training."""
     from rehearsal import Rehearsal
 
     values = {
         (reader, "GPU_ROWS"): ROWS // SCALE, (reader, "GPU_TOKENS"): CHUNK // SCALE,
         (onepass, "GPU_TOKENS"): CHUNK // SCALE, (reader, "compiled"): lambda _: ONE_KERNEL_EACH,
     }
-    patches = [patch.object(module, name, value) for (module, name), value in values.items()]
-    for each in patches:
-        each.start()
-    try:
-        with Rehearsal() as gpu:
-            step()
-    finally:
-        for each in patches:
-            each.stop()
-    logits, ledger = n * v, gpu.ledger
+    with ExitStack() as patched:
+        for (module, name), value in values.items():
+            patched.enter_context(patch.object(module, name, value))
+        gpu = patched.enter_context(Rehearsal())
+        step()
+    ledger: Ledger = gpu.ledger
+    return ledger
+
+
+def count(ledger: Ledger, n: int, v: int, d: int) -> tuple[float, float, float]:
+    """Bytes per logit beside products and in them, and how many products of all logits."""
+    logits = n * v
     products = sum(k.multiplications for k in ledger.products) / (logits * d)
     plain = 2 * products * (logits + n * d + v * d)
     # what is per token and block weighs 64 times as much here as at full size

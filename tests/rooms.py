@@ -19,7 +19,7 @@ ALLOWED = {
     "testing": SHARED | {"loss"},
     "diagnose": SHARED | {"loss", "dumps"},
     "report": SHARED | {"loss", "dumps", "diagnose", "testing"},
-    "adapters": SHARED | {"loss", "head", "dumps"},
+    "adapters": SHARED | {"loss", "head", "dumps", "fp16"},
     "cli": SHARED | {"loss", "dumps", "fp16", "testing", "diagnose", "report"},
     "__main__": {"cli"},
 }

@@ -14,7 +14,7 @@ from torch import nn
 import iscorrect.fp16.checkpoints
 from iscorrect import InputError, round_with_feedback, stochastic_round, weight_arrival
 from iscorrect.cli.main import main
-from iscorrect.fp16.arrival import arrived, to_grid
+from iscorrect.fp16.arrival import UpdateWatch, arrived, to_grid
 from iscorrect.fp16.checkpoints import boxes
 from iscorrect.fp16.sending import neighbours
 
@@ -236,7 +236,7 @@ def test_neighbours_are_those_of_the_list_of_all_numbers(dtype):
         torch.tensor([0.0, -0.0, 2.0**-30]),
     ])
     inside = inside[inside.abs() <= grid[-1]]
-    low, high, up = (x.double().numpy() for x in neighbours("f", inside, dtype))
+    low, high, up = (x.double().numpy() for x in neighbours(inside, dtype))
     x = inside.double().numpy()
     size = np.abs(x)
     positive = grid[grid >= 0]
@@ -252,7 +252,7 @@ def test_neighbours_are_those_of_the_list_of_all_numbers(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(x=st.floats(-400, 400, width=32))
 def test_stochastic_rounding_has_no_bias_over_its_two_outcomes(dtype, x):
-    low, high, up = (v.double().item() for v in neighbours("f", torch.tensor([x]), dtype))
+    low, high, up = (v.double().item() for v in neighbours(torch.tensor([x]), dtype))
     assert min(low, high) <= x <= max(low, high) and 0 <= up < 1
     # the probability itself is a float32
     assert (1 - up) * low + up * high == pytest.approx(x, abs=abs(high - low) * 2**-24)
@@ -280,6 +280,15 @@ def test_numbers_of_the_format_stay_and_what_it_cannot_hold_is_as_torch_has_it(d
     outside = outside[~(outside.abs() <= torch.finfo(dtype).max)]
     sent, plain = stochastic_round(outside, dtype).float(), outside.to(dtype).float()
     assert torch.equal(sent.nan_to_num(7), plain.nan_to_num(7))
+
+
+def test_every_entry_of_a_large_tensor_is_rounded_in_its_place(monkeypatch):
+    monkeypatch.setattr("iscorrect.fp16.sending.ROUNDED_AT_ONCE", 7)
+    x = torch.randn(5, 4)
+    low, high, _ = neighbours(x, torch.bfloat16)
+    sent = stochastic_round(x, torch.bfloat16)
+    assert sent.shape == x.shape and ((sent == low) | (sent == high)).all()
+    assert stochastic_round(torch.zeros(0, 3), torch.bfloat16).shape == (0, 3)
 
 
 def test_a_seeded_generator_sends_what_did_not_change_as_it_was():
@@ -350,3 +359,34 @@ def test_lag_and_noise_of_one_size_are_told_apart(name):
     found = arrived("w", start, start + update, sent_before=start, sent_after=sent)
     assert found.rest == pytest.approx(1.0, abs=0.03)
     assert found.share == pytest.approx(0.0 if name == "old_is_lag" else 1.0, abs=0.03)
+
+
+# over a run
+
+
+def test_a_sample_says_about_what_the_whole_says():
+    torch.manual_seed(5)
+    w = [torch.nn.Parameter((torch.randn(300, 100) * 0.05).bfloat16().float()) for _ in range(4)]
+    before = {str(i): x.detach().clone() for i, x in enumerate(w)}
+    watch = UpdateWatch(torch.bfloat16, entries=20_000)
+    assert math.isnan(watch(w).share)
+    with torch.no_grad():
+        for x in w:
+            x.add_(torch.randn_like(x).sign() * 1e-4)
+    found = watch(w)
+    whole = weight_arrival(before, {str(i): x for i, x in enumerate(w)})
+    assert found.entries == 20_000
+    assert 0.1 < whole.share < 0.9
+    assert found.share == pytest.approx(whole.share, abs=0.03)
+    assert found.unchanged == pytest.approx(whole.total.unchanged, abs=0.02)
+    assert watch(w).moved == 0
+
+
+def test_a_sample_may_be_all_there_is_and_a_rank_may_hold_nothing():
+    w = torch.nn.Parameter(torch.ones(7))
+    for parameters in ([w], [w, torch.nn.Parameter(torch.zeros(0))]):
+        watch = UpdateWatch(torch.bfloat16)
+        watch(parameters)
+        assert watch(parameters).entries == 7
+    empty = UpdateWatch(torch.bfloat16)
+    assert empty([torch.nn.Parameter(torch.zeros(0))]).entries == 0

@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 
-from benchmarks.lab.chain import behind, exact, learner
+from benchmarks.lab.chain import behind, exact, learner, records
 from benchmarks.lab.chain.arms import ARMS, SIGNED, TOKEN_LOCAL, slopes
 from benchmarks.lab.chain.engines import ENGINES, Engine, plain
 from benchmarks.lab.chain.policy import logits, rounded_logits, untrained, warm_start
@@ -204,3 +204,17 @@ def test_designs_name_known_engines_and_arms_once():
     sampled = behind.design((1e-3, 3e-4))
     assert len(sampled) == len(set(sampled)) and {run.arm for run in sampled} <= set(ARMS)
     assert behind.UNTOUCHED not in {run.task for run in sampled}
+
+
+def test_what_is_on_record_is_not_run_again(tmp_path, capsys):
+    arguments = ["--records", str(tmp_path), "--length", "64", "--steps", "3",
+                 "--engines", "exact", "activations-7", "--arms", "uncorrected", "token-tis"]
+    exact.main(arguments)
+    before = (tmp_path / "exact.csv").read_text()
+    capsys.readouterr()
+    exact.main(arguments)
+    assert "4 of 4 runs are on record" in capsys.readouterr().out
+    assert (tmp_path / "exact.csv").read_text() == before
+    rows = records.rows(tmp_path / "exact.csv")
+    assert {row["engine"] for row in rows} == {"exact", "activations-7"}
+    assert all(len(records.curve(row, name)) == 4 for row in rows for name in learner.State._fields)

@@ -25,9 +25,12 @@ def identity(logits, seen):
 
 def roll_out(
     seed=0, *, sampler=identity, report=None, trainer_temperature=1.0, noise=0.04,
-    engine_shift=0.0, sequences=SEQUENCES, length=LENGTH,
+    engine_shift=0.0, until=LENGTH, sequences=SEQUENCES, length=LENGTH,
 ):
-    """Tokens of a Markov policy; the trainer's logits are the engine's and Gaussian noise."""
+    """Tokens of a Markov policy; the trainer's logits are the engine's and Gaussian noise.
+
+    The engine's logits are shifted, each token's by its own amount, before the token ``until``.
+    """
     rng = np.random.default_rng(seed)
     table = rng.normal(0, 2.0, (VOCABULARY, VOCABULARY))
     served = table + engine_shift * rng.normal(0, 1, VOCABULARY)
@@ -37,7 +40,7 @@ def roll_out(
            ("rollout_log_probs", "old_log_probs", "token_ids", "entropy", "varentropy", "mass")}
     rows = np.arange(sequences)
     for t in range(length):
-        logits = served[previous]
+        logits = (served if t < until else table)[previous]
         drawn = log_softmax(sampler(logits, seen))
         told = log_softmax((report or sampler)(logits, seen))
         gumbel = rng.gumbel(size=drawn.shape)

@@ -16,6 +16,7 @@ HERE = Path(__file__).parent
 BY_THEMSELVES = {
     "exact": ("benchmarks.lab.chain.exact", "learning by exact expected updates, no seeds"),
     "behind": ("benchmarks.lab.chain.behind", "an engine some updates behind, with seeds"),
+    "bias": ("benchmarks.lab.chain.bias", "bias by length and kind, and the batch that shows it"),
     "report": ("benchmarks.lab.report", "tables and figures from the records"),
 }
 """Commands that need no engine, by the module whose ``main`` reads their arguments."""

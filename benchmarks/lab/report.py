@@ -7,10 +7,12 @@ import json
 import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from math import exp, isnan, log, sqrt
+from math import log
 from pathlib import Path
 
 from benchmarks.lab import figures
+from benchmarks.lab.cells import markdown, pretty, share, times, with_error
+from benchmarks.lab.chain import tables as chain
 from benchmarks.lab.records import (
     FALLEN,
     LAST,
@@ -24,7 +26,10 @@ from benchmarks.lab.records import (
 )
 
 ROOT = Path(__file__).parents[2]
-PAGES = (Path(__file__).parent / "README.md", ROOT / "docs" / "fp16-or-correction.md")
+PAGES = (
+    Path(__file__).parent / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("fp16-or-correction", "estimators")),
+)
 PICTURES = ROOT / "docs" / "lab"
 MARKED = re.compile(
     r"(<!-- lab:(?P<table>\w+)(?:/(?P<folder>\w+))? -->\n).*?(<!-- /lab -->)", re.DOTALL
@@ -56,36 +61,7 @@ def write(records: Path, pages: Iterable[Path], pictures: Path) -> None:
 
 def fill(records: Path, marker: re.Match[str]) -> str:
     """The table that a marker asks for."""
-    return TABLES[marker["table"]](records / (marker["folder"] or ""))
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
-    lines.insert(1, "|---|" + "---:|" * (len(head) - 1))
-    return "\n".join(lines) + "\n"
-
-
-def with_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error."""
-    if len(values) < 2:
-        return values[0], float("nan")
-    return statistics.fmean(values), statistics.stdev(values) / sqrt(len(values))
-
-
-def pretty(value: float) -> str:
-    if isnan(value):
-        return ""
-    return f"{value:.3g}" if abs(value) >= 1e-3 or value == 0 else f"{value:.1e}"
-
-
-def share(mean: float, error: float, digits: int = 1) -> str:
-    return f"{mean:.{digits}%}" + ("" if isnan(error) else f" ± {error:.{digits}%}")
-
-
-def times(logs: Sequence[float]) -> str:
-    """A geometric mean, and the factor that its standard error is."""
-    mean, error = with_error(logs)
-    return f"{exp(mean):.3g}" + (f" × {exp(error):.2f}^±1" if error > 0 else "")
+    return {**TABLES, **chain.TABLES}[marker["table"]](records / (marker["folder"] or ""))
 
 
 def offline(records: Path) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from iscorrect.adapters.bands import clamp_to
 from iscorrect.dumps import DumpWriter
 from iscorrect.errors import InputError, check_choice, input_error
+from iscorrect.fp16.arrival import Arrived, UpdateWatch, over_ranks
 from iscorrect.head.fused import fused_policy_loss
 from iscorrect.loss.aggregate import SequenceMeanTokenSum, TokenMean
 from iscorrect.loss.bounds import Mask
@@ -49,6 +50,10 @@ class CorrectedGRPO:
         fused: let :func:`fused_policy_loss` make the policy_loss and its gradients in the forward
             pass. One process or DDP, a text model without adapters, a float32 head.
         dumps: writes the log-probs of every generation, a file each.
+        engine_dtype: that the engine holds its weights in; the log then has ``weights/arrival``,
+            the share of the updates since the last send that is left in it, and
+            ``weights/unchanged``, the share of the entries that were updated and sent as before,
+            both from a sample of 2²⁰ entries a rank (:func:`iscorrect.weight_arrival`).
 
     Raises:
         InputError: neither or both were given; a setting of TRL would be ignored or count twice.
@@ -67,6 +72,7 @@ class CorrectedGRPO:
         policy_loss: LossConfig | None = None,
         fused: bool = False,
         dumps: DumpWriter | None = None,
+        engine_dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -75,12 +81,16 @@ class CorrectedGRPO:
         self.dumps = dumps
         self.fused = fused
         self._seen: dict[str, list[Metrics]] = {"train": [], "eval": []}
+        self._watch = UpdateWatch(engine_dtype) if engine_dtype is not None else None
+        self._arrived = Arrived("sample")
         self._check_settings()
         if fused:
             self._check_fused()
             _add_loss(self.model)
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        if self._watch is not None:
+            self._arrived += self._watch(p for p in self.model.parameters() if p.requires_grad)
         batch: dict[str, Any] = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
         rollout = batch.get("sampling_per_token_logps")
         if rollout is None:
@@ -138,6 +148,11 @@ class CorrectedGRPO:
             prefix = "eval_" if mode == "eval" else ""
             logs.update({prefix + name: x for name, x in metrics.to_floats().items()})
             self._seen[mode].clear()
+        if self._watch is not None and mode == "train":
+            found = over_ranks(self._arrived, self.accelerator.device)
+            self._arrived = Arrived("sample")
+            if found.moved:
+                logs |= {"weights/arrival": found.share, "weights/unchanged": found.unchanged}
         super().log(logs, start_time)  # type: ignore[misc]
 
     def _mode(self) -> str:
@@ -223,6 +238,11 @@ class CorrectedGRPO:
             raise _refusal(
                 "loss_type", "another than 'vespo', which multiplies token weights by itself",
                 "'vespo' with weights of another level, or without vLLM", "set loss_type='dapo'",
+            )
+        if self._watch is not None and hasattr(self.model, "peft_config"):
+            raise _refusal(
+                "engine_dtype", "None with adapters, which are merged before they are sent",
+                "a dtype", "leave it out",
             )
         if args.top_p < 1 or args.top_k > 0 or args.min_p:
             warnings.warn(

@@ -93,24 +93,28 @@ def constants(tokens: Tokens) -> tuple[Finding | None, Tokens]:
 
 
 def _repeated(tokens: Tokens, x: Array, other: Array) -> Array:
-    """Whether a token's value stands elsewhere too while the other side disagrees; bool "n".
+    """Whether a token's value stands elsewhere too while the other side varies; bool "n".
 
-    Rounded logits make equal values as well, but then the other side is near them.
+    Equal contexts and rounded logits make equal values as well, but then those of the other side
+    are near each other.
     """
-    _, inverse = np.unique(x, return_inverse=True)
-    apart = relative(tokens.d, other)
-    usual = apart[confident(tokens) & (apart > 0)]
-    off = apart > 8 * 1.4826 * (float(np.median(usual)) if len(usual) else 1e-6)
+    values, inverse = np.unique(x, return_inverse=True)
     # Copies of a sequence, as in a bootstrap sample, have its values.
     rows = distinct(tokens)[tokens.row]
     _, first = np.unique(rows * (tokens.position.max() + 1) + tokens.position, return_index=True)
-    values = inverse.max() + 1
-    count, wrong, impossible = (
-        np.bincount(inverse[first], weights=w, minlength=values)
-        for w in (None, off[first], (np.abs(tokens.d) > 3)[first] & off[first])
+    count = np.bincount(inverse[first], minlength=len(values))
+    total = np.bincount(inverse[first], weights=other[first], minlength=len(values))
+    apart = relative(tokens.d, other)
+    usual = apart[confident(tokens) & (apart > 0)]
+    limit = 8 * 1.4826 * (float(np.median(usual)) if len(usual) else 1e-6)
+    varies = relative(other - (total / np.maximum(count, 1))[inverse], other) > limit
+    off = (apart > limit) & varies
+    wrong, impossible = (
+        np.bincount(inverse[first], weights=w[first], minlength=len(values))
+        for w in (off, off & (np.abs(tokens.d) > 3))
     )
     many = max(8, 1e-3 * len(first))
-    constant = (wrong >= 0.5 * count) & ((wrong >= many) | (impossible >= 3))
+    constant = (wrong >= 0.4 * count) & ((wrong >= many) | (impossible >= 3))
     found: Array = constant[inverse] | ((x == 0) & (other < UNLIKELY))
     return found
 

@@ -56,6 +56,13 @@ def entropy(tokens: Tokens) -> tuple[Finding | None, Tokens]:
         return None, tokens
     surprisal = -tokens.old
     h = surprisal - tokens.gap
+    if len(h) >= 64 and float(np.ptp(h)) < 1e-6:
+        return Finding(
+            "entropy that contradicts the log-probs",
+            f"it is {h[0]:.3g} on all {len(h)} tokens, whose surprisal is {surprisal.mean():.3g} on"
+            f" average with a spread of {surprisal.std():.2g}",
+            (causes.ENTROPY_OTHER,), float(surprisal.mean() - h[0]),
+        ), _without(tokens, "gap", "varentropy")
     negative = int((h < -1e-3).sum())
     below = 0
     if tokens.best is not None:  # of the engine, so that noise of its size is allowed
@@ -77,7 +84,7 @@ def entropy(tokens: Tokens) -> tuple[Finding | None, Tokens]:
         surprisal[inner], h[inner], h[inner - 1], h[inner + 1]
     )
     other = max(before, after, key=lambda e: e.value)
-    if doubtless(other, tokens) and other.value > 0.5 and own.value < 0.3:
+    if doubtless(other, tokens) and other.value > 0.5 and own.value < 0.6:
         where = "before" if other is before else "after"
         return Finding(
             "entropy that contradicts the log-probs",

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
-from math import nan
 from typing import Any, Literal, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from iscorrect.errors import check_choice, describe, input_error
 from iscorrect.fp16.checkpoints import FLOATS, Source, Stored, stored
 from iscorrect.fp16.ranges import MEASURED_AT_ONCE
+from iscorrect.ranks import accumulator, sum_over
 from iscorrect.text import Table, finite, number, percent, visible
 
 Scaling = Literal["none", "row"]
@@ -55,17 +57,17 @@ class Arrived:
     @property
     def share(self) -> float:
         """⟨Q(w') − Q(w), Δ⟩ / ‖Δ‖²; NaN without an update."""
-        return self.inner / self.squares if self.squares else nan
+        return self.inner / self.squares if self.squares else math.nan
 
     @property
     def unchanged(self) -> float:
         """The share of the entries with an update whose sent value stayed; NaN without any."""
-        return 1 - self.seen / self.moved if self.moved else nan
+        return 1 - self.seen / self.moved if self.moved else math.nan
 
     @property
     def rest(self) -> float:
         """‖Q(w') − w'‖ / ‖Δ‖, the rounding beside the update; NaN without one."""
-        return float((self.rest_squares / self.squares) ** 0.5) if self.squares else nan
+        return float((self.rest_squares / self.squares) ** 0.5) if self.squares else math.nan
 
     def to_dict(self) -> dict[str, Any]:
         """Counts, and the three shares."""
@@ -100,15 +102,71 @@ def arrived(
 
 
 def _arrived_flat(name: str, w: Tensor, w2: Tensor, q: Tensor, q2: Tensor) -> Arrived:
-    w, w2, q, q2 = (x.to(torch.float64) for x in (w, w2, q, q2))
+    w, w2, q, q2 = (x.to(accumulator(w.device)) for x in (w, w2, q, q2))
     finite = (w + w2 + q + q2).isfinite()
     update, seen, rest = ((a - b).where(finite, 0) for a, b in ((w2, w), (q2, q), (q2, w2)))
     moved = update != 0
     sums = torch.stack([
-        moved.sum().double(), (moved & (seen != 0)).sum().double(), (~finite).sum().double(),
+        *(x.sum().to(update.dtype) for x in (moved, moved & (seen != 0), ~finite)),
         seen @ update, update @ update, rest @ rest,
     ]).tolist()
     return Arrived(name, w.numel(), *map(int, sums[:3]), *sums[3:])
+
+
+class UpdateWatch:
+    """What of each update of a run arrives, from the same sample of the weights every time.
+
+    Args:
+        dtype: of the engine.
+        entries: about so many are kept from one call to the next.
+
+    >>> w = torch.nn.Parameter(torch.ones(9))
+    >>> watch = UpdateWatch(torch.bfloat16)
+    >>> watch([w]).moved  # nothing yet to compare with
+    0
+    >>> with torch.no_grad(): _ = w.add_(2**-9)
+    >>> watch([w]).share
+    0.0
+    """
+
+    def __init__(self, dtype: torch.dtype, entries: int = 2**20) -> None:
+        check_scaling("UpdateWatch", dtype, "none")
+        self._dtype, self._entries = dtype, entries
+        self._places: list[Tensor] | None = None
+        self._last: Tensor | None = None
+
+    def __call__(self, parameters: Iterable[Tensor]) -> Arrived:
+        """Of the update since the last call.
+
+        Args:
+            parameters: the trainer's, in the same order every time; of a DTensor the local part.
+        """
+        # a DTensor's to_local is that of its type alone
+        parts = [getattr(x.detach(), "to_local", x.detach)().reshape(-1) for x in parameters]
+        if self._places is None:
+            share = min(1.0, self._entries / max(1, sum(x.numel() for x in parts)))
+            generator = torch.Generator().manual_seed(0)
+            counts = [math.ceil(share * x.numel()) for x in parts]
+            self._places = [
+                (torch.arange(n) if n == x.numel()
+                 else torch.randint(x.numel(), (n,), generator=generator)).to(x.device)
+                for n, x in zip(counts, parts, strict=True)
+            ]
+        pairs = zip(parts, self._places, strict=True)
+        seen = torch.cat([x[places].to(torch.float32) for x, places in pairs])
+        last, self._last = seen if self._last is None else self._last, seen
+        sent = (to_grid(x, self._dtype, "none") for x in (last, seen))
+        return arrived("sample", last, seen, sent_before=next(sent), sent_after=next(sent))
+
+
+def over_ranks(found: Arrived, device: torch.device) -> Arrived:
+    """The sum over all ranks, on every rank; of a process without others the same."""
+    if not dist.is_available():
+        return found
+    held = [getattr(found, x) for x in SUMS]
+    sums = torch.tensor(held, dtype=accumulator(device), device=device)
+    values = sum_over(sums, dist.group.WORLD).tolist()
+    return Arrived(found.name, *map(int, values[:4]), *values[4:])
 
 
 @dataclass(frozen=True)

@@ -52,28 +52,42 @@ def stochastic_round(
     >>> sorted({*sent.tolist()}), round(float((sent.float() - 1).mean() * 2**10), 1)
     ([1.0, 1.0078125], 1.0)
     """
-    low, high, up = neighbours("stochastic_round", x, dtype)
+    check_sent("stochastic_round", x, dtype)
+    pieces = x.detach().reshape(-1).split(ROUNDED_AT_ONCE)
+    rounded = [_round_flat(piece, dtype, generator) for piece in pieces]
+    return torch.cat(rounded).reshape(x.shape)
+
+
+ROUNDED_AT_ONCE = 2**18  # entries, which stay in a processor's cache
+
+
+def _round_flat(x: Tensor, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
+    low, high, up = neighbours(x, dtype)
     draw = torch.rand(x.shape, generator=generator, device=x.device, dtype=torch.float32)
     # draws are multiples of 2⁻²⁴, as are the probabilities but for those below FP16's normal range
     return _where(draw < up, high, low)
 
 
-def neighbours(caller: str, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """The numbers of a dtype next to x, toward 0 and away from it, and P(away from it).
-
-    >>> low, high, up = neighbours("f", torch.tensor([1.25, -1.0]), torch.float8_e5m2)
-    >>> low.tolist(), high.tolist(), up.tolist()
-    ([1.25, -1.0], [1.25, -1.0], [0.0, 0.0])
-    >>> low, high, up = neighbours("f", torch.tensor([1.1875]), torch.float8_e5m2)
-    >>> low.tolist(), high.tolist(), up.tolist()
-    ([1.0], [1.25], [0.75])
-    """
+def check_sent(caller: str, x: object, dtype: object) -> None:
+    """Raise unless x are a trainer's weights and dtype is an engine's."""
     check_scaling(caller, dtype, "none")
     if not (isinstance(x, Tensor) and x.is_floating_point() and x.element_size() >= 4):
         raise input_error(
             caller, "x", expected="a tensor of float32 or wider", got=describe(x),
             fix="pass the trainer's float32 weights",
         )
+
+
+def neighbours(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The numbers of a dtype next to x, toward 0 and away from it, and P(away from it).
+
+    >>> low, high, up = neighbours(torch.tensor([1.25, -1.0]), torch.float8_e5m2)
+    >>> low.tolist(), high.tolist(), up.tolist()
+    ([1.25, -1.0], [1.25, -1.0], [0.0, 0.0])
+    >>> low, high, up = neighbours(torch.tensor([1.1875]), torch.float8_e5m2)
+    >>> low.tolist(), high.tolist(), up.tolist()
+    ([1.0], [1.25], [0.75])
+    """
     integers, magnitude = BITS[dtype.itemsize]
     nearest = x.to(dtype)
     size, largest = x.abs(), torch.finfo(dtype).max
@@ -137,12 +151,7 @@ def round_with_feedback(x: Tensor, dtype: torch.dtype, rest: Tensor | None = Non
     1.0078125 -1.0
     1.0 0.0
     """
-    check_scaling("round_with_feedback", dtype, "none")
-    if not (isinstance(x, Tensor) and x.is_floating_point() and x.element_size() >= 4):
-        raise input_error(
-            "round_with_feedback", "x", expected="a tensor of float32 or wider", got=describe(x),
-            fix="pass the trainer's float32 weights",
-        )
+    check_sent("round_with_feedback", x, dtype)
     if rest is not None and rest.shape != x.shape:
         raise input_error(
             "round_with_feedback", "rest", expected=f"of shape {tuple(x.shape)} like `x`",

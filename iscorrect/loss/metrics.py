@@ -272,23 +272,24 @@ def correction_metrics(
     if bounded is not None:
         sums["bounded"] = _count(units & bounded)
     if evidence.level == "token":
-        least, most, unit_excess, unit_weights = lowest, highest, excess, weights
-        counts = {"units": tokens, "usable": finite, "kept_units": sums["kept_tokens"]}
+        least, most, unit_weights = lowest, highest, weights
+        of_units = {
+            "units": tokens, "usable": finite, "kept_units": sums["kept_tokens"],
+            "excess": _sum(excess), "unit_chi2": sums["chi2"],
+        }
     else:
         all_units = units_of(layout, evidence.level)
         log_ratio = masked(log_ratio, units)
         least, most = _min(log_ratio), _max(log_ratio)
         unit_excess = expm1(log_ratio.clamp(max=limit))
         unit_weights = masked(_heaviest(weights, layout, evidence.level), all_units)
-        counts = {
-            "units": _count(all_units),
-            "usable": _count(units),
+        of_units = {
+            "units": _count(all_units), "usable": _count(units),
             "kept_units": _count(unit_weights.bool()),
+            "excess": _sum(unit_excess), "unit_chi2": _sum_of_squares(unit_excess),
         }
     sums = {
-        **sums, **counts,
-        "excess": _sum(unit_excess),
-        "unit_chi2": _sum_of_squares(unit_excess),
+        **sums, **of_units,
         "weight": _sum(unit_weights),
         "weight_squared": _sum_of_squares(unit_weights),
     }

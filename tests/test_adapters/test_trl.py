@@ -1,6 +1,7 @@
 """Real GRPO runs of TRL on a CPU; tiny_trl.py has the model and a slightly wrong engine."""
 
 import copy
+import itertools
 import json
 import os
 import subprocess
@@ -24,6 +25,7 @@ from iscorrect import (
     sequence_is,
     token_tis,
     uncorrected,
+    weight_arrival,
 )
 from iscorrect.adapters.trl import CorrectedGRPO, from_trl
 from iscorrect.dumps import DumpWriter, read_dump
@@ -328,6 +330,34 @@ def test_a_dump_of_a_run_reads_back(path, tmp_path):
         env=os.environ | {"PYTHONPATH": str(Path(iscorrect.__file__).parents[1])},
     )
     assert "kl" in report.stdout.lower()
+
+
+class Watched(Corrected):
+    """Keeps the weights as they are at every generation."""
+
+    def _generate_and_score_completions(self, inputs):
+        self.kept = [*getattr(self, "kept", []), copy.deepcopy(self.model.state_dict())]
+        return super()._generate_and_score_completions(inputs)
+
+
+def test_the_log_says_what_of_each_update_arrives_in_the_engines_dtype(path, tmp_path):
+    trainer = run(
+        Watched, path, tmp_path, changes=dict(learning_rate=1e-4, gradient_accumulation_steps=1),
+        correction=uncorrected(), engine_dtype=torch.bfloat16,
+    )
+    found = [x for x in trainer.state.log_history if "loss" in x]
+    assert "weights/arrival" not in found[0]  # nothing was updated before the first send
+    whole = [weight_arrival(*pair) for pair in itertools.pairwise(trainer.kept)]
+    assert len(whole) >= 2
+    for logged, exact in zip(found[1:], whole, strict=True):
+        assert logged["weights/arrival"] == pytest.approx(exact.share, rel=1e-4)
+        assert logged["weights/unchanged"] == pytest.approx(exact.total.unchanged, rel=1e-4)
+        assert 0.1 < exact.total.unchanged < 1
+
+
+def test_a_dtype_that_no_engine_holds_is_refused(path, tmp_path):
+    with pytest.raises(InputError, match="`dtype` must be a floating-point dtype of 8 or 16"):
+        run(Watched, path, tmp_path, correction=uncorrected(), engine_dtype=torch.float32)
 
 
 def test_evaluation_logs_the_metrics_too(path, tmp_path):

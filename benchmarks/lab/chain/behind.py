@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from benchmarks.lab.chain import attention
 from benchmarks.lab.chain.arms import ARMS, Arm
 from benchmarks.lab.chain.engines import Engine, plain
 from benchmarks.lab.chain.learner import Learner, State, View, state_of
@@ -26,6 +27,8 @@ from iscorrect import group_advantages
 LENGTH, PROMPTS, ANSWERS, STEPS, WARMUP, CLIP = 256, 4, 16, 150, 5, 1.0
 RATES = (3e-4, 1e-3, 3e-3)
 """Of Adam; the control chooses among them."""
+ATTENTION = "attention"
+"""The world of :mod:`benchmarks.lab.chain.attention`."""
 TASKS, UNTOUCHED = (20, 21, 22), 23
 SEEDS, CALIBRATION_SEEDS = 20, 3
 LAGS = (8, 4, 2, 16, 1)
@@ -35,6 +38,8 @@ MEANT = (*MAIN, "token-mis", "sequence-tis", "sequence-mis", "cispo", "gspo")
 of the update has a ratio of 1: it is ``uncorrected``, and with token-TIS it is ``token-tis``."""
 LAST = 20
 """Steps that the end is a mean over."""
+EVERY = 5
+"""Steps from one number of a curve to the next."""
 AFTER = 10
 """Step after which the lowest J(π) is looked for."""
 FELL, ZERO = 0.3, 0.1
@@ -45,7 +50,7 @@ class Run(NamedTuple):
     """One run; what its record is found by.
 
     Attributes:
-        world: a name in ``WORLDS``.
+        world: a name in ``WORLDS``, or "attention".
         task: a seed.
         lag: updates that the engine is behind.
         arm: a name in ``ARMS``.
@@ -61,18 +66,18 @@ class Run(NamedTuple):
     seed: int
 
 
-def calibration() -> list[Run]:
+def calibration(world: str) -> list[Run]:
     """The control at every rate, on the first task."""
     return [
-        Run("chain", TASKS[0], 0, "uncorrected", rate, seed)
+        Run(world, TASKS[0], 0, "uncorrected", rate, seed)
         for seed in range(CALIBRATION_SEEDS) for rate in RATES
     ]
 
 
-def by_the_control(path: Path) -> list[float]:
+def by_the_control(path: Path, world: str) -> list[float]:
     """Rates on record, from the one at which the control ends highest."""
     ends: dict[float, list[float]] = {rate: [] for rate in RATES}
-    wanted = {tuple(map(str, run)) for run in calibration()}
+    wanted = {tuple(map(str, run)) for run in calibration(world)}
     for row in rows(path):
         if tuple(row[name] for name in Run._fields) in wanted:
             ends[float(row["rate"])].append(float(row["end"]))
@@ -90,6 +95,12 @@ def design(rates: Sequence[float], *, world: str = "chain", untouched: bool = Fa
     tasks = (UNTOUCHED,) if untouched else TASKS
     first, second, *_ = rates
     control = ("uncorrected",)
+    if world == ATTENTION:
+        blocks = [
+            (rate, lags, arms, seeds) for seeds in (2, SEEDS) for rate in (second, first)
+            for lags, arms in (((0,), control), ((8,), MAIN))
+        ]
+        return listed(blocks, world, tasks)
     blocks = [
         (first, (0,), control, 4), (first, (8,), MAIN, 4), (first, (8,), MEANT, 2),
         (second, (8, 16), MAIN, 2), (first, (2, 4), MAIN, 2), (first, (8,), MAIN, 8),
@@ -97,12 +108,19 @@ def design(rates: Sequence[float], *, world: str = "chain", untouched: bool = Fa
         *((rate, lags, arms, SEEDS) for rate in (first, second)
           for lags, arms in (((0,), control), (LAGS, MEANT))),
     ]
-    runs = dict.fromkeys(
+    return listed(blocks, world, tasks)
+
+
+def listed(
+    blocks: Iterable[tuple[float, Sequence[int], Sequence[str], int]], world: str,
+    tasks: Sequence[int],
+) -> list[Run]:
+    """The runs of blocks of a rate, lags, arms and seeds, each once."""
+    return [*dict.fromkeys(
         Run(world, task, lag, arm, rate, seed)
         for rate, lags, arms, seeds in blocks
         for seed, task, lag, arm in product(range(seeds), tasks, lags, arms)
-    )
-    return [*runs]
+    )]
 
 
 def sampled_gain(arm: Arm, world: World, view: View, generator: torch.Generator) -> torch.Tensor:
@@ -140,11 +158,24 @@ def at_start(name: str, task: int) -> tuple[World, Parameters]:
     return world, warm_start(world)
 
 
-def measures(states: Sequence[State]) -> dict[str, str]:
-    """What a run is judged by."""
-    policy = [state.policy for state in states]
-    last = policy[-LAST:]
-    return {"end": f"{sum(last) / len(last):.4f}", "lowest": f"{min(policy[AFTER:]):.4f}"}
+def measures(policy: Sequence[float], every: int = 1) -> dict[str, str]:
+    """What a run is judged by, from J(π) at every so many steps."""
+    last = policy[-LAST // every :]
+    lowest = min(policy[-(-AFTER // every) :])
+    return {"end": f"{sum(last) / len(last):.4f}", "lowest": f"{lowest:.4f}"}
+
+
+def record(run: Run, steps: int) -> dict[str, str]:
+    """Measures and curves of a run, which is carried out; J(π) alone where there is attention."""
+    if run.world == ATTENTION:
+        found = [*attention.learn(
+            task=run.task, lag=run.lag, arm=run.arm, rate=run.rate, seed=run.seed, steps=steps,
+            each=ANSWERS, warmup=WARMUP, clip=CLIP, every=EVERY,
+        )]
+        curve = " ".join(f"{value:.4g}" for value in found)
+        return {**measures(found, EVERY), "j_policy": curve, "j_engine": "", "kl": ""}
+    states = [*learn(run, steps)]
+    return {**measures([state.j_policy for state in states]), **numbers(states, every=EVERY)}
 
 
 def carry_out(runs: Sequence[Run], path: Path, steps: int) -> None:
@@ -154,23 +185,23 @@ def carry_out(runs: Sequence[Run], path: Path, steps: int) -> None:
     print(f"{len(runs) - len(due)} of {len(runs)} runs are on record", flush=True)
     for i, run in enumerate(due, 1):
         began = time.process_time()
-        states = [*learn(run, steps)]
-        measured = measures(states)
-        append(path, {**run._asdict(), **measured, **numbers(states, every=5)})
-        print(f"{i}/{len(due)} {' '.join(map(str, run))}: end {measured['end']}, lowest "
-              f"{measured['lowest']}, {time.process_time() - began:.1f} s", flush=True)
+        found = record(run, steps)
+        append(path, {**run._asdict(), **found})
+        print(f"{i}/{len(due)} {' '.join(map(str, run))}: end {found['end']}, lowest "
+              f"{found['lowest']}, {time.process_time() - began:.1f} s", flush=True)
 
 
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.lab behind", description=__doc__)
     parser.add_argument("--records", type=Path, default=Path(__file__).parents[1] / "records")
     parser.add_argument("--untouched", action="store_true", help="the fourth task alone")
-    parser.add_argument("--world", choices=WORLDS, default="chain")
+    parser.add_argument("--world", choices=[*WORLDS, ATTENTION], default="chain")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seeds", type=int, default=SEEDS, help="at most so many of each cell")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     path = given.records / "behind.csv"
-    carry_out(calibration(), path, given.steps)
-    runs = design(by_the_control(path), world=given.world, untouched=given.untouched)
+    carry_out(calibration(given.world), path, given.steps)
+    rates = by_the_control(path, given.world)
+    runs = design(rates, world=given.world, untouched=given.untouched)
     carry_out([run for run in runs if run.seed < given.seeds], path, given.steps)

@@ -164,5 +164,5 @@ def main(arguments: Sequence[str]) -> None:
         began = time.process_time()
         states = [*learn(run, given.steps)]
         append(path, {**run._asdict(), "steps": given.steps, **numbers(states)})
-        print(f"{i}/{len(due)} {' '.join(map(str, run))}: J(π) {states[-1].policy:.3f}, "
+        print(f"{i}/{len(due)} {' '.join(map(str, run))}: J(π) {states[-1].j_policy:.3f}, "
               f"{time.process_time() - began:.1f} s", flush=True)

@@ -30,14 +30,48 @@ class View(NamedTuple):
     engine: Tensor
 
 
-class Learner:
+class Holder:
     """Weights, their optimiser, and those of earlier steps for the engine.
+
+    Args:
+        start: weights to start from.
+        engine: what samples.
+        optimizer: "adam", with the settings that FP16 runs need (ε = 1e-15), or plain "sgd".
+        rate: the learning rate.
+    """
+
+    def __init__(self, start: Parameters, engine: Engine, *, optimizer: Optimizer, rate: float):
+        self.engine = engine
+        self.weights = {name: x.clone().requires_grad_() for name, x in start.items()}
+        self.held: deque[Parameters] = deque(maxlen=engine.behind + 1)
+        parameters = [*self.weights.values()]
+        self.optimizer: torch.optim.Optimizer = (
+            torch.optim.SGD(parameters, lr=rate) if optimizer == "sgd" else
+            torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.95), eps=1e-15, weight_decay=0)
+        )
+
+    def hold(self) -> Parameters:
+        """The weights that the engine has at this step; call once a step."""
+        self.held.append({name: x.detach().clone() for name, x in self.weights.items()})
+        return self.held[0]
+
+    def ascend(self, gain: Tensor, clip: float | None = None) -> None:
+        """One step of the optimiser; ``clip`` bounds the gradient's norm."""
+        self.optimizer.zero_grad()
+        (-gain).backward()
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.weights.values(), clip)
+        self.optimizer.step()
+
+
+class Learner(Holder):
+    """A policy in a world, and the engine that samples for it.
 
     Args:
         world: where it learns.
         start: weights to start from.
         engine: what samples.
-        optimizer: "adam", with the settings that FP16 runs need (ε = 1e-15), or plain "sgd".
+        optimizer: as in :class:`Holder`.
         rate: the learning rate.
         seed: of the features' nuisance and of the engine's noise.
     """
@@ -46,24 +80,18 @@ class Learner:
         self, world: World, start: Parameters, engine: Engine, *, optimizer: Optimizer,
         rate: float, seed: int,
     ):
-        self.world, self.engine = world, engine
-        self.weights = {name: x.clone().requires_grad_() for name, x in start.items()}
-        self.held: deque[Parameters] = deque(maxlen=engine.behind + 1)
+        super().__init__(start, engine, optimizer=optimizer, rate=rate)
+        self.world = world
         self.features_seed = torch.Generator().manual_seed(seed)
         self.noise = torch.Generator().manual_seed(seed + 1)
-        parameters = [*self.weights.values()]
-        self.optimizer: torch.optim.Optimizer = (
-            torch.optim.SGD(parameters, lr=rate) if optimizer == "sgd" else
-            torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.95), eps=1e-15, weight_decay=0)
-        )
 
     def look(self) -> View:
         """All contexts, their nuisance drawn anew, as trainer and engine see them now."""
         features = self.world.features(self.features_seed)
-        self.held.append({name: x.detach().clone() for name, x in self.weights.items()})
+        held = self.hold()
         policy = logits(self._on_grid(self.weights), features)
         with torch.no_grad():
-            stale = self._on_grid(self.held[0])
+            stale = self._on_grid(held)
             rollout = logits(stale, features) if self.engine.behind else policy.detach()
             engine = (
                 rollout if self.engine.sampler is plain
@@ -80,26 +108,18 @@ class Learner:
             for name, x in weights.items()
         }
 
-    def ascend(self, gain: Tensor, clip: float | None = None) -> None:
-        """One step of the optimiser; ``clip`` bounds the gradient's norm."""
-        self.optimizer.zero_grad()
-        (-gain).backward()
-        if clip is not None:
-            torch.nn.utils.clip_grad_norm_(self.weights.values(), clip)
-        self.optimizer.step()
-
 
 class State(NamedTuple):
     """What is recorded of a step.
 
     Attributes:
-        policy: J(π).
-        engine: J(μ).
+        j_policy: J(π).
+        j_engine: J(μ).
         kl: KL(μ‖π), nats per sequence.
     """
 
-    policy: float
-    engine: float
+    j_policy: float
+    j_engine: float
     kl: float
 
 

@@ -68,7 +68,7 @@ def senders() -> dict[str, Send]:
     return {
         "bf16": partial(nearest, dtype=torch.bfloat16),
         "fp16": partial(nearest, dtype=torch.float16),
-        **{f"{bits} bits": partial(fraction, bits=bits) for bits in (5, 9)},
+        **{f"{bits} bits": partial(fraction, bits=bits) for bits in (8, 9)},
         "bf16, float32 head": float32_head,
         "bf16 stochastic": Stochastic(),
         "bf16 stochastic, same draws": Stochastic(seed=0),
