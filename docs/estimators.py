@@ -360,9 +360,59 @@ def equal_policies() -> str:
     )
 
 
+def decided() -> str:
+    """What presets do where the outcome is decided, on a task that one mistake loses."""
+    rows = [
+        "| preset | " + " | ".join(
+            f"{name}: bias | of it decided" for name in MISMATCHES if name != "top-p of 0.9"
+        ) + " |",
+        "|---|---|---|---|---|",
+    ]
+    for preset in ("uncorrected", "token-is", "token-tis", "icepop", "sequence-is"):
+        cells = []
+        for name in ("FP8 logits", "noise of 0.2 nats"):
+            policy, rollout = SETTINGS[name].policy, SETTINGS[name].rollout_policy
+            right = (policy.sequences.tokens != 0).all(-1)
+            reward = right.double()
+            centred = reward - rollout.expected_reward(reward)
+            loss_fn = PolicyLoss(correction=PRESETS[preset](), aggregation="seq-mean-token-sum")
+            found = audit(loss_fn, policy, rollout, centred)
+            lost = _after_a_mistake(policy)
+            there = found.expected[lost]
+            _check_decided(preset, there, policy, rollout, float(centred.min()), lost)
+            bias = found.expected - policy.policy_gradient(reward)
+            size = float(found.target.norm())
+            cells += [f"{float(bias.norm()) / size:.3f}", f"{float(there.norm()) / size:.3f}"]
+        rows.append(f"| `{preset}` | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def _after_a_mistake(policy: TabularPolicy) -> Tensor:
+    """Contexts whose prefix holds token 0; bool "c"."""
+    sequences = policy.sequences
+    wrong = (sequences.tokens == 0).long()
+    before = wrong.cumsum(-1) - wrong > 0
+    found = torch.zeros(len(sequences.seen), dtype=torch.bool)
+    found[sequences.contexts[before]] = True
+    return found
+
+
+def _check_decided(
+    preset: str, there: Tensor, policy: TabularPolicy, rollout: TabularPolicy, credit: float,
+    lost: Tensor,
+) -> None:
+    """The theorem: token and sequence ratios move nothing there, no weights (μ − π)."""
+    if preset in ("token-is", "sequence-is"):
+        assert there.abs().max() <= SLACK, f"{preset} moves decided contexts"
+    if preset == "uncorrected":
+        away = policy.table.exp() - rollout.table.exp()
+        want = -credit * rearrange(rollout.visits(), "c -> c 1") * away
+        assert (there - want[lost]).abs().max() <= SLACK, "uncorrected moves them otherwise"
+
+
 PARTS = {
-    "mismatches": mismatches, "numbers": numbers, "constants": constants, "caps": caps,
-    "equal policies": equal_policies,
+    "mismatches": mismatches, "numbers": numbers, "decided": decided, "constants": constants,
+    "caps": caps, "equal policies": equal_policies,
 }
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.lab import figures
 from benchmarks.lab.cells import markdown, pretty, share, times, with_error
-from benchmarks.lab.chain import tables as chain
+from benchmarks.lab.chain import figures as chain_figures, tables as chain
 from benchmarks.lab.records import (
     FALLEN,
     LAST,
@@ -54,6 +54,7 @@ def write(records: Path, pages: Iterable[Path], pictures: Path) -> None:
     """
     pictures.mkdir(parents=True, exist_ok=True)
     figures.main(records, pictures)
+    chain_figures.main(records, pictures)
     for page in pages:
         text = page.read_text(encoding="utf-8")
         page.write_text(MARKED.sub(lambda m: m[1] + fill(records, m) + m[4], text), "utf-8")

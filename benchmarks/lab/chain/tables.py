@@ -135,12 +135,7 @@ def in_worlds(records: Path) -> str:
 
 def by_lag(records: Path, *, world: str = "chain", untouched: bool = False) -> str:
     """One row a rate, lag and arm: counts with their intervals, ends with their errors."""
-    tasks = {str(behind.UNTOUCHED)} if untouched else set(map(str, behind.TASKS))
-    cells: dict[tuple[float, int, str], Rows] = {}
-    for row in rows(records / "behind.csv"):
-        if row["world"] == world and row["task"] in tasks:
-            key = float(row["rate"]), int(row["lag"]), row["arm"]
-            cells.setdefault(key, []).append(row)
+    cells = by_cell(records, world=world, untouched=untouched)
     if not cells:
         return "No record of `python -m benchmarks.lab behind`.\n"
     order = sorted(cells, key=lambda key: (-key[0], key[1], behind.MEANT.index(key[2])))
@@ -165,6 +160,19 @@ def by_lag(records: Path, *, world: str = "chain", untouched: bool = False) -> s
         "(Wilson). p: Fisher's test of *fell* against uncorrected at the same rate and lag, "
         "Holm's correction over the arms of the cell. " + note(records / "behind.json")
     )
+
+
+def by_cell(
+    records: Path, *, world: str = "chain", untouched: bool = False
+) -> dict[tuple[float, int, str], Rows]:
+    """Runs of each rate, lag and arm."""
+    tasks = {str(behind.UNTOUCHED)} if untouched else set(map(str, behind.TASKS))
+    cells: dict[tuple[float, int, str], Rows] = {}
+    for row in rows(records / "behind.csv"):
+        if row["world"] == world and row["task"] in tasks:
+            key = float(row["rate"]), int(row["lag"]), row["arm"]
+            cells.setdefault(key, []).append(row)
+    return cells
 
 
 def against_uncorrected(

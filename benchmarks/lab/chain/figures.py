@@ -1,0 +1,156 @@
+"""Figures of the chain's records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib import pyplot as plt
+
+from benchmarks.lab.cells import with_error
+from benchmarks.lab.chain import behind, bias
+from benchmarks.lab.chain.engines import BITS
+from benchmarks.lab.chain.records import curve, rows
+from benchmarks.lab.chain.statistics import wilson
+from benchmarks.lab.chain.tables import Rows, by_cell, fallen, of_exact, outcome
+
+COLOURS = {
+    "uncorrected": "#D55E00", "token-tis": "#0072B2", "icepop": "#009E73", "ppo": "#CC79A7",
+    "token-mis": "#56B4E9", "sequence-tis": "#E69F00", "sequence-mis": "#8C6D31",
+    "cispo": "#444444", "gspo": "#999999",
+}
+PANELS = {
+    "activations-10": "FP16 rounding", "activations-7": "BF16 rounding",
+    "weights-4": "weights of 4 bits of mantissa", "int4": "INT4 weights", "int3": "INT3 weights",
+    "noise-0.3": "independent noise of 0.3", "behind-4": "4 behind", "behind-8": "8 behind",
+}
+
+
+def main(records: Path, folder: Path) -> None:
+    """Draw every figure that there are records for."""
+    if any(of_exact(records, length=256)):
+        curves(records).savefig(folder / "exact-curves.png", dpi=110)
+        lengths(records).savefig(folder / "exact-lengths.png", dpi=110)
+    if by_cell(records):
+        by_lag(records).savefig(folder / "behind.png", dpi=110)
+    if len(rows(records / "bias.csv")) > 1:
+        kinds(records).savefig(folder / "kinds.png", dpi=110)
+    plt.close("all")
+
+
+def curves(records: Path) -> plt.Figure:
+    """J(π) against the step, one panel an engine; no line is a mean of anything."""
+    found = of_exact(records, world="chain", length=256, task=10, optimizer="adam")
+    figure, panels = plt.subplots(2, 4, figsize=(13, 6), sharex=True, sharey=True,
+                                  layout="constrained")
+    exact = found.get(("exact", "uncorrected"))
+    for ax, (engine, title) in zip(panels.flat, PANELS.items(), strict=True):
+        if exact:
+            ax.plot(curve(exact, "j_policy"), color="#BBBBBB", linewidth=4, label="exact engine")
+        for arm in ("uncorrected", "token-tis", "icepop", "ppo"):
+            if row := found.get((engine, arm)):
+                ax.plot(curve(row, "j_policy"), color=COLOURS[arm], label=arm, linewidth=1.5)
+        ax.set_title(title, fontsize=10)
+    panels[0, 0].set_ylim(-0.03, 1.03)
+    panels[-1, -1].legend(fontsize=8, frameon=False)
+    for ax in panels[:, 0]:
+        ax.set_ylabel("J(π)")
+    for ax in panels[-1]:
+        ax.set_xlabel("step")
+    figure.suptitle("Ascent along the expected update, T = 256, Adam, one task, no seeds")
+    return figure
+
+
+def lengths(records: Path) -> plt.Figure:
+    """Steps to 95 % by bits and length."""
+    sizes = sorted({
+        int(row["length"]) for row in rows(records / "exact.csv") if row["engine"] == "both-8"
+    })
+    figure, panels = plt.subplots(1, 4, figsize=(13, 3.8), sharey=True, layout="constrained")
+    columns = [(kind, arm) for kind in ("activations", "both")
+               for arm in ("uncorrected", "token-tis")]
+    for ax, (kind, arm) in zip(panels, columns, strict=True):
+        steps = np.full((len(BITS), len(sizes)), np.nan)
+        for i, bits in enumerate(BITS):
+            for j, size in enumerate(sizes):
+                row = of_exact(
+                    records, world="chain", length=size, task=10, optimizer="adam",
+                ).get((f"{kind}-{bits}", arm))
+                if row is None:
+                    ax.text(j, i, "not run", ha="center", va="center", fontsize=7)
+                    continue
+                end, _, step = outcome(row)
+                steps[i, j] = len(curve(row, "j_policy")) if step is None else step
+                ax.text(j, i, f"never\n{end:.2f}" if step is None else str(step), ha="center",
+                        va="center", fontsize=8)
+        image = ax.imshow(steps, vmin=30, vmax=110, cmap="YlOrRd", aspect="auto")
+        ax.set_title(f"{kind}, {arm}", fontsize=10)
+        ax.set_xticks(range(len(sizes)), list(map(str, sizes)))
+        ax.set_yticks(range(len(BITS)), list(map(str, BITS)))
+        ax.set_xlabel("tokens of a sequence")
+    panels[0].set_ylabel("bits of mantissa")
+    figure.colorbar(image, ax=panels.tolist(), label="steps to 95 %")
+    return figure
+
+
+def by_lag(records: Path) -> plt.Figure:
+    """Runs that fell, with their intervals, and ends, by lag; one column a rate."""
+    cells = by_cell(records)
+    rates = sorted({rate for rate, lag, _ in cells if lag}, reverse=True)
+    figure, panels = plt.subplots(2, len(rates), figsize=(6.5 * len(rates), 7), sharex=True,
+                                  sharey="row", squeeze=False, layout="constrained")
+    lags = sorted({lag for _, lag, _ in cells})
+    arms = [arm for arm in behind.MEANT if any(key[2] == arm for key in cells)]
+    for column, rate in zip(panels.T, rates, strict=True):
+        for i, arm in enumerate(arms):
+            for lag in lags:
+                runs = cells.get((rate, lag, arm))
+                if not runs:
+                    continue
+                x = lags.index(lag) + (i - (len(arms) - 1) / 2) * 0.085
+                point(column, x, runs, COLOURS[arm])
+            column[0].plot([], [], "o", color=COLOURS[arm], label=arm)
+        column[0].set_title(f"learning rate {rate:g}")
+        column[1].set_xticks(range(len(lags)), list(map(str, lags)))
+        column[1].set_xlabel("updates behind")
+    panels[0, 0].set_ylabel(f"share of runs that fell below {behind.FELL}, 95 % interval")
+    panels[1, 0].set_ylabel("J(π) at the end; small: runs, large: their mean")
+    panels[0, 0].legend(fontsize=8, frameon=False, loc="upper left")
+    figure.suptitle("An engine behind the trainer, sampled; tasks "
+                    + ", ".join(map(str, behind.TASKS)))
+    return figure
+
+
+def point(column: np.ndarray, x: float, runs: Rows, colour: str) -> None:
+    count = fallen(runs)
+    low, high = wilson(count, len(runs))
+    column[0].plot([x, x], [low, high], color=colour, linewidth=1)
+    column[0].plot(x, count / len(runs), "o", color=colour, markersize=5)
+    ends = [float(row["end"]) for row in runs]
+    column[1].plot([x] * len(ends), ends, ".", color=colour, markersize=3, alpha=0.5)
+    column[1].plot(x, with_error(ends)[0], "o", color=colour, markersize=6)
+
+
+def kinds(records: Path) -> plt.Figure:
+    """The batch from which the bias shows, against the size of the mismatch."""
+    found = [row for row in rows(records / "bias.csv") if row["length"] == "256"]
+    figure, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    shown = [row for row in found if row["n_star"]]
+    for row in found:
+        kl = float(row["kl"])
+        if row["n_star"]:
+            ax.plot(kl, float(row["n_star"]), "o", color="#0072B2")
+            ax.annotate(row["engine"], (kl, float(row["n_star"])), fontsize=8,
+                        textcoords="offset points", xytext=(5, 4))
+        else:
+            top = 3 * max(float(other["n_star"]) for other in shown)
+            ax.plot(kl, top, "^", color="#999999")
+            ax.annotate(f"{row['engine']}: none", (kl, top), fontsize=8,
+                        textcoords="offset points", xytext=(5, 4))
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.set_xlabel("KL(μ‖π), nats per sequence of 256 tokens")
+    ax.set_ylabel("n*, sequences in a batch")
+    ax.set_title(f"Where the bias that contexts share exceeds the noise, {bias.DRAWS} draws",
+                 fontsize=10)
+    return figure
