@@ -103,10 +103,10 @@ def phases(records: Path) -> plt.Figure:
                 if not seeds:
                     continue
                 ends = [outcome(run) for run in seeds]
-                end[i, j] = statistics.fmean(reward for reward, _ in ends)
-                fallen = sum(collapsed for _, collapsed in ends)
+                end[i, j] = statistics.fmean(run.end for run in ends)
+                fallen = sum(run.fell for run in ends)
                 text = f"{end[i, j]:.0%}"
-                text += f"\n{fallen} of {len(ends)}\ncollapsed" if fallen else ""
+                text += f"\n{fallen} of {len(ends)}\nfell" if fallen else ""
                 ax.text(j, i, text, ha="center", va="center", fontsize=8,
                         color="white" if end[i, j] < 0.6 else "black")
         image = ax.imshow(end, vmin=0, vmax=1, cmap="viridis", aspect="auto")

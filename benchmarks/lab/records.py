@@ -5,16 +5,19 @@ from __future__ import annotations
 import csv
 import statistics
 from collections.abc import Iterable, Sequence
+from math import isnan
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks.lab.rounding import ROUNDINGS
 
 CORRECTIONS = ("uncorrected", "token-tis", "sequence-tis", "sequence-mis")
 """Of the map."""
 LAST = 10
-"""Steps that the reward at the end, and the best one before it, are means over."""
-FALLEN = 0.75
-"""A run has collapsed if its last reward is below this share of its best."""
+"""Steps that the reward at the end, and the lowest one, are means over."""
+FELL, ZERO = 0.3, 0.1
+"""A run fell if its lowest reward is below the one, and is at zero if its end is below the other:
+absolute floors, for the best of a run is a maximum over its noise."""
 Curves = dict[str, list[float]]
 """The columns of a run's record, one value a step."""
 
@@ -56,10 +59,42 @@ def windows(values: Sequence[float]) -> list[float]:
     return [statistics.fmean(values[i : i + width]) for i in range(len(values) - width + 1)]
 
 
-def outcome(run: Curves) -> tuple[float, bool]:
-    """The reward at the end, and whether the run has collapsed."""
+class Outcome(NamedTuple):
+    """What became of a run.
+
+    Attributes:
+        end: the reward at the end.
+        lowest: the lowest mean of ``LAST`` rewards that follow each other.
+    """
+
+    end: float
+    lowest: float
+
+    @property
+    def fell(self) -> bool:
+        return self.lowest < FELL
+
+    @property
+    def zero(self) -> bool:
+        return self.end < ZERO
+
+
+def outcome(run: Curves) -> Outcome:
+    """The end and the lowest point of the engine's reward."""
     rewards = windows(run["reward"])
-    return rewards[-1], rewards[-1] < FALLEN * max(rewards)
+    return Outcome(rewards[-1], min(rewards))
+
+
+def own_reward(run: Curves) -> float | None:
+    """π's reward on fixed prompts when it was last looked at; None in records without it."""
+    seen = [value for value in run.get("policy_reward", []) if not isnan(value)]
+    return seen[-1] if seen else None
+
+
+def batch_kl(run: Curves, answers: int) -> float:
+    """n κ T: the median KL of a whole batch of so many answers, nats."""
+    each = [kl * length for kl, length in zip(run["kl"], run["length"], strict=True)]
+    return answers * statistics.median(each)
 
 
 def reached(run: Curves, reward: float = 0.95) -> float | None:

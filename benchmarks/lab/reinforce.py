@@ -6,12 +6,13 @@ import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import nan
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks.lab.engines import Engine
+from benchmarks.lab.engines import Engine, Transformers
 from benchmarks.lab.models import ask, right
 from benchmarks.lab.policy import Precision, State, log_probs, open_policy
 from benchmarks.lab.rounding import ROUNDINGS
@@ -19,6 +20,8 @@ from benchmarks.lab.tasks import Task
 from benchmarks.lab.trainer import Trainer
 from iscorrect import PolicyLoss, effective_sample_size, group_advantages, k3
 
+FIXED, EVERY = 64, 5
+"""Prompts on which π itself is tried, and how often."""
 NOISE = {"fp32": 2e-3, "fp16": 2e-2, "bf16": 1e-1}
 """Mean |Δ log p| in nats between two implementations of the same weights that is still rounding."""
 
@@ -71,6 +74,7 @@ def train(
     """Train and yield, for each step, what the curves show.
 
         reward         share of the engine's answers that are right
+        policy_reward  share of π's own answers to fixed prompts, every ``EVERY`` steps, else NaN
         kl             k3 of KL(μ‖π), nats per token
         log_prob_diff  mean |log π − log μ|, nats
         max_shift      max |π − μ|
@@ -97,6 +101,7 @@ def train(
     trainer = Trainer(path, arm.precision, learning_rate=schedule.learning_rate)
     synchronise = Synchronisation(engine, path, arm, pool)
     synchronise(trainer.state())
+    fixed = pool[:FIXED]
     group = torch.arange(schedule.prompts).repeat_interleave(schedule.answers)
     for step in range(schedule.steps):
         began = time.process_time()
@@ -128,12 +133,22 @@ def train(
         synchronise(trainer.state())
         sync_s = time.process_time() - began
         yield {
-            "step": step, "reward": rewards.mean().item(), **mismatch(old, sampled, mask),
+            "step": step, "reward": rewards.mean().item(),
+            "policy_reward": own_reward(trainer, task, fixed) if step % EVERY == 0 else nan,
+            **mismatch(old, sampled, mask),
             "gradient_norm": torch.stack(norms).mean().item(),
             "entropy": -sampled[mask].mean().item(),
             "length": mask.sum(1).float().mean().item(),
             "rollout_s": rollout_s, "train_s": train_s, "sync_s": sync_s,
         }
+
+
+def own_reward(trainer: Trainer, task: Task, prompts: Tensor) -> float:
+    """Share of right answers of the trainer's weights in the trainer, from the same draws."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        answers = ask(Transformers.of(trainer.model), task, prompts)
+    return right(task, prompts, answers).float().mean().item()
 
 
 def mismatch(old: Tensor, sampled: Tensor, mask: Tensor) -> dict[str, float]:

@@ -13,13 +13,18 @@ from pathlib import Path
 from benchmarks.lab import figures
 from benchmarks.lab.cells import markdown, pretty, share, times, with_error
 from benchmarks.lab.chain import figures as chain_figures, tables as chain
+from benchmarks.lab.chain.statistics import fisher, interval
 from benchmarks.lab.records import (
-    FALLEN,
+    CORRECTIONS,
+    FELL,
     LAST,
+    ZERO,
     Curves,
     axes,
+    batch_kl,
     offline_rows,
     outcome,
+    own_reward,
     pair,
     reached,
     runs,
@@ -34,6 +39,7 @@ PICTURES = ROOT / "docs" / "lab"
 MARKED = re.compile(
     r"(<!-- lab:(?P<table>\w+)(?:/(?P<folder>\w+))? -->\n).*?(<!-- /lab -->)", re.DOTALL
 )
+COARSEST = "int3"
 CLAIMED = ("fp16 / fp16", "bf16 / fp16", "fp16 / bf16", "bf16 / bf16")
 """Rollout / trainer, best first, as the claim that the lab looks into has it."""
 
@@ -148,8 +154,9 @@ def sanity(records: Path) -> str:
     arms = runs(records / "sanity")
     if not arms:
         return "No record of `python -m benchmarks.lab sanity`.\n"
-    head = ["arm", "reward at the end", "steps to 95 %", "collapsed", r"KL, median", r"max \|Δp\|",
-            "ESS", "gradient norm, median", "CPU time, FP16 = 1"]
+    head = ["arm", "reward at the end", "lowest", "π's own, fixed prompts", "steps to 95 %",
+            "fell", r"KL, median", "KL of a batch, nats", r"max \|Δp\|", "ESS",
+            "gradient norm, median", "CPU time, FP16 = 1"]
     parts = []
     for task in dict.fromkeys(task for task, _ in arms):
         plain = seconds(arms.get((task, "fp16"), []))
@@ -157,7 +164,8 @@ def sanity(records: Path) -> str:
         for (of, arm), seeds in arms.items():
             if of != task:
                 continue
-            mean, error = with_error([outcome(run)[0] for run in seeds])
+            found = [outcome(run) for run in seeds]
+            mean, error = with_error([run.end for run in found])
             steps = [reached(run) for run in seeds]
             known = [step for step in steps if step is not None]
             until = f"{statistics.median(known):.0f}" if known else "never"
@@ -165,13 +173,32 @@ def sanity(records: Path) -> str:
                 until += f" ({len(known)} of {len(steps)})"
             cost = pretty(seconds(seeds) / plain) if plain else ""
             rows.append([
-                arm, share(mean, error), until,
-                f"{sum(outcome(run)[1] for run in seeds)} of {len(seeds)}",
-                middle(seeds, "kl"), pretty(max(max(run["max_shift"]) for run in seeds)),
+                arm, share(mean, error), f"{min(run.lowest for run in found):.0%}",
+                own(seeds), until, f"{sum(run.fell for run in found)} of {len(seeds)}",
+                middle(seeds, "kl"), whole_batch(seeds, answers_of(records / "sanity", task)),
+                pretty(max(max(run["max_shift"]) for run in seeds)),
                 middle(seeds, "ess"), middle(seeds, "gradient_norm"), cost,
             ])
         parts.append(markdown(head, rows) + "\n" + conditions(records / "sanity" / f"{task}.json"))
     return "\n".join(parts)
+
+
+def own(seeds: Sequence[Curves]) -> str:
+    """π's reward on fixed prompts at the end."""
+    found = [value for run in seeds if (value := own_reward(run)) is not None]
+    return share(*with_error(found)) if found else "not measured"
+
+
+def whole_batch(seeds: Sequence[Curves], answers: int) -> str:
+    """n κ T, and whether engine and trainer could be told apart by it at all."""
+    nats = statistics.median(batch_kl(run, answers) for run in seeds)
+    return pretty(nats) + (", cannot matter here" if nats < 1 else "")
+
+
+def answers_of(folder: Path, task: str) -> int:
+    """Answers of a step."""
+    plan = json.loads((folder / f"{task}.json").read_text(encoding="utf-8"))["schedule"]
+    return int(plan["prompts"] * plan["answers"])
 
 
 def seconds(seeds: Sequence[Curves]) -> float:
@@ -193,8 +220,9 @@ def conditions(path: Path) -> str:
         f"trained until {model['solved']:.0%} were right; {note['prompts within reach']} prompts "
         f"within reach; {plan['steps']} steps of {plan['prompts']} prompts × {plan['answers']} "
         f"answers, {plan['updates']} updates each, learning rate {plan['learning_rate']:g}. "
-        f"At the end: the last {LAST} steps. Collapsed: below {FALLEN:.0%} of the run's best "
-        f"{LAST} steps. {note['processor']}, torch {note['torch']}, commit {note['commit']}.\n"
+        f"At the end: the last {LAST} steps. Fell: {LAST} steps in a row below {FELL:.0%} on "
+        f"average; at zero: an end below {ZERO:.0%}. {note['processor']}, torch "
+        f"{note['torch']}, commit {note['commit']}.\n"
     )
 
 
@@ -205,7 +233,7 @@ def phases(records: Path) -> str:
         return "No record of `python -m benchmarks.lab map`.\n"
     roundings, corrections, tasks = axes(arms)
     head = ["rounding of the engine's weights", "answer", "KL at the start, nats per answer",
-            *corrections]
+            "per batch", *corrections]
     rows = []
     for rounding in roundings:
         for task in tasks:
@@ -216,19 +244,48 @@ def phases(records: Path) -> str:
                     cells.append("")
                     continue
                 ends = [outcome(run) for run in seeds]
-                fallen = sum(collapsed for _, collapsed in ends)
-                cells.append(share(*with_error([end for end, _ in ends]), digits=0)
-                             + (f", {fallen} of {len(ends)} collapsed" if fallen else ""))
+                fallen = sum(run.fell for run in ends)
+                cells.append(share(*with_error([run.end for run in ends]), digits=0)
+                             + (f", {fallen} of {len(ends)} fell" if fallen else ""))
             start = [
                 run["kl"][0] * run["length"][0] for correction in corrections
                 for run in arms.get((task, f"{rounding}-{correction}"), [])
             ]
             rows.append([rounding, f"{int(task.split('-')[1]) + 1} tokens",
-                         pretty(statistics.fmean(start)) if start else "", *cells])
+                         pretty(statistics.fmean(start)) if start else "",
+                         pretty(statistics.fmean(start) * answers_of(records / "map", task))
+                         if start else "", *cells])
     notes = "\n".join(conditions(path) for path in sorted((records / "map").glob("*.json")))
     return markdown(head, rows) + "\n" + notes
 
 
+def floors(records: Path) -> str:
+    """Runs of the coarsest rounding, all lengths and schedules together."""
+    folders = [records, *(path.parent for path in sorted(records.glob("*/map")))]
+    every = [runs(folder / "map") for folder in folders]
+    if not any(every):
+        return "No record of `python -m benchmarks.lab map`.\n"
+    found = {
+        correction: [
+            outcome(run) for arms in every for (_, arm), seeds in arms.items()
+            if arm == f"{COARSEST}-{correction}" for run in seeds
+        ]
+        for correction in CORRECTIONS
+    }
+    plain = found["uncorrected"]
+    fell = {name: sum(run.fell for run in of) for name, of in found.items()}
+    rows = [
+        [name, str(len(of)), interval(fell[name], len(of)),
+         interval(sum(run.zero for run in of), len(of)),
+         pretty(fisher(fell[name], len(of), fell["uncorrected"], len(plain)))
+         if name != "uncorrected" else ""]
+        for name, of in found.items() if of
+    ]
+    head = [f"{COARSEST}, all lengths", "runs", "fell", "at zero", "p (fell) against uncorrected"]
+    return markdown(head, rows) + "\nIn brackets 95 % intervals (Wilson); p is Fisher's.\n"
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "offline": offline, "ratios": ratios, "ranking": ranking, "sanity": sanity, "map": phases,
+    "floors": floors,
 }

@@ -21,6 +21,16 @@ def wilson(count: int, of: int) -> tuple[float, float]:
     return max(0.0, (middle - reach) / (1 + spread)), min(1.0, (middle + reach) / (1 + spread))
 
 
+def interval(count: int, of: int) -> str:
+    """A count with the 95 % interval of its share.
+
+    >>> interval(0, 3)
+    '0 of 3 (0% to 56%)'
+    """
+    low, high = wilson(count, of)
+    return f"{count} of {of} ({low:.0%} to {high:.0%})"
+
+
 def fisher(a: int, of_a: int, b: int, of_b: int) -> float:
     """Two-sided p of equal shares: the chance of tables that are no likelier than this one.
 

@@ -13,7 +13,7 @@ from benchmarks.lab.chain import behind, bias, exact
 from benchmarks.lab.chain.arms import ARMS
 from benchmarks.lab.chain.engines import BITS, ENGINES
 from benchmarks.lab.chain.records import curve, rows
-from benchmarks.lab.chain.statistics import fisher, holm, wilson
+from benchmarks.lab.chain.statistics import fisher, holm, interval
 
 Rows = list[dict[str, str]]
 LEARNT = 0.95
@@ -199,11 +199,6 @@ def fallen(runs: Rows) -> int:
 
 def zero(runs: Rows) -> int:
     return sum(float(row["end"]) < behind.ZERO for row in runs)
-
-
-def interval(count: int, of: int) -> str:
-    low, high = wilson(count, of)
-    return f"{count} of {of} ({low:.0%} to {high:.0%})"
 
 
 def rates(records: Path) -> str:
