@@ -11,9 +11,11 @@ from pathlib import Path
 from iscorrect.cli.arguments import positive
 from iscorrect.cli.terminal import progress, say, tell
 from iscorrect.dumps import LogProbDump, Tokens, stream_dump
-from iscorrect.report.gather import CORRECTIONS, summarise
+from iscorrect.report.changes import Changes, page as compared, write_changes
+from iscorrect.report.gather import CORRECTIONS, Report, summarise
 from iscorrect.report.limits import broken, corrections_of
-from iscorrect.report.render import NO_FIGURES, blocks, write_report
+from iscorrect.report.pages import NO_FIGURES
+from iscorrect.report.render import page as single, write_report
 from iscorrect.text import visible
 
 HELP = "how large the mismatch of a dump is, where, why, and what to do"
@@ -29,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR",
                         help="where report.html, report.md, metrics.json and figures/ go"
                              " (default: iscorrect-report; with --json: nowhere)")
+    parser.add_argument("--against", metavar="DUMP",
+                        help="compare with this dump: what changed since, with intervals, as one"
+                             " page")
     parser.add_argument("--null", metavar="DUMP",
                         help="the same policy scored twice: what is no larger is noise")
     parser.add_argument("--samples", type=positive, metavar="N",
@@ -47,19 +52,26 @@ def run(options: argparse.Namespace) -> int:
     null = None
     if options.null:
         null = Tokens.join([Tokens.of(piece) for piece in stream_dump(options.null)])
-    report = summarise(
-        _with_progress(options.dumps), source=", ".join(map(visible, options.dumps)),
-        corrections=_corrections(options), null=null,
-        samples=options.samples, length=options.length,
-    )
-    held = broken(options.fail_if, report)
+
+    def gathered(paths: Sequence[str]) -> Report:
+        return summarise(
+            _with_progress(paths), source=", ".join(map(visible, paths)),
+            corrections=_corrections(options), null=null,
+            samples=options.samples, length=options.length,
+        )
+
+    report, changes = gathered(options.dumps), None
+    if options.against:
+        changes = Changes.of(gathered([options.against]), report)
+    held = broken(options.fail_if, report, changes.numbers() if changes else None)
     directory = options.out or (None if options.json else Path("iscorrect-report"))
     if options.json:
-        say(json.dumps(report.to_json(), indent=2))
+        say(json.dumps((changes or report).to_json(), indent=2))
     else:
-        say(*blocks(report, min(shutil.get_terminal_size().columns, 100)))
+        page = compared(changes) if changes else single(report)
+        say(*page.blocks(min(shutil.get_terminal_size().columns, 100)))
     if directory is not None:
-        figures = write_report(report, directory)
+        figures = write_changes(changes, directory) if changes else write_report(report, directory)
         missing = "" if figures else f"\n{NO_FIGURES}"
         tell(f"\nwritten to {visible(directory)}/report.html{missing}")
     for condition in held:

@@ -173,6 +173,7 @@ def _places(sums: Sums) -> list[dict[str, Any]]:
                 "place": f"{name} {key}" if edges is None else _range(name, edges, key),
                 "tokens": means.tokens(key) / sums.tokens, "kl_k3": k3[key].value,
                 "error": k3[key].error, "outside": means.mean(key, 1).value,
+                "sequences": means.sequences(key),
             })
     return rows
 
@@ -194,7 +195,7 @@ def _worst_groups(sample: Tokens) -> list[dict[str, Any]]:
         {
             "place": f"group {sample.label('group', groups[i])}",
             "tokens": means.tokens(i) / len(sample), "kl_k3": k3[i].value, "error": k3[i].error,
-            "outside": means.mean(i, 1).value,
+            "outside": means.mean(i, 1).value, "sequences": means.sequences(i),
         }
         for i in sorted(range(len(groups)), key=lambda i: -k3[i].value)[:WORST_GROUPS]
     ]

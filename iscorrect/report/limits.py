@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from iscorrect.diagnose import NOISE, Finding
 from iscorrect.errors import check_choice, input_error
@@ -33,7 +33,9 @@ def corrections_of(conditions: Sequence[str]) -> list[str]:
     return [found[1] for name in named if (found := re.fullmatch(CORRECTION, name))]
 
 
-def broken(conditions: Sequence[str], report: Report) -> list[str]:
+def broken(
+    conditions: Sequence[str], report: Report, more: Mapping[str, float] | None = None
+) -> list[str]:
     """The conditions that hold for a report, each with what it found.
 
     Args:
@@ -41,11 +43,12 @@ def broken(conditions: Sequence[str], report: Report) -> list[str]:
             steps), "token-tis:cap=2/is/ess<0.5", "finding" (any but noise), or "finding:stale"
             (one whose pattern or one of whose causes has this text).
         report: which has these corrections.
+        more: numbers beside the report's, by flat name.
 
     Raises:
         InputError: a condition that cannot be read, or an unknown name.
     """
-    numbers = dict.fromkeys(GROWTH, math.nan) | report.metrics
+    numbers = dict.fromkeys(GROWTH, math.nan) | report.metrics | dict(more or {})
     for name, values in report.corrections.items():
         numbers |= {f"{name}/{metric}": x for metric, x in values.items()}
     held = []

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 import csv
-import html
 import importlib.util
 import io
-import json
 import math
-import re
-import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +15,10 @@ import numpy as np
 
 from iscorrect.diagnose import Cause
 from iscorrect.dumps import Estimate
-from iscorrect.dumps.files import replacing
 from iscorrect.report.effects import HEADER, effect_row
 from iscorrect.report.figures import FIGURES
 from iscorrect.report.gather import Report
+from iscorrect.report.pages import Page, Section, plain_in_markdown, write_pages
 from iscorrect.report.sums import GROWTH
 from iscorrect.text import Table, visible
 
@@ -89,21 +84,43 @@ def _growth(m: dict[str, float]) -> list[tuple[str, str]]:
 
 def tables(report: Report) -> list[Table]:
     """What was found, what to do, what corrections do, and where the mismatch is."""
-    return [
-        Table("Findings", ("pattern", "evidence", "causes, likeliest first, and controls"), [
-            (f.pattern, f.evidence, "\n".join(_numbered(f.causes))) for f in report.findings
-        ]),
-        Table("What to do", ("advice", "because"), [(a.action, a.because) for a in report.advice]),
-        Table(
-            "What each correction would do",
-            HEADER, [effect_row(n, values) for n, values in report.corrections.items()],
-        ),
-        Table("Where", ("place", "tokens", "k3", "±", "ratio outside [0.5, 2]"), [
-            (visible(p["place"]), f"{p['tokens']:.1%}", f"{p['kl_k3']:.2e}", _error(p["error"]),
-             f"{p['outside']:.2%}")
-            for p in report.places
-        ]),
+    return [section.table for section in page(report).sections]
+
+
+def page(report: Report) -> Page:
+    """What every form of the report shows."""
+    effects = [effect_row(n, values) for n, values in report.corrections.items()]
+    places = [
+        (visible(p["place"]), f"{p['tokens']:.1%}", f"{p['kl_k3']:.2e}", _error(p["error"]),
+         f"{p['outside']:.2%}")
+        for p in report.places
     ]
+    advice = [(a.action, a.because) for a in report.advice]
+    return Page(
+        title="Mismatch report", source=report.source, lines=headline(report),
+        sections=[
+            Section(Table("Findings", FINDINGS, found(report)), prose=True),
+            Section(Table("What to do", ("advice", "because"), advice), prose=True),
+            Section(
+                Table("What each correction would do", HEADER, effects), notes=report.notes,
+                legend=LEGEND,
+            ),
+            Section(
+                Table("Where", ("place", "tokens", "k3", "±", "ratio outside [0.5, 2]"), places),
+                notes=[ERRORS],
+            ),
+        ],
+        foot=f"Causes and figures rest on {report.sample.count:,} sequences,"
+             f" {len(report.sample):,} tokens; all means on the whole dump.",
+    )
+
+
+FINDINGS = ("pattern", "evidence", "causes, likeliest first, and controls")
+
+
+def found(report: Report) -> list[tuple[str, str, str]]:
+    """The findings as rows: pattern, evidence, and causes with their controls."""
+    return [(f.pattern, f.evidence, "\n".join(_numbered(f.causes))) for f in report.findings]
 
 
 def _numbered(causes: Sequence[Cause]) -> Iterator[str]:
@@ -117,18 +134,13 @@ def _error(x: float) -> str:
     return f"{x:.1e}" if math.isfinite(x) else "–"
 
 
-PROSE = ("Findings", "What to do")
-
-NOTE = (
+LEGEND = (
     "ESS is the effective share of the sample, kept weight what remains of a mean ratio of 1, bias"
     " mass the mean distance between the exact ratio at the correction's level and the weight that"
     " it gives."
 )
 
-
 ERRORS = "± is one standard error, clustered by sequence."
-
-NO_FIGURES = "No figures: they need matplotlib (pip install matplotlib)."
 
 
 def blocks(report: Report, width: int = 100) -> list[str | Table]:
@@ -138,113 +150,18 @@ def blocks(report: Report, width: int = 100) -> list[str | Table]:
         report: what to show.
         width: of the lines of prose.
     """
-    shown: list[str | Table] = [f"{name:<10} {text}" for name, text in headline(report)]
-    for table in tables(report):
-        shown.append("")
-        if table.title not in PROSE:
-            shown.append(table)
-            shown += report.notes if table.header == HEADER else [ERRORS]
-            continue
-        shown.append(table.title)
-        for name, *texts in table.rows:
-            shown.append(textwrap.fill(name, width, initial_indent="* ", subsequent_indent="  "))
-            indent = " " * 4
-            shown += [
-                textwrap.fill(line, width, initial_indent=indent, subsequent_indent=indent)
-                for text in texts for line in text.splitlines()
-            ]
-    return shown
+    return page(report).blocks(width)
 
 
 def to_markdown(report: Report, figures: Iterable[str] = ()) -> str:
     """The report as Markdown, with the figures' files beside it."""
-    lines = ["# Mismatch report", ""]
-    # file names may hold anything, and Markdown takes HTML, links and images
-    named = replace(report, source=re.sub(r"([\\\\`*_\[\]<>&!|])", r"\\\1", report.source))
-    lines += [f"- **{name}**: {text}" for name, text in headline(named)]
-    for table in tables(report):
-        lines += ["", f"## {table.title}", "", f"| {' | '.join(table.header)} |",
-                  "|" + "---|" * len(table.header)]
-        lines += [f"| {' | '.join(_cell(x) for x in row)} |"
-                  for row in table.rows]
-        if table.header == HEADER:
-            lines += ["", " ".join([NOTE, *report.notes])]
-    if figures:
-        lines += ["", "## Figures", ""]
-        lines += [f"![{name.replace('_', ' ')}](figures/{name}.png)\n" for name in figures]
-    lines += ["", ERRORS, *([] if figures else ["", NO_FIGURES])]
-    return "\n".join(lines) + "\n"
+    named = replace(report, source=plain_in_markdown(report.source))
+    return page(named).to_markdown(figures)
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", "<br>")
-
-
-STYLE = """
-:root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin: 0 auto;
-  max-width: 68rem; padding: 1rem; }
-h1 { font-size: 1.5rem; margin: 0 0 .5rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; margin: 0; }
-dt { font-weight: 600; } dd { margin: 0; overflow-wrap: anywhere; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .9rem; }
-th, td { text-align: left; vertical-align: top; padding: .35rem .6rem;
-  border-bottom: 1px solid #ddd; }
-table.numbers th:not(:first-child), table.numbers td:not(:first-child) { text-align: right;
-  font-variant-numeric: tabular-nums; white-space: nowrap; }
-table.prose td:first-child { font-weight: 600; min-width: 8rem; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr));
-  gap: 1rem; } figure { margin: 0; } img { width: 100%; height: auto; display: block; }
-p.note { color: #555; font-size: .9rem; }
-@media (max-width: 40rem) {
-  dl { grid-template-columns: 1fr; } dt { margin-top: .4rem; }
-  table.prose thead { display: none; }
-  table.prose tr, table.prose td { display: block; border: 0; padding: .15rem 0; }
-  table.prose tr { border-bottom: 1px solid #ddd; padding: .5rem 0; }
-}
-"""
-
-
-def to_html(report: Report, figures: dict[str, bytes]) -> str:
+def to_html(report: Report, figures: Mapping[str, bytes]) -> str:
     """The report as one file that needs no other; figures by name, as PNG."""
-    def cells(tag: str, row: Iterable[str]) -> str:
-        lines = (html.escape(x).replace("\n", "<br/>") for x in row)
-        return "".join(f"<{tag}>{x}</{tag}>" for x in lines)
-
-    parts = ["<dl>" + "".join(
-        f"<dt>{html.escape(n)}</dt><dd>{html.escape(x)}</dd>" for n, x in headline(report)
-    ) + "</dl>"]
-    for table in tables(report):
-        kind = "prose" if table.title in PROSE else "numbers"
-        body = "".join(f"<tr>{cells('td', row)}</tr>" for row in table.rows)
-        note = ""
-        if table.header == HEADER:
-            note = f"<p class='note'>{html.escape(' '.join([NOTE, *report.notes]))}</p>"
-        parts.append(
-            f"<h2>{html.escape(table.title)}</h2><div class='scroll'><table class='{kind}'>"
-            f"<thead><tr>{cells('th', table.header)}</tr></thead><tbody>{body}</tbody></table>"
-            f"</div>{note}"
-        )
-    if figures:
-        drawn = "".join(
-            f"<figure><img alt='{name.replace('_', ' ')}' "
-            f"src='data:image/png;base64,{base64.b64encode(png).decode()}'></figure>"
-            for name, png in figures.items()
-        )
-        parts.append(f"<h2>Figures</h2><div class='figures'>{drawn}</div>")
-    else:
-        parts.append(f"<p class='note'>{NO_FIGURES}</p>")
-    sample = f"{ERRORS} Causes and figures rest on {report.sample.count:,} sequences," \
-             f" {len(report.sample):,} tokens; all sums on the whole dump."
-    return (
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        "<link rel='icon' href='data:,'>"
-        f"<title>Mismatch report: {html.escape(report.source)}</title><style>{STYLE}</style>"
-        f"</head><body><h1>Mismatch report</h1>{''.join(parts)}<p class='note'>{sample}</p>"
-        "</body></html>\n"
-    )
+    return page(report).to_html(figures)
 
 
 def write_report(report: Report, directory: Path) -> list[str]:
@@ -260,13 +177,10 @@ def write_report(report: Report, directory: Path) -> list[str]:
     """
     directory.mkdir(parents=True, exist_ok=True)
     figures = write_figures(report, directory / "figures")
-    for name, text in (
-        ("metrics.json", json.dumps(report.to_json(), indent=2) + "\n"),
-        ("report.md", to_markdown(report, figures)),
-        ("report.html", to_html(report, figures)),
-    ):
-        with replacing(directory / name) as unfinished:
-            unfinished.write_text(text, encoding="utf-8")
+    write_pages(
+        directory, numbers=report.to_json(), markdown=to_markdown(report, figures),
+        page=to_html(report, figures),
+    )
     return list(figures)
 
 
@@ -277,7 +191,7 @@ def write_figures(report: Report, directory: Path) -> dict[str, bytes]:
         return {}
     import matplotlib as mpl
 
-    directory.mkdir(exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     pictures = {}
     for name, (tabulate, draw) in FIGURES.items():
         if name == "steps" and (

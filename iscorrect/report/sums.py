@@ -65,6 +65,10 @@ class Means:
         """How many tokens a place has."""
         return float(self.sums[key][0])
 
+    def sequences(self, key: int | str) -> int:
+        """How many sequences have a token in a place."""
+        return int(self.sums[key][2])
+
     def mean(self, key: int | str, value: int = 0) -> Estimate:
         """The mean of a value in a place; the error of a single sequence is infinite."""
         number, squares, sequences = self.sums[key][:3]

@@ -29,7 +29,7 @@ CONDITIONS = [
     "tail/outside>nan", "mismatch/kl_k1 > 1e999", "mismatch/pearson<2", "", "mismatch/kl_k3>>1",
     "\x1b[31m>1", "finding", "finding:weights", "finding:", "mismatch/growth/low>1",
     "batch/nonfinite>0", "token-tis:cap=2/is/ess<0.5", "token-tis:cap=0/is/ess<0.5",
-    "x:y/is/ess<0.5", "icepop/is/x<1",
+    "x:y/is/ess<0.5", "icepop/is/x<1", "mismatch/kl_k3/change/low>0",
 ]
 NAMES = [
     "plain", "with space", "[bold]", "<b>", "a\nb", "\x1b[31mred", "ü€", "a'b\"c", "$HOME", "-dash",
@@ -145,8 +145,9 @@ def command(rng, directory):
             words += ["--fail-if", CONDITIONS[rng.integers(len(CONDITIONS))]]
         if rng.random() < 0.3:
             words += ["--correction", correction(rng)]
-        if rng.random() < 0.1:
-            words += ["--null", source(rng, directory)]
+        for name in ("--null", "--against"):
+            if rng.random() < 0.1:
+                words += [name, source(rng, directory)]
         for name in ("--samples", "--length"):
             if rng.random() < 0.1:
                 words += [name, NUMBERS[rng.integers(len(NUMBERS))]]

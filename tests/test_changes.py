@@ -1,0 +1,145 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from iscorrect.cli.main import main
+from iscorrect.dumps import LogProbDump, write_dump
+from iscorrect.report.changes import Changes, page, write_changes
+from iscorrect.report.gather import summarise
+from tests.test_report import Page
+
+
+def some_dump(seed, *, noise=0.05, sequences=60, shared=0.05, length=40):
+    """Log-ratios of independent noise and of noise that a sequence's tokens share."""
+    g = torch.Generator().manual_seed(seed)
+    rollout = -torch.rand(sequences, length, generator=g) * 4 - 1
+    apart = noise * torch.randn(sequences, length, generator=g)
+    apart = apart + shared * torch.randn(sequences, 1, generator=g)
+    lengths = torch.randint(5, length + 1, (sequences, 1), generator=g)
+    return LogProbDump(
+        rollout_log_probs=rollout, old_log_probs=rollout + apart,
+        mask=torch.arange(length) < lengths, engine=torch.arange(sequences) % 2,
+    )
+
+
+def compared(before, after):
+    reports = [summarise([dump], corrections=["token-tis:cap=2"]) for dump in (before, after)]
+    return Changes.of(*reports)
+
+
+def test_dumps_of_one_stack_differ_no_more_often_than_the_interval_says():
+    found = [
+        x.verdict != "no difference beyond chance"
+        for seed in range(60) for x in compared(some_dump(seed), some_dump(1000 + seed)).metrics
+        if x.name == "mismatch/kl_k1"
+    ]
+    assert sum(found) <= 9  # of 60 at 5 %: more with probability 0.001
+
+
+def test_errors_that_ignored_the_sequences_would_not_cover():
+    """What the clustering is for: tokens of a sequence share their noise."""
+    found = []
+    for seed in range(60):
+        d = [
+            (x.old_log_probs - x.rollout_log_probs)[x.mask].double().numpy()
+            for x in (some_dump(seed), some_dump(1000 + seed))
+        ]
+        error = np.hypot(*(x.std() / len(x) ** 0.5 for x in d))
+        found.append(abs(d[0].mean() - d[1].mean()) > 1.96 * error)
+    assert sum(found) > 20
+
+
+def test_a_difference_is_told_with_its_sign_and_its_interval():
+    before, after = some_dump(0, noise=0.05), some_dump(1, noise=0.15)
+    changes = {x.name: x for x in compared(before, after).metrics}
+    k3 = changes["mismatch/kl_k3"]
+    assert k3.verdict == "larger"
+    d = [(x.old_log_probs - x.rollout_log_probs)[x.mask].double() for x in (before, after)]
+    means = [float((torch.expm1(x) - x).mean()) for x in d]
+    assert (k3.before, k3.after) == pytest.approx(means, rel=1e-4)
+    assert k3.low < k3.difference < k3.high
+    back = {x.name: x for x in compared(after, before).metrics}["mismatch/kl_k3"]
+    assert (back.verdict, back.low) == ("smaller", pytest.approx(-k3.high))
+
+
+def test_places_of_both_are_compared_and_others_are_not():
+    places = {x.name: x for x in compared(some_dump(0), some_dump(1, noise=0.15)).places}
+    assert places["engine 1"].verdict == "larger"
+    short = compared(some_dump(0), some_dump(1, length=15)).places
+    assert "position 16 to 64" not in {x.name for x in short}
+
+
+@pytest.mark.parametrize("sequences", [1, 2])
+def test_too_few_sequences_tell_nothing(sequences):
+    changes = compared(some_dump(0), some_dump(1, noise=1.0, sequences=sequences))
+    assert {x.verdict for x in changes.metrics} == {"not known"}
+    assert dict(page(changes).lines)["k3"] == "too few sequences to say whether it changed"
+    json.dumps(changes.to_json(), allow_nan=False)
+
+
+def test_the_page_says_no_more_than_the_interval_and_is_well_formed(tmp_path):
+    changes = compared(some_dump(0), some_dump(1000))
+    lines = dict(page(changes).lines)
+    assert lines["k3"].startswith("no difference beyond chance")
+    html = Page(page(changes).to_html({"before/ratios": b"png"}))
+    assert html.open == []
+    assert all(link.startswith("data:") for link in html.links)
+
+
+def test_a_heavy_tail_makes_the_intervals_doubtful():
+    heavy = some_dump(2)
+    where = torch.rand(heavy.mask.shape, generator=torch.Generator().manual_seed(0)) < 0.02
+    far = -torch.empty(heavy.mask.shape).exponential_(0.7, generator=torch.Generator())
+    rollout = torch.where(where, heavy.rollout_log_probs + far, heavy.rollout_log_probs)
+    heavy = LogProbDump(
+        rollout_log_probs=rollout, old_log_probs=heavy.old_log_probs, mask=heavy.mask,
+    )
+    text = "\n".join(map(str, page(compared(some_dump(0), heavy)).blocks()))
+    assert "tail of the ratios is heavy" in text
+    calm = "\n".join(map(str, page(compared(some_dump(0), some_dump(1))).blocks()))
+    assert "tail of the ratios is heavy" not in calm
+
+
+class TestCommand:
+    @pytest.fixture
+    def paths(self, tmp_path):
+        for name, noise in (("before", 0.05), ("after", 0.15)):
+            write_dump(some_dump(len(name), noise=noise), tmp_path / f"{name}.npz")
+        return [str(tmp_path / "after.npz"), "--against", str(tmp_path / "before.npz")]
+
+    def test_text_and_json_have_both_dumps_and_the_differences(self, paths, capsys):
+        assert main(["report", *paths, "--json"]) == 0
+        content = json.loads(capsys.readouterr().out)
+        assert content["before"]["source"].endswith("before.npz")
+        assert content["after"]["source"].endswith("after.npz")
+        names = {x["name"] for x in content["changes"]}
+        assert {"mismatch/kl_k1", "mismatch/kl_k3", "tail/outside"} <= names
+
+    def test_a_change_beyond_chance_can_fail_a_job(self, paths):
+        words = ["report", *paths, "--json", "--fail-if"]
+        assert main([*words, "mismatch/kl_k3/change/low>0"]) == 1
+        assert main([*words, "mismatch/kl_k3/change/high<0"]) == 0
+        assert main(["report", paths[0], "--json", "--fail-if", "mismatch/kl_k3/change/low>0"]) == 2
+
+    @pytest.mark.slow
+    def test_one_page_has_the_figures_of_both(self, paths, tmp_path):
+        pytest.importorskip("matplotlib")
+        assert main(["report", *paths, "--out", str(tmp_path / "out")]) == 0
+        out = tmp_path / "out"
+        assert (out / "report.html").read_text().count("data:image/png") == 6
+        for link in ("before/ratios", "after/positions"):
+            assert f"figures/{link}.png" in (out / "report.md").read_text()
+            assert (out / "figures" / f"{link}.png").exists()
+        assert "Two dumps compared" in (out / "report.md").read_text()
+
+
+def test_names_from_outside_are_escaped(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    reports = [
+        summarise([some_dump(seed)], corrections=["icepop"], source="<b>x|y") for seed in (0, 1)
+    ]
+    assert write_changes(Changes.of(*reports), tmp_path) == []
+    assert "<b>x" not in (tmp_path / "report.html").read_text()
+    assert r"\<b\>x\|y" in (tmp_path / "report.md").read_text()
