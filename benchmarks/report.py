@@ -12,8 +12,8 @@ from benchmarks.harness import RECORDS
 
 ROOT = Path(__file__).parents[1]
 GPU_ONLY = {"gpu"}
-CPU_ONLY = {"emulated", "predicted", "threads"}
-PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+CPU_ONLY = {"emulated", "predicted", "threads", "monitor"}
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "monitor.md")
 MARKED = re.compile(
     r"(<!-- benchmark:(?P<case>\w+)(?:/(?P<workload>[\w-]+))? -->\n).*?(<!-- /benchmark -->)",
     re.DOTALL,

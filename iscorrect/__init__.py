@@ -55,6 +55,10 @@ from iscorrect.layout import (
     pad_sequences as pad_sequences,
     unpad as unpad,
 )
+from iscorrect.loop.monitor import (
+    Alarm as Alarm,
+    Monitor as Monitor,
+)
 from iscorrect.loss.advantages import (
     group_advantages as group_advantages,
 )

@@ -14,13 +14,14 @@ ALLOWED = {
     "layout": {"errors", "ranks"},
     "loss": SHARED,
     "head": SHARED | {"loss"},
+    "loop": SHARED | {"loss"},
     "dumps": SHARED,
     "fp16": SHARED,
     "testing": SHARED | {"loss"},
     "diagnose": SHARED | {"loss", "dumps"},
     "report": SHARED | {"loss", "dumps", "diagnose", "testing"},
-    "adapters": SHARED | {"loss", "head", "dumps", "fp16"},
-    "cli": SHARED | {"loss", "dumps", "fp16", "testing", "diagnose", "report"},
+    "adapters": SHARED | {"loss", "head", "loop", "dumps", "fp16"},
+    "cli": SHARED | {"loss", "loop", "dumps", "fp16", "testing", "diagnose", "report"},
     "__main__": {"cli"},
 }
 """Which rooms may be imported from: shared ← loss ← head, and tools above."""

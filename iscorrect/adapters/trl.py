@@ -15,6 +15,7 @@ from iscorrect.dumps import DumpWriter
 from iscorrect.errors import InputError, check_choice, input_error
 from iscorrect.fp16.arrival import Arrived, UpdateWatch, over_ranks
 from iscorrect.head.fused import fused_policy_loss
+from iscorrect.loop.monitor import Monitor
 from iscorrect.loss.aggregate import SequenceMeanTokenSum, TokenMean
 from iscorrect.loss.bounds import Mask
 from iscorrect.loss.correction import Correction
@@ -319,6 +320,29 @@ def _mask(batch: dict[str, Any]) -> Tensor:
 
 def _refusal(argument: str, expected: str, got: str, fix: str) -> InputError:
     return input_error("CorrectedGRPO", argument, expected=expected, got=got, fix=fix)
+
+
+def monitor_callback(monitor: Monitor) -> Any:
+    """A callback for any trainer of transformers, which shows a monitor what the trainer logs.
+
+    It sees what :class:`CorrectedGRPO` logs, of all ranks, on the first of them.
+
+    Args:
+        monitor: says what to do on an alarm.
+
+    Returns:
+        A ``transformers.TrainerCallback``: ``trainer.add_callback(monitor_callback(Monitor()))``.
+    """
+    from transformers import TrainerCallback
+
+    class MonitorCallback(TrainerCallback):  # type: ignore[misc]
+        def on_log(
+            self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any
+        ) -> None:
+            if logs and state.is_world_process_zero:
+                monitor.update(state.global_step, logs)
+
+    return MonitorCallback()
 
 
 TRLMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]

@@ -8,19 +8,20 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from iscorrect import __version__
-from iscorrect.cli import audit, compare, convert, demo, env, fp16_check, report
+from iscorrect.cli import audit, compare, convert, demo, env, fp16_check, report, watch
 from iscorrect.cli.terminal import encode_anything, tell
 from iscorrect.errors import InputError
 from iscorrect.text import visible
 
 COMMANDS: dict[str, ModuleType] = {
-    "demo": demo, "compare": compare, "report": report, "convert": convert, "audit": audit,
-    "fp16-check": fp16_check, "env": env,
+    "demo": demo, "compare": compare, "report": report, "watch": watch, "convert": convert,
+    "audit": audit, "fp16-check": fp16_check, "env": env,
 }
 
 CODES = """\
-exit codes: 0 done; 1 a --fail-if condition holds, or a checkpoint is not safe; 2 the input cannot
-be used, or the output cannot be written; 3 a fault of this program, with a traceback"""
+exit codes: 0 done; 1 a --fail-if condition holds, a checkpoint is not safe, or there was an alarm;
+2 the input cannot be used, or the output cannot be written; 3 a fault of this program, with a
+traceback"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -18,6 +18,7 @@ from outcome import largest, record
 import iscorrect
 from iscorrect import (
     InputError,
+    Monitor,
     PolicyLoss,
     PPOClip,
     ReferenceKL,
@@ -27,7 +28,7 @@ from iscorrect import (
     uncorrected,
     weight_arrival,
 )
-from iscorrect.adapters.trl import CorrectedGRPO, from_trl
+from iscorrect.adapters.trl import CorrectedGRPO, from_trl, monitor_callback
 from iscorrect.dumps import DumpWriter, read_dump
 
 with warnings.catch_warnings():
@@ -108,6 +109,24 @@ def test_every_mode_trains_as_plain_trl_does(path, tmp_path, mode, clip_min):
     assert log["mismatch/log_prob_diff/mean"] == pytest.approx(
         plain.state.log_history[0]["sampling/sampling_logp_difference/mean"]
     )
+
+
+def test_a_monitor_sees_what_the_trainer_logs(path, tmp_path):
+    class Drifting(Corrected):
+        def _generate_single_turn(self, *args, **kwargs):
+            self.noise = 0.01 if self.state.global_step < 16 else 0.5
+            return super()._generate_single_turn(*args, **kwargs)
+
+    alarms = []
+    monitor = Monitor({"mismatch/kl_k3": "rise"}, notify=[alarms.append])
+    trainer = run(
+        Drifting, path, tmp_path, correction=token_tis(), callbacks=[monitor_callback(monitor)],
+        changes=dict(max_steps=22, steps_per_generation=2),
+    )
+    (alarm,) = alarms
+    assert 16 <= alarm.since <= 18
+    logged = {log["step"]: log["mismatch/kl_k3"] for log in trainer.state.log_history[:-1]}
+    assert alarm.before < 1e-3 < alarm.now < max(logged.values())
 
 
 @pytest.fixture(scope="module")

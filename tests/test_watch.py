@@ -1,0 +1,109 @@
+"""`iscorrect watch` on folders that are there, and on one that a job fills."""
+
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from iscorrect.cli import watch
+from iscorrect.cli.main import main
+from iscorrect.dumps import DumpWriter, read_dump, write_dump
+
+
+def fill(folder, scales, *, start=0, **options):
+    """A file a step; scales are those of log π_old − log μ."""
+    writer = DumpWriter(folder, **options)
+    generator = torch.Generator().manual_seed(start)
+    for step, scale in enumerate(scales, start):
+        rollout = -torch.rand(8, 40, generator=generator) - 3
+        noise = torch.randn(8, 40, generator=generator)
+        writer.write(
+            step=step, mask=torch.ones(8, 40, dtype=torch.bool), rollout_log_probs=rollout,
+            old_log_probs=rollout + scale * noise,
+        )
+
+
+def test_a_healthy_run_ends_with_0(tmp_path, capsys):
+    fill(tmp_path, [0.02] * 40)
+    assert main(["watch", str(tmp_path), "--idle", "0"]) == 0
+    assert capsys.readouterr().out == "40 steps, 0 alarms\n"
+
+
+def test_a_jump_ends_with_1_and_says_where(tmp_path, capsys):
+    fill(tmp_path, [0.02] * 30 + [0.2] * 8, suffix=".jsonl")
+    assert main(["watch", str(tmp_path), "--idle", "0"]) == 1
+    *alarms, last = capsys.readouterr().out.splitlines()
+    assert last == f"38 steps, {len(alarms)} alarms"
+    for alarm in alarms:
+        assert re.fullmatch(
+            r"step 3\d: mismatch/\S+ is \S+ since step 30, \S+ before \(jump\)", alarm
+        )
+    assert "mismatch/kl_k3 is" in "".join(alarms)
+
+
+def test_files_of_all_ranks_make_one_step_in_whatever_order(tmp_path, capsys):
+    fill(tmp_path / "a", [0.02] * 20)
+    fill(tmp_path / "b", [0.02] * 20)
+    for path in (tmp_path / "b").iterdir():
+        path.rename(tmp_path / "a" / path.name.replace("rank_0", "rank_1"))
+    assert main(["watch", str(tmp_path / "a"), "--idle", "0"]) == 0
+    assert capsys.readouterr().out == "20 steps, 0 alarms\n"
+
+
+def test_one_file_with_many_steps_is_as_good(tmp_path, capsys):
+    fill(tmp_path / "many", [0.02] * 30 + [0.3] * 8)
+    write_dump(read_dump(tmp_path / "many"), tmp_path / "one.npz")
+    assert main(["watch", str(tmp_path / "one.npz"), "--idle", "0"]) == 1
+    of_one = capsys.readouterr().out
+    assert main(["watch", str(tmp_path / "many"), "--idle", "0"]) == 1
+    assert capsys.readouterr().out == of_one
+
+
+def test_a_file_that_comes_after_its_step_was_over_is_said_to_be_left_out(tmp_path, capsys):
+    run = watch._Run()
+    fill(tmp_path, [0.02] * 3)
+    first, second, third = sorted(tmp_path.iterdir())
+    for path in (first, third, second):
+        run.take(path)
+    run.finish()
+    assert run.steps == 3
+    run.take(first)
+    assert run.steps == 3
+    assert "came after step 2 was over: step 0 is left out" in capsys.readouterr().err
+
+
+def test_dumps_that_come_while_it_watches_are_seen(tmp_path):
+    command = [sys.executable, "-m", "iscorrect", "watch", str(tmp_path), "--idle", "6"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as job:
+        fill(tmp_path, [0.02] * 20)
+        time.sleep(3)
+        fill(tmp_path, [0.3] * 8, start=20)
+        told, _ = job.communicate()
+    assert job.returncode == 1
+    assert "since step 20" in told
+    assert "28 steps" in told
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda folder: folder / "nowhere", "a folder or a file that exists"),
+    (lambda folder: folder, "a directory with"),
+    (lambda folder: (folder / "notes.txt").write_text("") and folder, "a directory with"),
+    (lambda folder: (folder / "broken.npz").write_bytes(b"PK") and folder, "broken.npz"),
+])
+def test_what_cannot_be_watched_ends_with_2(tmp_path, capsys, make, message):
+    assert main(["watch", str(make(tmp_path) or tmp_path), "--idle", "0"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_interruption_ends_it_with_what_was_seen(tmp_path, capsys, monkeypatch):
+    fill(tmp_path, [0.02] * 3)
+
+    def interrupted(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(watch.time, "sleep", interrupted)
+    assert main(["watch", str(tmp_path)]) == 0
+    assert capsys.readouterr() == ("0 steps, 0 alarms\n", "interrupted\n")
