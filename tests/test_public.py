@@ -72,7 +72,9 @@ def test_importing_costs_torch_numpy_and_einops_only_and_the_figures_no_matplotl
     assert set(new) - set(sys.stdlib_module_names) <= {"iscorrect", "torch"}
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/distributed.md", "docs/async.md", "docs/monitor.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/distributed.md", "docs/async.md", "docs/monitor.md"]
+)
 def test_the_python_of_the_documentation_runs(page):
     text = (README.parent / page).read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.S)

@@ -122,7 +122,7 @@ class _Run:
 
 def _by_step(dump: LogProbDump, number: int) -> Iterator[tuple[int, Metrics]]:
     steps = torch.full((len(dump),), number) if dump.step is None else dump.step
-    for step in steps.unique().tolist():
+    for step in sorted(set(steps.tolist())):
         rows = steps == step
         yield step, uncorrected()(
             old_log_probs=dump.old_log_probs[rows],
