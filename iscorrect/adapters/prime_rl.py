@@ -11,14 +11,18 @@ from torch import Tensor
 from iscorrect.adapters.averages import token_metrics
 from iscorrect.errors import check_choice, input_error
 from iscorrect.layout import masked
+from iscorrect.loss.bounds import Truncate
 from iscorrect.loss.correction import Correction
 from iscorrect.loss.evidence import Evidence, Scope
 from iscorrect.loss.policy_loss import PolicyLoss
 from iscorrect.loss.rules import DivergenceAbove
 from iscorrect.loss.specs import CorrectionConfig, parse
+from iscorrect.loss.terms import score_centering as centering_loss
 
 
-def loss(inputs: Any, *, correction: CorrectionConfig = "token-tis:cap=2") -> Any:
+def loss(
+    inputs: Any, *, correction: CorrectionConfig = "token-tis:cap=2", score_centering: bool = False
+) -> Any:
     """REINFORCE with corrected weights: ``import_path = "iscorrect.adapters.prime_rl.loss"``.
 
         loss = −Σ_t w_t A_t log π_t
@@ -30,9 +34,12 @@ def loss(inputs: Any, *, correction: CorrectionConfig = "token-tis:cap=2") -> An
     Args:
         inputs: prime-rl's ``LossInputs``, "t" each.
         correction: as on the command line, such as "icepop:low=0.5,high=5", or a table of the same.
+        score_centering: add :func:`iscorrect.score_centering` over the kept ids, for a prime-rl
+            that replays them. "is/centered" is 0 for tokens without any.
 
     Raises:
-        InputError: a correction that looks beyond one sample.
+        InputError: a correction that looks beyond one sample; centering of other weights than
+            tokens' with a fixed cap, or by a prime-rl that passes no log-probs of kept ids.
     """
     from prime_rl.trainer.rl.loss import LossOutputs
 
@@ -45,16 +52,45 @@ def loss(inputs: Any, *, correction: CorrectionConfig = "token-tis:cap=2") -> An
     mask, advantages = inputs.loss_mask.bool(), inputs.advantages
     if getattr(inputs, "loss_weights", None) is not None:
         advantages = masked(advantages * inputs.loss_weights, mask)
+    extra = _centering(loss_fn.correction, inputs, advantages) if score_centering else None
     value, _ = loss_fn(
         inputs.trainer_logprobs, rollout_log_probs=inputs.inference_logprobs,
-        advantages=advantages, mask=mask,
+        advantages=advantages, mask=mask, extra=extra,
     )
     log_probs = dict(
         old_log_probs=inputs.trainer_logprobs.detach(), rollout_log_probs=inputs.inference_logprobs
     )
     weights, keep, _ = loss_fn.correction(mask=mask, advantages=advantages, **log_probs)
     metrics = token_metrics(mask=mask, weights=weights, keep=keep, **log_probs)
+    if score_centering:
+        centered = inputs.inference_mask_logprobs
+        metrics["is/centered"] = torch.zeros_like(weights) if centered is None else (
+            centered.isfinite().any(-1).to(weights.dtype)
+        )
     return LossOutputs(loss=value, metrics={name: x[mask] for name, x in metrics.items()})
+
+
+def _centering(correction: Correction, inputs: Any, advantages: Tensor) -> Tensor | None:
+    """Per-token loss "t" over the kept ids; None for a sample without any."""
+    bound = correction.bound
+    cap = bound.cap if isinstance(bound, Truncate) else None
+    if not isinstance(cap, (int, float)) or correction != Correction(bound=bound):
+        raise input_error(
+            "prime_rl.loss", "score_centering", expected="false but with tokens' weights under a"
+            " fixed cap, which it centers", got=repr(correction),
+            fix="pass correction='token-tis:cap=2'",
+        )
+    if not hasattr(inputs, "trainer_mask_logprobs"):
+        raise input_error(
+            "prime_rl.loss", "score_centering", expected="false with a prime-rl whose LossInputs"
+            " hold no trainer_mask_logprobs", got="true", fix="use one that replays kept ids",
+        )
+    trainer, sampler = inputs.trainer_mask_logprobs, inputs.inference_mask_logprobs
+    if trainer is None or sampler is None:
+        return None
+    used = sampler.isfinite() & inputs.loss_mask.bool()[:, None]
+    trainer, sampler = (torch.where(used, x, -torch.inf) for x in (trainer, sampler))
+    return centering_loss(trainer, sampler, advantages, cap=cap)
 
 
 @dataclasses.dataclass(frozen=True)

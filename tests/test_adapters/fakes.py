@@ -103,6 +103,14 @@ class LossInputs:
 
 
 @dataclass
+class ReplayedInputs(LossInputs):
+    """The same of a later commit, of no known date."""
+
+    trainer_mask_logprobs: torch.Tensor | None = field(default=None)
+    inference_mask_logprobs: torch.Tensor | None = field(default=None)
+
+
+@dataclass
 class LossOutputs:
     """prime_rl/trainer/rl/loss.py."""
 

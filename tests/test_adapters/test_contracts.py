@@ -87,6 +87,85 @@ def test_prime_rl_refuses_what_needs_more_than_a_sample():
         prime_rl_loss(None, correction="pareto-is:level=token")
 
 
+CAP = 1.3
+
+
+def replayed(logits, sampler, tokens, advantages, extra=0):
+    """What a prime-rl that replays kept ids passes, for one sampled token in each of its rows.
+
+    With ``extra`` unused places, and a last row that is not replayed.
+    """
+    log_probs = logits.log_softmax(-1)
+    pad = torch.nn.functional.pad
+    return fakes.ReplayedInputs(
+        pad(log_probs.gather(-1, tokens[:, None])[:, 0], (0, 1)),
+        pad(sampler.gather(-1, tokens[:, None])[:, 0], (0, 1), value=-0.3), None,
+        pad(advantages, (0, 1), value=2.0), torch.tensor([True] * len(tokens) + [False]), None,
+        pad(log_probs, (0, extra, 0, 1)), pad(sampler, (0, extra, 0, 1), value=-torch.inf),
+    )
+
+
+@pytest.mark.parametrize("extra", [0, 2])
+def test_prime_rls_centered_gradient_is_a_covariance(extra):
+    """By enumeration of every token that the engine may sample, its kept ids as the vocabulary."""
+    fakes.prime_rl()
+    draw = torch.Generator().manual_seed(extra)
+    rows, kept = 4, 5
+    logits = torch.randn(rows, kept, generator=draw, dtype=torch.float64).requires_grad_()
+    sampler = torch.randn(rows, kept, generator=draw, dtype=torch.float64).log_softmax(-1)
+    rewards = torch.randn(kept, generator=draw, dtype=torch.float64)
+
+    def mean_gradient(advantages, **settings):
+        total = torch.zeros_like(logits)
+        for v in range(kept):
+            tokens = torch.full((rows,), v)
+            inputs = replayed(logits, sampler, tokens, advantages[v].expand(rows), extra)
+            out = prime_rl_loss(inputs, correction=f"token-tis:cap={CAP}", **settings)
+            (gradient,) = torch.autograd.grad(out.loss, logits)
+            total += sampler[:, v, None].exp() * gradient
+        return total
+
+    ones = torch.ones(kept, dtype=torch.float64)
+    assert mean_gradient(ones).abs().max() > 0.01
+    assert mean_gradient(ones, score_centering=True).abs().max() < 1e-9
+    # −Cov_q(A, w ∇log p), of logits: ∇log p_v = e_v − p
+    p, q = logits.detach().softmax(-1), sampler.exp()
+    w = (p / q).clamp(max=CAP)
+    scores = torch.eye(kept, dtype=torch.float64) - p[:, None]
+    spread = rewards - (q * rewards).sum(-1, keepdim=True)
+    expected = -torch.einsum("bv,bv,bvu->bu", q * spread, w, scores)
+    torch.testing.assert_close(
+        mean_gradient(rewards, score_centering=True), expected, rtol=1e-6, atol=1e-9
+    )
+
+
+def test_prime_rls_log_says_which_tokens_were_centered():
+    fakes.prime_rl()
+    logits = torch.zeros(3, 4, requires_grad=True)
+    sampler, tokens = torch.zeros(3, 4).log_softmax(-1), torch.zeros(3).long()
+    inputs = replayed(logits, sampler, tokens, torch.ones(3))
+    out = prime_rl_loss(inputs, score_centering=True)
+    assert out.metrics["is/centered"].tolist() == [1.0] * 3
+    inputs.trainer_mask_logprobs = inputs.inference_mask_logprobs = None
+    out = prime_rl_loss(inputs, score_centering=True)
+    assert out.metrics["is/centered"].tolist() == [0.0] * 3
+    assert out.loss == prime_rl_loss(inputs).loss
+
+
+@pytest.mark.parametrize(("correction", "kind", "message"), [
+    ("icepop", fakes.ReplayedInputs, "fixed cap"),
+    ("token-tis:cap=ionides", fakes.ReplayedInputs, "fixed cap|one sample"),
+    ("token-tis", fakes.LossInputs, "trainer_mask_logprobs"),
+])
+def test_prime_rl_centers_what_it_can_and_refuses_the_rest(correction, kind, message):
+    fakes.prime_rl()
+    x = torch.zeros(3)
+    with pytest.raises(InputError, match=message):
+        prime_rl_loss(
+            kind(x, x, None, x, x == 0), correction=correction, score_centering=True
+        )
+
+
 def test_nemo_rls_micro_batches_add_up_and_its_step_finds_its_metrics():
     contracts.nemo_rl(fakes.nemo_rl())
     contract_of("NeMo-RL", "LossFunction with the metrics that its step reads and its split API")

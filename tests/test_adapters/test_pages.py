@@ -19,7 +19,7 @@ def page(request):
 
 def test_there_is_a_page_for_every_adapter():
     modules = {p.stem for p in (Path(iscorrect.__file__).parent / "adapters").glob("*.py")}
-    shared = {"__init__", "averages", "bands", "dialects", "methods", "ragged"}
+    shared = {"__init__", "averages", "bands", "dialects", "methods", "ragged", "replay"}
     assert modules - shared <= {p.stem for p in PAGES}
 
 
