@@ -97,7 +97,7 @@ def arrived(
     0.0
     """
     tensors = [x.detach().reshape(-1) for x in (before, after, sent_before, sent_after)]
-    parts = zip(*(x.split(MEASURED_AT_ONCE) for x in tensors), strict=True)
+    parts = zip(*(torch.split(x, MEASURED_AT_ONCE) for x in tensors), strict=True)
     return sum((_arrived_flat(name, *part) for part in parts), Arrived(name))
 
 

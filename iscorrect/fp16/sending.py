@@ -53,7 +53,7 @@ def stochastic_round(
     ([1.0, 1.0078125], 1.0)
     """
     check_sent("stochastic_round", x, dtype)
-    pieces = x.detach().reshape(-1).split(ROUNDED_AT_ONCE)
+    pieces = torch.split(x.detach().reshape(-1), ROUNDED_AT_ONCE)
     rounded = [_round_flat(piece, dtype, generator) for piece in pieces]
     return torch.cat(rounded).reshape(x.shape)
 

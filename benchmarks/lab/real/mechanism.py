@@ -19,7 +19,7 @@ from benchmarks.lab.real import senders
 from benchmarks.lab.real.learner import Learner, Schedule, apart
 from benchmarks.lab.real.model import open_model
 from benchmarks.lab.real.packed import Answers, log_probs, sample
-from benchmarks.lab.real.senders import Send, Weights, send
+from benchmarks.lab.real.senders import Send, Weights, send, some
 from benchmarks.lab.real.sums import LONGEST
 from iscorrect import uncorrected
 from iscorrect.fp16.arrival import Arrived, arrived
@@ -48,7 +48,7 @@ def follow(folder: Path, schedule: Schedule, seed: int) -> Iterator[dict[str, ob
 
         format      how weights are sent
         kind        of tensor, or "all"
-        share       ⟨Q(w_k) − Q(w_0), w_k − w_0⟩ / ‖w_k − w_0‖²
+        share       ⟨Q(w_k) − Q(w_0), w_k − w_0⟩ / ‖w_k − w_0‖², of a sample of 2²² entries
         unchanged   share of the moved entries whose sent value is that of w_0
         rest        ‖Q(w_k) − w_k‖ / ‖w_k − w_0‖
         kl          k3 of KL(π‖Q(π)), nats per token, on the policy's own tokens
@@ -88,12 +88,14 @@ def look(
     send(senders.exact, start, engine)
     before = score(engine, answers)
     movement = (own - before).where(answers.mask, 0).double()
+    w0, w = some(start), some(learner.weights)
     for way, of_now in ways.items():
+        q = some(send(of_now, learner.weights, engine))
         kinds = dict.fromkeys(KINDS.values(), Arrived(""))
-        for name, x, sent in send(of_now, learner.weights, engine):
+        for name, x in w.items():
             (kind,) = {KINDS[part] for part in KINDS if part in name}
-            row = arrived(kind, start[name], x, sent_before=of_start[way](name, start[name]),
-                          sent_after=sent)
+            q0 = of_start[way](name, w0[name])
+            row = arrived(kind, w0[name], x, sent_before=q0, sent_after=q[name])
             kinds[kind] = row + kinds[kind]
         served = score(engine, answers)
         heard = (served - before).where(answers.mask, 0).double()

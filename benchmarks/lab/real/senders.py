@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -68,7 +69,7 @@ def senders() -> dict[str, Send]:
     return {
         "bf16": partial(nearest, dtype=torch.bfloat16),
         "fp16": partial(nearest, dtype=torch.float16),
-        **{f"{bits} bits": partial(fraction, bits=bits) for bits in (8, 9)},
+        "8 bits": partial(fraction, bits=8),
         "bf16, float32 head": float32_head,
         "bf16 stochastic": Stochastic(),
         "bf16 stochastic, same draws": Stochastic(seed=0),
@@ -77,9 +78,20 @@ def senders() -> dict[str, Send]:
 
 
 @torch.no_grad()
-def send(how: Send, weights: Weights, engine: nn.Module) -> list[tuple[str, Tensor, Tensor]]:
-    """Let a module have the weights as they are sent; names, the trainer's and the sent ones."""
+def send(how: Send, weights: Weights, engine: nn.Module) -> Weights:
+    """Let a module have the weights as they are sent; what it then holds."""
     held = dict(engine.named_parameters())
     for name, x in weights.items():
         held[name].copy_(how(name, x))
-    return [(name, x, held[name].detach()) for name, x in weights.items()]
+    return {name: held[name].detach() for name in weights}
+
+
+def some(weights: Weights, entries: int = 2**22) -> dict[str, Tensor]:
+    """The same sample of entries of each tensor every time, about so many in all."""
+    share = min(1.0, entries / sum(x.numel() for x in weights.values()))
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for name, x in weights.items():
+        places = torch.randint(x.numel(), (math.ceil(share * x.numel()),), generator=generator)
+        found[name] = x.reshape(-1)[places]
+    return found
