@@ -93,12 +93,15 @@ class Vllm:
         # on a GPU the trainer needs some, too
         return {"gpu_memory_utilization": 0.4} if DEVICE.type == "cuda" else {}
 
-    def generate(self, prompts: Tensor, max_tokens: int, stop: int | None) -> Rollouts:
+    def generate(
+        self, prompts: Tensor | list[list[int]], max_tokens: int, stop: int | None
+    ) -> Rollouts:
         sampling = self._sampling(
             max_tokens=max_tokens, temperature=1.0, logprobs=0, detokenize=False,
             ignore_eos=stop is None, stop_token_ids=[] if stop is None else [stop],
         )
-        requests = [{"prompt_token_ids": ids} for ids in prompts.tolist()]
+        rows = prompts.tolist() if isinstance(prompts, Tensor) else prompts
+        requests = [{"prompt_token_ids": ids} for ids in rows]
         answers = [r.outputs[0] for r in self._llm.generate(requests, sampling, use_tqdm=False)]
         token_ids = torch.full((len(answers), max_tokens), PAD)
         found = torch.zeros(len(answers), max_tokens)

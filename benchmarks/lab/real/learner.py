@@ -100,14 +100,19 @@ class Learner:
             "length": mask.sum(1).float().mean().item(),
         }
 
-    def right(self, model, *, greedy: bool, rows: int = 27) -> float:
-        """The share of all prompts that a model answers right, once each."""
+    def right(self, rows: int = 27) -> tuple[float, float]:
+        """The share of all prompts that the policy answers right: greedily, and at temperature 1.
+
+        Args:
+            rows: prompts at a time.
+        """
         found = []
         for which in torch.arange(len(self.task.prompts)).split(rows):
             prompts = self.task.prompts[which]
-            answers = sample(model, prompts, 1, LONGEST, self.task.end, greedy=greedy)
+            answers = sample(self.model, prompts, 2, LONGEST, self.task.end, greedy=1)
             found.append(self.task.rewards(which.tolist(), answers))
-        return torch.cat(found).mean().item()
+        greedy, sampled = torch.cat(found).mean(0).tolist()
+        return greedy, sampled
 
 
 def apart(own: Tensor, other: Tensor, mask: Tensor) -> float:

@@ -55,21 +55,35 @@ def log_probs(model: PreTrainedModel, prompts: Tensor, token_ids: Tensor) -> Ten
 
 @torch.no_grad()
 def sample(
-    model: PreTrainedModel, prompts: Tensor, n: int, longest: int, end: int, *, greedy: bool = False
+    model: PreTrainedModel, prompts: Tensor, n: int, longest: int, end: int, *, greedy: int = 0
 ) -> Answers:
-    """n answers to each of the prompts "g p", from the whole vocabulary at temperature 1."""
+    """n answers to each of the prompts "g p", from the whole vocabulary at temperature 1.
+
+    The first ``greedy`` of the n are the likeliest token by token. What all prompts begin with is
+    computed once.
+    """
     g, p = prompts.shape
-    out = model(prompts, use_cache=True, logits_to_keep=1)
+    differ = (prompts != prompts[0]).any(0).nonzero()
+    shared = min(int(differ[0]) if len(differ) else p - 1, p - 1)
+    cache = None
+    if shared:
+        cache = model(prompts[:1, :shared], use_cache=True, logits_to_keep=1).past_key_values
+        cache.batch_repeat_interleave(g)
+    out = model(
+        prompts[:, shared:], past_key_values=cache, use_cache=True, logits_to_keep=1,
+        position_ids=torch.arange(shared, p).expand(g, -1),
+    )
     cache, logits = out.past_key_values, out.logits[:, -1].repeat_interleave(n, 0)
     cache.batch_repeat_interleave(n)
-    ids, found = [], []
-    alive, mask = torch.ones(g * n, dtype=torch.bool), []
+    likeliest = (torch.arange(n) < greedy).repeat(g)
+    ids, found, masks = [], [], []
+    alive = torch.ones(g * n, dtype=torch.bool)
     for i in range(longest):
         every = logits.float().log_softmax(-1)
-        drawn = every.argmax(-1) if greedy else torch.multinomial(every.exp(), 1)[:, 0]
+        drawn = torch.multinomial(every.exp(), 1)[:, 0].where(~likeliest, every.argmax(-1))
         ids.append(drawn)
         found.append(every.gather(-1, drawn[:, None])[:, 0])
-        mask.append(alive)
+        masks.append(alive)
         alive = alive & (drawn != end)
         if not alive.any() or i == longest - 1:
             break
@@ -77,5 +91,5 @@ def sample(
             drawn[:, None], past_key_values=cache, use_cache=True,
             position_ids=torch.full((g * n, 1), p + i),
         ).logits[:, -1]
-    token_ids, log_probs, masks = (torch.stack(x, 1).reshape(g, n, -1) for x in (ids, found, mask))
-    return Answers(prompts, token_ids, masks, log_probs)
+    token_ids, log_probs, mask = (torch.stack(x, 1).reshape(g, n, -1) for x in (ids, found, masks))
+    return Answers(prompts, token_ids, mask, log_probs)

@@ -1,0 +1,157 @@
+"""The lab's code for a real language model, on a tiny one; two steps with vLLM where it is."""
+
+import importlib.util
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.lab.real import learner, mechanism, offline, packed, reinforce, senders
+from iscorrect.dumps import read_dump
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and vLLM, about themselves
+
+KINDS = ["simulated", *(["vllm"] if importlib.util.find_spec("vllm") else [])]
+END = 15
+
+
+class Tokens:
+    """Digits and signs, a token each."""
+
+    eos_token_id = END
+
+    def apply_chat_template(self, conversation, **_):
+        text = conversation[0]["content"]
+        return [14, 13, *(int(c) if c.isdigit() else 10 + "+?.".find(c) for c in text[8:14]), 12]
+
+    def decode(self, ids, **_):
+        return " ".join(str(int(i)) if i < 10 else "." for i in ids)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True,
+        max_position_embeddings=256, bos_token_id=14, eos_token_id=END, initializer_range=0.2,
+    )
+    folder = tmp_path_factory.mktemp("model")
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder / "bf16-grid")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def tokenizer(monkeypatch):
+    for module in (learner, offline):
+        monkeypatch.setattr(module, "open_tokenizer", lambda _: Tokens())
+
+
+def test_answers_packed_behind_their_prompt_have_the_log_probs_they_have_alone(folder):
+    model = learner.open_model(folder)
+    torch.manual_seed(1)
+    prompts = torch.randint(0, 10, (3, 7))
+    prompts[:, :4] = prompts[0, :4]
+    answers = packed.sample(model, prompts, 5, 6, END)
+    found = packed.log_probs(model, prompts, answers.token_ids).detach()
+    assert torch.allclose(found.where(answers.mask, 0), answers.log_probs.where(answers.mask, 0),
+                          atol=1e-5)
+    for g in range(3):
+        for n in range(5):
+            ids = torch.cat([prompts[g], answers.token_ids[g, n]])[None]
+            logits = model(ids[:, :-1]).logits[0, 6:]
+            alone = logits.log_softmax(-1).gather(-1, ids[0, 7:, None])[:, 0]
+            assert torch.allclose(alone.detach(), found[g, n], atol=1e-5)
+
+
+def test_the_greedy_answer_is_that_of_generate(folder):
+    model = learner.open_model(folder)
+    prompts = torch.tensor([[14, 1, 2, 3], [14, 1, 4, 5]])
+    answers = packed.sample(model, prompts, 2, 6, END, greedy=1)
+    wanted = model.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=False,
+                            max_new_tokens=6, eos_token_id=END, pad_token_id=END)[:, 4:]
+    for found, kept, right in zip(answers.token_ids[:, 0], answers.mask[:, 0], wanted, strict=True):
+        assert torch.equal(found[kept], right[: kept.sum()])
+
+
+def test_an_answer_is_right_where_its_last_number_is_the_sum():
+    task = learner.Sums(Tokens(), largest=2)
+    assert task.right == [2, 3, 3, 4]
+    ids = torch.tensor([[[7, 2, 11], [2, 7, 11]], [[3, END, 5], [11, 11, 11]]])
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[1, 0, 2] = False
+    answers = packed.Answers(task.prompts[:2], ids, mask, ids.float())
+    assert task.rewards([0, 1], answers).tolist() == [[1.0, 0.0], [1.0, 0.0]]
+
+
+@pytest.mark.parametrize("bits", [7, 8, 10])
+def test_fractions_are_rounded_as_the_formats_of_that_many_bits(bits):
+    x = torch.randn(1000) + 3
+    found = senders.fraction("w", x, bits=bits)
+    if bits == 8:
+        assert ((found - x).abs() <= x.abs() * 2**-9).all()
+    else:
+        dtype = torch.bfloat16 if bits == 7 else torch.float16
+        assert torch.equal(found, x.to(dtype).float())
+
+
+@pytest.fixture
+def half_are_right(monkeypatch):
+    """A tiny random model is never right, and would not learn."""
+    monkeypatch.setattr(
+        learner.Sums, "rewards", lambda self, which, answers: answers.token_ids[..., 0] % 2.0
+    )
+
+
+@pytest.mark.usefixtures("half_are_right")
+def test_the_mechanism_has_a_row_for_every_way_to_send(folder, monkeypatch):
+    monkeypatch.setattr(mechanism, "LOOKED_AT", (1, 2))
+    schedule = learner.Schedule(learning_rate=1e-4)
+    rows = [row for row in mechanism.follow(folder, schedule, 0) if row["kind"] == "all"]
+    assert len(rows) == 2 * len(senders.senders())
+    of = {row["format"]: row for row in rows if row["step"] == 1}
+    assert of["bf16"]["share"] < of["fp16"]["share"] < 1.2
+    assert of["bf16 stochastic"]["share"] == pytest.approx(1, abs=0.2)
+    assert of["bf16 feedback"]["share"] == of["bf16"]["share"]
+
+
+@pytest.mark.usefixtures("half_are_right")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rounding", reinforce.ROUNDINGS)
+def test_two_steps_of_an_arm(folder, tmp_path, kind, rounding):
+    arm = reinforce.Arm("bf16", "token-tis:cap=2", rounding, kind)
+    schedule = learner.Schedule(steps=2, judged=2)
+    reinforce.main(folder, tmp_path, arm, schedule, 0)
+    (record,) = tmp_path.glob("*.csv")
+    assert record.name == f"{arm.name}-every1-2e-05-0.csv"
+    steps = reinforce.read(record)
+    assert [row["step"] for row in steps] == ["0", "1", "2"]
+    # at first engine and trainer hold the same weights
+    assert float(steps[0]["kl"]) < (1e-8 if kind == "simulated" else 1e-2)
+    assert steps[0]["arrival"] == "" and 0 <= float(steps[1]["unchanged"]) < 1
+    assert steps[1]["greedy"] == "" and 0 <= float(steps[2]["greedy"]) <= 1
+    written = record.stat().st_mtime_ns
+    reinforce.main(folder, tmp_path, arm, schedule, 0)
+    assert record.stat().st_mtime_ns == written
+
+
+def test_a_dump_for_every_pair_of_precisions(folder, tmp_path, monkeypatch):
+    def drawn(folder, dtype, seeds):
+        torch.manual_seed(0)
+        model = learner.open_model(folder)
+        answers = packed.sample(model, torch.tensor([[14, 1, 2], [14, 3, 4]]), 1, 9, END)
+        return [[
+            offline.Answer(p.tolist(), ids[0][kept[0]].tolist(), lp[0][kept[0]].tolist())
+            for p, ids, kept, lp in zip(*answers, strict=True)
+        ] for _ in seeds]
+
+    monkeypatch.setattr(offline, "drawn_apart", drawn)
+    offline.main(folder, tmp_path, [0], ["fp32"], ["fp32", "bf16"])
+    dump = read_dump(tmp_path / "fp32-fp32-0.npz")
+    assert torch.allclose(dump.old_log_probs, dump.rollout_log_probs, atol=1e-5)
+    assert (tmp_path / "fp32-bf16-0.npz").exists()
