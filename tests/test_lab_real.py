@@ -11,7 +11,7 @@ pytest.importorskip("rich")
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.lab.real import learner, mechanism, offline, packed, reinforce, senders
+from benchmarks.lab.real import learner, mechanism, offline, packed, reinforce, report, senders
 from iscorrect.dumps import read_dump
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and vLLM, about themselves
@@ -155,3 +155,20 @@ def test_a_dump_for_every_pair_of_precisions(folder, tmp_path, monkeypatch):
     dump = read_dump(tmp_path / "fp32-fp32-0.npz")
     assert torch.allclose(dump.old_log_probs, dump.rollout_log_probs, atol=1e-5)
     assert (tmp_path / "fp32-bf16-0.npz").exists()
+
+
+@pytest.mark.usefixtures("half_are_right")
+def test_the_report_fills_every_table(folder, tmp_path, monkeypatch):
+    page = tmp_path / "page.md"
+    page.write_text("".join(f"<!-- real:{name} -->\n<!-- /real -->\n" for name in report.TABLES))
+    report.main(tmp_path, [page], tmp_path)
+    assert page.read_text().count("No record of `python -m benchmarks.lab.real") == 5
+    monkeypatch.setattr(mechanism, "LOOKED_AT", (1, 2))
+    mechanism.main(folder, tmp_path / "mechanism", learner.Schedule(learning_rate=1e-4), 0)
+    arm = reinforce.Arm("bf16", kind="simulated")
+    reinforce.main(folder, tmp_path / "reinforce", arm, learner.Schedule(steps=2, judged=2), 0)
+    report.main(tmp_path, [page], tmp_path)
+    text = page.read_text()
+    assert text.count("No record") == 1 and text.count("|---|") == 4
+    pictures = {path.name for path in tmp_path.glob("*.png")}
+    assert pictures == {"real-arrival.png", "real-learning.png"}

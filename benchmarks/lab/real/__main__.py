@@ -10,7 +10,8 @@ from pathlib import Path
 # before torch is imported: its thread pools are sized on loading
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from benchmarks.lab.real import mechanism, model
+from benchmarks.lab.policy import DTYPES
+from benchmarks.lab.real import mechanism, model, offline, reinforce, report
 from benchmarks.lab.real.learner import Schedule
 
 LAB = Path(__file__).parents[1]
@@ -31,16 +32,41 @@ def main(arguments: list[str] | None = None) -> None:
     commands.add_parser(
         "mechanism", parents=[common], help="what arrives of an update, and the KL it makes")
 
+    compared = commands.add_parser(
+        "offline", parents=[common], help="one set of tokens in pairs of precisions")
+    compared.add_argument("--rollouts", nargs="*", choices=list(DTYPES), default=["bf16", "fp16"])
+    compared.add_argument("--trainers", nargs="*", choices=list(DTYPES), default=["bf16", "fp16"])
+
+    learning = commands.add_parser(
+        "reinforce", parents=[common], help="one arm: an engine, a correction, a way to send")
+    learning.add_argument("--engine", choices=list(DTYPES), default="bf16")
+    learning.add_argument("--correction", default="uncorrected", help="as for iscorrect compare")
+    learning.add_argument("--rounding", choices=reinforce.ROUNDINGS, default="nearest")
+    learning.add_argument("--kind", choices=["vllm", "simulated"], default="vllm")
+    learning.add_argument("--every", type=int, default=1, help="steps from one send to the next")
+    learning.add_argument("--steps", type=int, default=30)
+    told = commands.add_parser("report", help="tables and figures from the records")
+    told.add_argument("--records", type=Path, default=LAB / "records" / "real")
+
     given = parser.parse_args(arguments)
     if given.command == "model":
         model.make(given.models)
         return
+    if given.command == "report":
+        report.main(given.records, report.PAGES, report.PICTURES)
+        return
+    if given.command == "offline":
+        offline.main(given.models, given.records / "offline", given.seeds, given.rollouts,
+                     given.trainers)
+        return
     schedule = replace(Schedule(), learning_rate=given.learning_rate, grid=given.grid)
     for seed in given.seeds:
-        name = f"{given.grid}-{given.learning_rate:g}-{seed}.csv"
-        record = given.records / "mechanism" / name
-        if not record.exists():
-            mechanism.main(given.models, record, schedule, seed)
+        if given.command == "mechanism":
+            mechanism.main(given.models, given.records / "mechanism", schedule, seed)
+        else:
+            arm = reinforce.Arm(given.engine, given.correction, given.rounding, given.kind)
+            how = replace(schedule, steps=given.steps, every=given.every)
+            reinforce.main(given.models, given.records / "reinforce", arm, how, seed)
 
 
 if __name__ == "__main__":

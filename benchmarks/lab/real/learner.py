@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import platform
 import random
-from dataclasses import dataclass
+import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks.harness import commit, processor
 from benchmarks.lab.real.model import open_model, open_tokenizer, weights
 from benchmarks.lab.real.packed import Answers, log_probs, sample
 from benchmarks.lab.real.sums import LONGEST, Sums
@@ -38,6 +42,16 @@ class Schedule:
     every: int = 1
     judged: int = 5
     grid: str = "bf16-grid"
+
+
+def conditions(schedule: Schedule, seed: int, **more: object) -> str:
+    """Under which a run was made, as JSON."""
+    note = {
+        **more, "schedule": asdict(schedule), "seed": seed, "processor": processor("cpu"),
+        "threads": torch.get_num_threads(), "python": platform.python_version(),
+        "torch": torch.__version__, "commit": commit(), "date": time.strftime("%Y-%m-%d"),
+    }
+    return json.dumps(note, indent=1) + "\n"
 
 
 class Learner:

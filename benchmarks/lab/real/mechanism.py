@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks.lab.real import senders
-from benchmarks.lab.real.learner import Learner, Schedule, apart
+from benchmarks.lab.real.learner import Learner, Schedule, apart, conditions
 from benchmarks.lab.real.model import open_model
 from benchmarks.lab.real.packed import Answers, log_probs, sample
 from benchmarks.lab.real.senders import Send, Weights, send, some
@@ -28,8 +28,11 @@ LOOKED_AT = (1, 2, 4, 8)
 """Updates after which everything is measured."""
 
 
-def main(folder: Path, record: Path, schedule: Schedule, seed: int) -> None:
+def main(folder: Path, records: Path, schedule: Schedule, seed: int) -> None:
     """One trajectory; a row for each format and kind of tensor at each step that is looked at."""
+    record = records / f"{schedule.grid}-{schedule.learning_rate:g}-{seed}.csv"
+    if record.exists():
+        return
     part = record.with_suffix(".part")
     part.parent.mkdir(parents=True, exist_ok=True)
     with part.open("w", newline="", encoding="utf-8") as file:
@@ -40,6 +43,7 @@ def main(folder: Path, record: Path, schedule: Schedule, seed: int) -> None:
                 writer.writeheader()
             writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
             file.flush()
+    record.with_suffix(".json").write_text(conditions(schedule, seed), encoding="utf-8")
     part.replace(record)
 
 

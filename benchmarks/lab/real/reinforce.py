@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
-import platform
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -15,11 +13,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from benchmarks.harness import commit, processor
 from benchmarks.lab import engines
 from benchmarks.lab.policy import DTYPES, Precision
 from benchmarks.lab.real import senders
-from benchmarks.lab.real.learner import Learner, Schedule
+from benchmarks.lab.real.learner import Learner, Schedule, conditions
 from benchmarks.lab.real.model import open_model
 from benchmarks.lab.real.packed import Answers, sample
 from benchmarks.lab.real.senders import Send, Weights, some
@@ -142,13 +139,8 @@ def main(folder: Path, records: Path, arm: Arm, schedule: Schedule, seed: int) -
                 writer.writeheader()
             writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in step.items()})
             file.flush()
-    note = {
-        "arm": asdict(arm), "schedule": asdict(schedule), "seed": seed,
-        "processor": processor("cpu"), "threads": torch.get_num_threads(),
-        "python": platform.python_version(), "torch": torch.__version__, "commit": commit(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    record.with_suffix(".json").write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
+    note = conditions(schedule, seed, arm=asdict(arm))
+    record.with_suffix(".json").write_text(note, encoding="utf-8")
     part.replace(record)
 
 

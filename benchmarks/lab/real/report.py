@@ -1,0 +1,279 @@
+"""Tables and figures of the real model's runs, from the records; nothing is typed by hand."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from math import exp, log, sqrt
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt
+
+from benchmarks.lab.report import markdown, pretty
+from iscorrect import k3
+from iscorrect.dumps import read_dump
+
+ROOT = Path(__file__).parents[3]
+PAGES = (ROOT / "docs" / "lab" / "real-model.md",)
+PICTURES = ROOT / "docs" / "lab"
+MARKED = re.compile(r"(<!-- real:(\w+) -->\n).*?(<!-- /real -->)", re.DOTALL)
+T = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+"""Student's 97.5 % point for the mean of so many values."""
+Row = dict[str, str]
+
+
+def main(records: Path, pages: Iterable[Path], pictures: Path) -> None:
+    """Rewrite the tables between markers ``<!-- real:table -->``, and draw the figures."""
+    pictures.mkdir(parents=True, exist_ok=True)
+    if looks(records):
+        mechanism_figure(records).savefig(pictures / "real-arrival.png", dpi=110)
+    if runs(records):
+        learning_figure(records).savefig(pictures / "real-learning.png", dpi=110)
+    plt.close("all")
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        page.write_text(MARKED.sub(lambda m: m[1] + TABLES[m[2]](records) + m[3], text), "utf-8")
+
+
+def rows_of(path: Path) -> list[Row]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def mean(values: Sequence[float]) -> str:
+    """A mean, with its 95 % interval where there are three values or more."""
+    middle = statistics.fmean(values)
+    if len(values) < 3:
+        return pretty(middle)
+    return f"{middle:.3g} ± {T[len(values)] * statistics.stdev(values) / sqrt(len(values)):.1g}"
+
+
+def geometric(values: Sequence[float]) -> str:
+    """A geometric mean, with the ends of its 95 % interval where there are three or more."""
+    logs = [log(x) for x in values]
+    middle = statistics.fmean(logs)
+    if len(values) < 3:
+        return f"{exp(middle):.2g}"
+    half = T[len(values)] * statistics.stdev(logs) / sqrt(len(values))
+    return f"{exp(middle):.2g} ({exp(middle - half):.2g} to {exp(middle + half):.2g})"
+
+
+def number_of(seeds: Sequence[object]) -> str:
+    return "1 seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
+
+
+# the mechanism
+
+
+def looks(records: Path) -> dict[str, list[list[Row]]]:
+    """The rows of each trajectory, by grid and learning rate, a list for each seed."""
+    found: dict[str, list[list[Row]]] = {}
+    for path in sorted((records / "mechanism").glob("*.csv")):
+        found.setdefault(path.stem.rsplit("-", 1)[0], []).append(rows_of(path))
+    return found
+
+
+def over_seeds(
+    seeds: Sequence[list[Row]], column: str, step: str, way: str, kind: str = "all"
+) -> list[float]:
+    return [
+        float(row[column]) for rows in seeds for row in rows
+        if (row["step"], row["format"], row["kind"]) == (step, way, kind)
+    ]
+
+
+def arrival(records: Path) -> str:
+    """What arrives and the KL that is left, by step and format."""
+    parts = []
+    for setting, seeds in looks(records).items():
+        steps = list(dict.fromkeys(row["step"] for row in seeds[0]))
+        ways = list(dict.fromkeys(row["format"] for row in seeds[0]))
+        head = ["weights are sent as", *(f"after {s}: arrives" for s in steps),
+                *(f"KL after {s}" for s in steps)]
+        table = [
+            [way, *(mean(over_seeds(seeds, "share", s, way)) for s in steps),
+             *(geometric(over_seeds(seeds, "kl", s, way)) for s in steps)]
+            for way in ways
+        ]
+        moved = [geometric(over_seeds(seeds, "moved", s, ways[0])) for s in steps]
+        table.append(["the first weights, for ever", *("0" for _ in steps), *moved])
+        parts.append(markdown(head, table) + f"\n{described(setting)}; {number_of(seeds)}.\n")
+    return "\n".join(parts) or "No record of `python -m benchmarks.lab.real mechanism`.\n"
+
+
+def described(setting: str) -> str:
+    grid = next(name for name in ("bf16-grid", "off-grid") if setting.startswith(name))
+    first = {"bf16-grid": "on BF16's grid", "off-grid": "off it"}[grid]
+    return f"First weights {first}, learning rate {setting.removeprefix(grid + '-')}"
+
+
+def rests(records: Path) -> str:
+    """The size of the rounding error beside the update, and what of it is heard in log-probs."""
+    found = looks(records)
+    if not found:
+        return "No record of `python -m benchmarks.lab.real mechanism`.\n"
+    setting, seeds = next(iter(found.items()))
+    last = seeds[0][-1]["step"]
+    head = ["weights are sent as", "rest / update", "entries sent as before", "arrives in weights",
+            "arrives in log-probs", "KL"]
+    table = [
+        [way, *(mean(over_seeds(seeds, column, last, way))
+                for column in ("rest", "unchanged", "share", "heard")),
+         geometric(over_seeds(seeds, "kl", last, way))]
+        for way in dict.fromkeys(row["format"] for row in seeds[0])
+    ]
+    note = f"\n{described(setting)}; after {last} updates; {number_of(seeds)}.\n"
+    return markdown(head, table) + note
+
+
+def kinds(records: Path) -> str:
+    """What arrives of each kind of tensor."""
+    found = looks(records)
+    if not found:
+        return "No record of `python -m benchmarks.lab.real mechanism`.\n"
+    setting, seeds = next(iter(found.items()))
+    steps = list(dict.fromkeys(row["step"] for row in seeds[0]))
+    head = ["tensors", *(f"{way}, after {s}" for way in ("bf16", "fp16") for s in steps)]
+    table = [
+        [kind, *(mean(over_seeds(seeds, "share", s, way, kind))
+                 for way in ("bf16", "fp16") for s in steps)]
+        for kind in dict.fromkeys(row["kind"] for row in seeds[0])
+    ]
+    return markdown(head, table) + f"\n{described(setting)}; {number_of(seeds)}.\n"
+
+
+def mechanism_figure(records: Path) -> plt.Figure:
+    """Arrival and KL by step: a line a format through the mean over seeds, points for seeds."""
+    (setting, seeds), *_ = looks(records).items()
+    steps = list(dict.fromkeys(row["step"] for row in seeds[0]))
+    ways = list(dict.fromkeys(row["format"] for row in seeds[0]))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.2), layout="constrained")
+    places = list(map(int, steps))
+    for way, colour in zip(ways, plt.get_cmap("tab10").colors, strict=False):
+        for ax, column in ((left, "share"), (right, "kl")):
+            every = [over_seeds(seeds, column, s, way) for s in steps]
+            middle = statistics.fmean if ax is left else statistics.geometric_mean
+            ax.plot(places, [middle(x) for x in every], color=colour, label=way, marker="o", ms=3)
+            for place, values in zip(places, every, strict=True):
+                ax.plot([place] * len(values), values, ".", color=colour, ms=3, alpha=0.5)
+    moved = [statistics.geometric_mean(over_seeds(seeds, "moved", s, ways[0])) for s in steps]
+    right.plot(places, moved, "k--", label="the first weights, for ever")
+    left.set(xlabel="updates", ylabel="share of the update that arrives", ylim=(-0.05, 1.25))
+    right.set(xlabel="updates", ylabel="KL(policy‖engine), nats per token", yscale="log")
+    for ax in (left, right):
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(places, steps)
+    figure.legend(*right.get_legend_handles_labels(), loc="outside right", fontsize=8,
+                  frameon=False)
+    figure.suptitle(f"{described(setting)}; weights alone rounded, {number_of(seeds)}")
+    return figure
+
+
+# pairs of precisions
+
+
+def offline(records: Path) -> str:
+    """Every pair: the mismatch of tokens and of answers."""
+    found: dict[tuple[str, str], list[dict[str, float]]] = {}
+    for path in sorted((records / "offline").glob("*.npz")):
+        rollout, trainer, _ = path.stem.split("-", 2)
+        dump = read_dump(path)
+        mask = dump.mask
+        d = (dump.old_log_probs.double() - dump.rollout_log_probs.double()).where(mask, 0)
+        found.setdefault((rollout, trainer), []).append({
+            "tokens": int(mask.sum()), "mean": d[mask].abs().mean().item(),
+            "sigma": d[mask].std().item(), "kl": k3(d)[mask].mean().item(),
+            "answer": d.sum(1).std().item(),
+        })
+    if not found:
+        return "No record of `python -m benchmarks.lab.real offline`.\n"
+    head = ["rollout / trainer", "seeds", "tokens", r"mean \|Δ\|", "σ", "KL",
+            "σ of an answer's log-ratio", "KL over FP16 / FP16's"]
+    least = [x["kl"] for x in found.get(("fp16", "fp16"), [])]
+    table = []
+    for (rollout, trainer), seeds in sorted(
+        found.items(), key=lambda item: statistics.fmean(x["kl"] for x in item[1])
+    ):
+        kls = [x["kl"] for x in seeds]
+        ratio = geometric([a / b for a, b in zip(kls, least, strict=True)]) if len(
+            least) == len(kls) else ""
+        table.append([
+            f"{rollout} / {trainer}", str(len(seeds)), f"{sum(x['tokens'] for x in seeds):,.0f}",
+            *(mean([x[column] for x in seeds]) for column in ("mean", "sigma")),
+            geometric(kls), mean([x["answer"] for x in seeds]), ratio,
+        ])
+    return markdown(head, table) + "\nΔ = log π − log μ in nats; KL is k3, nats per token.\n"
+
+
+# learning
+
+
+def runs(records: Path) -> dict[str, list[list[Row]]]:
+    """The steps of every complete run, by arm."""
+    found: dict[str, list[list[Row]]] = {}
+    for path in sorted((records / "reinforce").glob("*.csv")):
+        found.setdefault(path.stem.rsplit("-", 1)[0], []).append(rows_of(path))
+    return found
+
+
+def learning(records: Path) -> str:
+    """Every arm: KL and reward by step."""
+    arms = runs(records)
+    if not arms:
+        return "No record of `python -m benchmarks.lab.real reinforce`.\n"
+    head = ["arm", "seeds", "steps", "KL: first, largest, last", "arrives: least, last",
+            "ESS of sequences, least", "reward of the engine, last 5",
+            "policy, greedy: first, last", "policy, T = 1: first, last", "CPU s a step"]
+    table = []
+    for arm, seeds in arms.items():
+        def of(column: str, run: list[Row]) -> list[float]:
+            return [float(row[column]) for row in run if row[column]]
+
+        def by_seed(pick: Callable[[list[float]], float], column: str, seeds=seeds) -> str:
+            return mean([pick(of(column, run)) for run in seeds])
+
+        table.append([
+            arm, str(len(seeds)), seeds[0][-1]["step"],
+            ", ".join(by_seed(pick, "kl") for pick in (lambda x: x[0], max, lambda x: x[-1])),
+            ", ".join(by_seed(pick, "arrival") for pick in (min, lambda x: x[-1])),
+            by_seed(min, "ess_sequence"),
+            by_seed(lambda x: statistics.fmean(x[-5:]), "reward"),
+            *(", ".join(by_seed(pick, column) for pick in (lambda x: x[0], lambda x: x[-1]))
+              for column in ("greedy", "sampled")),
+            by_seed(statistics.median, "cpu_s"),
+        ])
+    notes = [json.loads(path.read_text(encoding="utf-8"))
+             for path in sorted((records / "reinforce").glob("*.json"))]
+    where = "; ".join(dict.fromkeys(f"{x['processor']}, torch {x['torch']}" for x in notes))
+    return markdown(head, table) + f"\n{where}.\n"
+
+
+def learning_figure(records: Path) -> plt.Figure:
+    """KL, arrival and rewards by step, a line a run."""
+    columns = {"kl": "KL(engine‖policy), nats per token", "arrival": "arrives of the last update",
+               "reward": "reward of the engine", "sampled": "reward of the policy, T = 1"}
+    figure, panels = plt.subplots(1, 4, figsize=(15, 3.6), layout="constrained")
+    for (arm, seeds), colour in zip(runs(records).items(), plt.get_cmap("tab10").colors,
+                                    strict=False):
+        for run in seeds:
+            for ax, column in zip(panels, columns, strict=True):
+                points = [(int(r["step"]), float(r[column])) for r in run if r[column]]
+                label = arm if run is seeds[0] else None
+                ax.plot(*zip(*points, strict=True), color=colour, label=label, marker=".")
+    for ax, label in zip(panels, columns.values(), strict=True):
+        ax.set(xlabel="step", title=label)
+    panels[0].set_yscale("log")
+    panels[0].legend(fontsize=7, frameon=False)
+    return figure
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "arrival": arrival, "rests": rests, "kinds": kinds, "offline": offline, "learning": learning,
+}
