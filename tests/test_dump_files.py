@@ -1,5 +1,6 @@
 """What is written is read again, what is no value of a field is refused, and files are bounded."""
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -429,6 +430,46 @@ def test_packed_rows_become_sequences_with_their_places_turns_and_versions(tmp_p
     assert Tokens.of(dump).age.tolist() == [0, 0, 1, 2, 3, 3, 0]
 
 
+@given(data=st.data())
+def test_every_packed_batch_is_written_as_its_sequences(data):
+    rows, width = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 7))
+    mask = data.draw(arrays(bool, (rows, width)))
+    ids, turns = (data.draw(arrays(np.int64, (rows, width), elements=st.integers(0, 2)))
+                  for _ in range(2))
+    age = data.draw(arrays(np.int64, (rows, width), elements=st.integers(-2, 9)))
+    value = -np.arange(1, rows * width + 1, dtype=np.float32).reshape(rows, width)
+    expected = []  # of each sequence: its place, and value, turn and version of its tokens
+    for r in range(rows):
+        place = 0
+        for _, places in itertools.groupby(range(width), key=lambda t, r=r: ids[r, t]):
+            run, sequence, turn = list(places), [], 0
+            for before, t in itertools.pairwise([run[0], *run]):
+                turn += bool(turns[r, before] != turns[r, t])
+                if mask[r, t]:
+                    sequence.append((value[r, t], turn, 20 - age[r, t]))
+            if sequence:
+                expected.append((place, sequence))
+                place += 1
+    layout = Layout(
+        torch.from_numpy(mask), sequence_ids=torch.from_numpy(ids),
+        segment_ids=torch.from_numpy(turns), age=torch.from_numpy(age),
+    )
+    x = torch.from_numpy(value)
+    with tempfile.TemporaryDirectory() as directory, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # where no token counts, there is no sequence to write
+        path = DumpWriter(directory).write(
+            step=20, mask=layout, rollout_log_probs=x, old_log_probs=x
+        )
+        found = []
+        if path is not None:
+            dump = read_dump(path)
+            for i, counted in enumerate(dump.mask):
+                columns = (dump.rollout_log_probs, dump.turn, dump.version)
+                tokens = [c[i][counted].tolist() for c in columns]
+                found.append((int(dump.pack[i, 0]), list(zip(*tokens, strict=True))))
+    assert found == expected
+
+
 def test_a_flat_packed_row_and_what_is_one_for_each_sequence(tmp_path):
     mask = torch.ones(5, dtype=torch.bool)
     layout = Layout.from_cu_seqlens(mask, torch.tensor([0, 2, 5]))
@@ -526,6 +567,25 @@ def test_the_engines_candidates_are_compared_with_the_sampled_token():
     assert tokens.best.tolist() == [-1.0, -0.5, -0.5]
     np.testing.assert_array_equal(tokens.candidate, [-1.0, -1.5, np.nan])
     assert tokens.current.tolist() == [-2.0] * 3
+
+
+def test_a_value_that_stands_for_missing_ones_is_named_and_told_from_a_wrong_sign(tmp_path):
+    row = {"rollout_log_probs": [-1.0] * 8, "old_log_probs": [-1.0] * 8, "mask": [1] * 8}
+    path = tmp_path / "dump.jsonl"
+    path.write_text(json.dumps(row | {"rollout_log_probs": [-1.0] * 6 + [1.0] * 2}))
+    with pytest.raises(InputError, match=r"1.0 at token 6 .* 2 of its 8 tokens.*write null or NaN"):
+        read_dump(path)
+    path.write_text(json.dumps(row | {"rollout_log_probs": [1.0] * 8}))
+    with pytest.raises(InputError, match="negate"):
+        read_dump(path)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".safetensors"])
+def test_a_missing_package_is_said_before_training_begins(tmp_path, monkeypatch, suffix):
+    for name in ("pyarrow.parquet", "safetensors"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(InputError, match="pip install"):
+        DumpWriter(tmp_path, suffix=suffix)
 
 
 def test_sparse_and_wide_tensors_are_written_as_they_are(tmp_path):

@@ -185,12 +185,13 @@ def check_log_probs(caller: str, row: Row, where: str) -> None:
         bad = is_wrong(x) & counted
         if bad.any():
             t = int(np.flatnonzero(bad)[0])
-            fix = "mask the token out or write null, and find out why it has no log-prob"
-            if x[t] > HIGHEST_LOG_PROB:
+            fix = "write null or NaN where a log-prob is missing, which is then counted"
+            if x[t] > HIGHEST_LOG_PROB and 2 * bad.sum() >= counted.sum():
                 fix = "write log-probs: negate negative log-likelihoods, and do not write logits"
             raise input_error(
                 caller, name, expected="at most 0, and a log-prob where the mask is 1",
-                got=f"{x[t]} at token {t} in {where}", fix=fix,
+                got=f"{x[t]} at token {t} in {where}, in {bad.sum()} of its {counted.sum()} tokens",
+                fix=fix,
             )
 
 

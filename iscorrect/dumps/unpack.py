@@ -59,6 +59,8 @@ def _split(sequence: Tensor, fields: dict[str, Tensor]) -> dict[str, Tensor]:
     """Fields cut at the ends of sequences, those without a counted token left out."""
     mask = fields["mask"]
     rows, width = mask.shape
+    if not mask.any():
+        return {name: x[:0] for name, x in fields.items()}
     lengths = torch.unique_consecutive(sequence.flatten(), return_counts=True)[1]
     first = lengths.cumsum(0) - lengths
     counted = [bool(x.any()) for x in torch.split(mask.flatten(), lengths.tolist())]

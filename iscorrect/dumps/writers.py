@@ -187,6 +187,12 @@ WRITERS: dict[str, Callable[[Sequence[Row], Path], None]] = {
 }
 
 
+NEEDED = {
+    ".parquet": ("pyarrow.parquet", "parquet"), ".safetensors": ("safetensors", "safetensors"),
+}
+"""The modules that formats need, with the extras that bring them."""
+
+
 class DumpWriter:
     """Writes one file for each call, from a training loop; no call overwrites another's file.
 
@@ -200,7 +206,7 @@ class DumpWriter:
         suffix: the format, as for :func:`write_dump`.
 
     Raises:
-        InputError: an unknown suffix.
+        InputError: an unknown suffix, or a missing package.
 
     >>> import tempfile
     >>> directory = tempfile.mkdtemp()
@@ -213,6 +219,8 @@ class DumpWriter:
 
     def __init__(self, directory: str | os.PathLike[str], *, suffix: str = ".npz") -> None:
         check_choice("DumpWriter", "suffix", suffix, list(WRITERS))
+        if suffix in NEEDED:  # said now, not after the first step of training
+            import_extra("DumpWriter", *NEEDED[suffix])
         self.directory = Path(directory)
         self.suffix = suffix
         self.directory.mkdir(parents=True, exist_ok=True)
