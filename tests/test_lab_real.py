@@ -11,7 +11,16 @@ pytest.importorskip("rich")
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.lab.real import learner, mechanism, offline, packed, reinforce, report, senders
+from benchmarks.lab.real import (
+    learner,
+    mechanism,
+    offline,
+    packed,
+    reinforce,
+    report,
+    senders,
+    served,
+)
 from iscorrect.dumps import read_dump
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and vLLM, about themselves
@@ -158,17 +167,29 @@ def test_a_dump_for_every_pair_of_precisions(folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("half_are_right")
+def test_an_engine_that_is_sent_rounded_weights(folder, monkeypatch):
+    monkeypatch.setattr(served, "LOOKED_AT", (1, 2))
+    arm, schedule = reinforce.Arm("bf16", kind="simulated"), learner.Schedule(learning_rate=1e-4)
+    rows = list(served.follow(folder, arm, schedule, 0))
+    assert [(row["step"], row["rounding"]) for row in rows] == [
+        (step, way) for step in (0, 1, 2) for way in ("nearest", "stochastic", "feedback")
+    ]
+    first = [row["kl"] for row in rows[:3]]
+    assert max(first) < 1e-8 < min(row["kl"] for row in rows[3:])
+
+
+@pytest.mark.usefixtures("half_are_right")
 def test_the_report_fills_every_table(folder, tmp_path, monkeypatch):
     page = tmp_path / "page.md"
     page.write_text("".join(f"<!-- real:{name} -->\n<!-- /real -->\n" for name in report.TABLES))
     report.main(tmp_path, [page], tmp_path)
-    assert page.read_text().count("No record of `python -m benchmarks.lab.real") == 5
+    assert page.read_text().count("No record of `python -m benchmarks.lab.real") == 6
     monkeypatch.setattr(mechanism, "LOOKED_AT", (1, 2))
     mechanism.main(folder, tmp_path / "mechanism", learner.Schedule(learning_rate=1e-4), 0)
     arm = reinforce.Arm("bf16", kind="simulated")
     reinforce.main(folder, tmp_path / "reinforce", arm, learner.Schedule(steps=2, judged=2), 0)
     report.main(tmp_path, [page], tmp_path)
     text = page.read_text()
-    assert text.count("No record") == 1 and text.count("|---|") == 4
+    assert text.count("No record") == 2 and text.count("|---|") == 4
     pictures = {path.name for path in tmp_path.glob("*.png")}
     assert pictures == {"real-arrival.png", "real-learning.png"}

@@ -11,7 +11,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from benchmarks.lab.policy import DTYPES
-from benchmarks.lab.real import mechanism, model, offline, reinforce, report
+from benchmarks.lab.real import mechanism, model, offline, reinforce, report, served
 from benchmarks.lab.real.learner import Schedule
 
 LAB = Path(__file__).parents[1]
@@ -32,6 +32,9 @@ def main(arguments: list[str] | None = None) -> None:
     commands.add_parser(
         "mechanism", parents=[common], help="what arrives of an update, and the KL it makes")
 
+    serving = commands.add_parser(
+        "served", parents=[common], help="the same trajectory, its weights sent to vLLM")
+    serving.add_argument("--engine", choices=list(served.WAYS), default="bf16")
     compared = commands.add_parser(
         "offline", parents=[common], help="one set of tokens in pairs of precisions")
     compared.add_argument("--rollouts", nargs="*", choices=list(DTYPES), default=["bf16", "fp16"])
@@ -63,6 +66,8 @@ def main(arguments: list[str] | None = None) -> None:
     for seed in given.seeds:
         if given.command == "mechanism":
             mechanism.main(given.models, given.records / "mechanism", schedule, seed)
+        elif given.command == "served":
+            served.main(given.models, given.records / "served", given.engine, schedule, seed)
         else:
             arm = reinforce.Arm(given.engine, given.correction, given.rounding, given.kind)
             how = replace(schedule, steps=given.steps, every=given.every)

@@ -78,12 +78,10 @@ class Learner:
     ) -> dict[str, float]:
         """Learn from a batch; what it was like, before the update.
 
-            reward                   share of right answers
-            kl, log_prob_diff, max   k3 of KL(μ‖π) and |log π − log μ|, nats per token
-            ess_token, ess_sequence  of weights π/μ, as shares
-            gradient_norm            before clipping
-            entropy                  −mean log μ, nats per token
-            length                   tokens of an answer
+            reward         share of right answers, and what :func:`mismatch` says
+            gradient_norm  before clipping
+            entropy        −mean log μ, nats per token
+            length         tokens of an answer
         """
         rewards = self.task.rewards(which, answers)
         group = torch.arange(len(which)).repeat_interleave(rewards.shape[1])
@@ -102,14 +100,8 @@ class Learner:
             share = min(1, self.steps / self.schedule.warmup)
             settings["lr"] = self.schedule.learning_rate * share
         self._optimizer.step()
-        d = (own.detach() - sampled).where(mask, 0).double()
-        sequence = d.sum(1, keepdim=True).exp()
-        all_of_them = torch.ones_like(sequence, dtype=torch.bool)
         return {
-            "reward": rewards.mean().item(), "kl": k3(d)[mask].mean().item(),
-            "log_prob_diff": d[mask].abs().mean().item(), "max": d.abs().max().item(),
-            "ess_token": effective_sample_size(d.exp(), mask).item(),
-            "ess_sequence": effective_sample_size(sequence, all_of_them).item(),
+            "reward": rewards.mean().item(), **mismatch(own.detach(), sampled, mask),
             "gradient_norm": norm.item(), "entropy": -sampled[mask].mean().item(),
             "length": mask.sum(1).float().mean().item(),
         }
@@ -127,6 +119,24 @@ class Learner:
             found.append(self.task.rewards(which.tolist(), answers))
         greedy, sampled = torch.cat(found).mean(0).tolist()
         return greedy, sampled
+
+
+def mismatch(own: Tensor, sampled: Tensor, mask: Tensor) -> dict[str, float]:
+    """How far a policy is from what sampled, on its tokens "… t".
+
+        kl, log_prob_diff, max   k3 of KL(μ‖π) and |log π − log μ|, nats per token
+        ess_token, ess_sequence  of weights π/μ, as shares
+        tokens                   how many
+    """
+    d = (own - sampled).where(mask, 0).double().flatten(0, -2)
+    mask = mask.flatten(0, -2)
+    sequence = d.sum(1, keepdim=True).exp()
+    every = torch.ones_like(sequence, dtype=torch.bool)
+    return {
+        "kl": k3(d)[mask].mean().item(), "log_prob_diff": d[mask].abs().mean().item(),
+        "max": d.abs().max().item(), "ess_token": effective_sample_size(d.exp(), mask).item(),
+        "ess_sequence": effective_sample_size(sequence, every).item(), "tokens": int(mask.sum()),
+    }
 
 
 def apart(own: Tensor, other: Tensor, mask: Tensor) -> float:

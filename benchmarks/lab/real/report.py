@@ -176,6 +176,31 @@ def mechanism_figure(records: Path) -> plt.Figure:
     return figure
 
 
+def serving(records: Path) -> str:
+    """KL and ESS of a real engine along the same trajectories, by how weights are sent."""
+    found: dict[str, list[list[Row]]] = {}
+    for path in sorted((records / "served").glob("*.csv")):
+        found.setdefault(path.stem.split("-")[0], []).append(rows_of(path))
+    if not found:
+        return "No record of `python -m benchmarks.lab.real served`.\n"
+    steps = list(dict.fromkeys(row["step"] for seeds in found.values() for row in seeds[0]))
+    head = ["engine, weights are sent", "seeds", *(f"KL after {s}" for s in steps),
+            *(f"ESS of sequences after {s}" for s in steps)]
+    table = []
+    for engine, seeds in found.items():
+        for way in dict.fromkeys(row["rounding"] for row in seeds[0]):
+            def of(column: str, step: str, seeds=seeds, way=way) -> list[float]:
+                return [float(row[column]) for rows in seeds for row in rows
+                        if (row["step"], row["rounding"]) == (step, way)]
+
+            table.append([
+                f"{engine}, {way}", str(len(seeds)), *(geometric(of("kl", s)) for s in steps),
+                *(mean(of("ess_sequence", s)) for s in steps),
+            ])
+    name = next(iter(found.values()))[0][0]["engine"]
+    return markdown(head, table) + f"\n{name}; 32 answers a cell and seed.\n"
+
+
 # pairs of precisions
 
 
@@ -275,5 +300,6 @@ def learning_figure(records: Path) -> plt.Figure:
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
-    "arrival": arrival, "rests": rests, "kinds": kinds, "offline": offline, "learning": learning,
+    "arrival": arrival, "rests": rests, "kinds": kinds, "serving": serving,
+    "offline": offline, "learning": learning,
 }

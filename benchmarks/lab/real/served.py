@@ -1,0 +1,77 @@
+"""The mechanism in a real engine: the same trajectory, its weights sent to vLLM in several ways.
+
+The policy learns from its own float32 answers, as in :mod:`benchmarks.lab.real.mechanism`, so the
+engine's answers act on nothing; they are sampled at some steps, and scored by the policy.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from benchmarks.lab.real.learner import Learner, Schedule, conditions, mismatch
+from benchmarks.lab.real.mechanism import LOOKED_AT, score
+from benchmarks.lab.real.packed import sample
+from benchmarks.lab.real.reinforce import Arm, open_engine
+from benchmarks.lab.real.sums import LONGEST
+from iscorrect import uncorrected
+
+WAYS = {"bf16": ("nearest", "stochastic", "feedback"), "fp16": ("nearest", "stochastic")}
+"""How weights are sent to an engine of each format."""
+
+
+def main(folder: Path, records: Path, engine: str, schedule: Schedule, seed: int) -> None:
+    """One trajectory and an engine; a row for each way to send at each step that is looked at."""
+    record = records / f"{engine}-{schedule.grid}-{schedule.learning_rate:g}-{seed}.csv"
+    if record.exists():
+        return
+    part = record.with_suffix(".part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    with part.open("w", newline="", encoding="utf-8") as file:
+        writer = None
+        for row in follow(folder, Arm(engine), schedule, seed):
+            if writer is None:
+                writer = csv.DictWriter(file, list(row), lineterminator="\n")
+                writer.writeheader()
+            writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
+            file.flush()
+    note = conditions(schedule, seed, arm=asdict(Arm(engine)))
+    record.with_suffix(".json").write_text(note, encoding="utf-8")
+    part.replace(record)
+
+
+def follow(
+    folder: Path, arm: Arm, schedule: Schedule, seed: int
+) -> Iterator[dict[str, float | str]]:
+    """Rows: step, rounding, and what :func:`mismatch` says of the engine's answers."""
+    learner = Learner(folder, schedule, seed)
+    prompts = learner.task.prompts
+    engine = open_engine(folder, arm, schedule, prompts.shape[1] + LONGEST)
+    senders = {way: Arm(arm.engine, rounding=way).send() for way in WAYS[arm.engine]}
+    try:
+        while True:
+            which = learner.draw()
+            answers = sample(learner.model, prompts[which], schedule.answers, LONGEST,
+                             learner.task.end)
+            for way, send in senders.items():
+                looked_at = learner.steps in (0, *LOOKED_AT)
+                if not (looked_at or way == "feedback"):  # which remembers every send
+                    continue
+                sent = {name: send(name, x) for name, x in learner.weights.items()}
+                if looked_at:
+                    engine.load(sent)
+                    served = engine.generate(prompts[which], schedule.answers, learner.task.end)
+                    own = score(learner.model, served)
+                    yield {
+                        "step": learner.steps, "engine": engine.name, "rounding": way,
+                        **mismatch(own, served.log_probs, served.mask),
+                        "reward": learner.task.rewards(which, served).mean().item(),
+                        "own_reward": learner.task.rewards(which, answers).mean().item(),
+                    }
+            if learner.steps == max(LOOKED_AT):
+                return
+            learner.update(which, answers, uncorrected())
+    finally:
+        engine.close()
