@@ -301,6 +301,15 @@ class TestDialects:
         with pytest.raises(InputError, match="a rank's shares of sequences"):
             read_dump(tmp_path)
 
+    def test_rows_of_no_known_trainer_are_never_taken_for_copies(self, tmp_path):
+        row = {
+            "rollout_log_probs": [-1.0], "old_log_probs": [-1.0], "mask": [1], "rank": 0,
+            "rollout_id": 1,
+        }
+        for name in ("a", "b"):
+            (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
+        assert len(read_dump(tmp_path)) == 2
+
     def test_an_unknown_one_is_told_what_is_missing(self, tmp_path):
         (tmp_path / "dump.jsonl").write_text('{"logps": [-1.0], "input": "x"}\n')
         with pytest.raises(InputError, match=r"prime-rl.*logps, input in .*dump\.jsonl"):

@@ -39,6 +39,7 @@ from iscorrect.dumps.trainers import (
     DIALECT_COLUMNS,
     SLIME_COLUMNS,
     Copies,
+    OfRank,
     unknown_dialect,
     with_rollouts,
 )
@@ -388,9 +389,9 @@ def _pt_rows(path: Path) -> Iterator[Any]:
                 got=f"{content['cp_size']} in {visible(path)}, a rank's shares of sequences",
                 fix="dump the steps to be reported with --context-parallel-size 1",
             )
-        rank = {name: content.get(name) for name in ("rank", "rollout_id")}
-        rows = (row | rank for row in _slime_columns(content["rollout_data"], path))
-        yield from with_rollouts(rows, lambda: _rollouts(path, content))
+        rows = _slime_columns(content["rollout_data"], path)
+        for row in with_rollouts(rows, lambda: _rollouts(path, content)):
+            yield OfRank(row, rollout_id=content.get("rollout_id"))
     else:
         tensors = {name: x for name, x in content.items() if isinstance(x, Tensor)}
         used = {name: x for name, x in tensors.items() if name in ARRAYS}

@@ -117,8 +117,12 @@ def translated(raw: Row, where: str, path: Path) -> Row:
     raise unknown_dialect(where, list(raw), [n for n in REQUIRED if n not in raw])
 
 
+class OfRank(dict[Any, Any]):
+    """A row of a file that one rank wrote; tensor-parallel ranks write the same."""
+
+
 class Copies:
-    """Which samples of a step another rank's file held: tensor-parallel ranks write the same."""
+    """Which samples of a step another rank's file held."""
 
     def __init__(self) -> None:
         self.before: set[bytes] = set()
@@ -135,7 +139,7 @@ class Copies:
 
         Of a pipeline, the last stage alone has them.
         """
-        if row.get("rank") is None:
+        if not isinstance(row, OfRank):
             return False
         if "log_probs" not in row:
             self.unscored = where, [str(name) for name in row]
