@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -62,6 +63,56 @@ def test_a_difference_is_told_with_its_sign_and_its_interval():
     assert k3.low < k3.difference < k3.high
     back = {x.name: x for x in compared(after, before).metrics}["mismatch/kl_k3"]
     assert (back.verdict, back.low) == ("smaller", pytest.approx(-k3.high))
+
+
+def rescored(dump, seed, *, noise):
+    """The same sequences under a trainer with other noise."""
+    g = torch.Generator().manual_seed(seed)
+    other = dump.old_log_probs + noise * torch.randn(dump.mask.shape, generator=g)
+    return replace(dump, old_log_probs=other)
+
+
+@pytest.mark.parametrize("ids", [True, False])
+def test_the_same_sequences_are_compared_in_pairs_in_any_order_and_pieces(ids):
+    dump = some_dump(3, shared=0.3)
+    if ids:
+        dump = replace(dump, token_ids=torch.randint(0, 99, dump.mask.shape))
+    other = rescored(dump, 4, noise=0.02)
+    changes = compared(dump, other)
+    assert changes.paired
+    k1 = changes.metrics[0]
+    d = [torch.where(x.mask, x.rollout_log_probs - x.old_log_probs, 0).double()
+         for x in (dump, other)]
+    moved = d[1].sum(1) - d[0].sum(1)
+    tokens = dump.mask.sum(1)
+    residual = moved - moved.sum() / tokens.sum() * tokens
+    error = float(residual.square().sum().sqrt() * (60 / 59) ** 0.5 / tokens.sum())
+    assert k1.high - k1.low == pytest.approx(2 * 2.001 * error, rel=1e-3)
+    apart = np.hypot(*(x.errors["mismatch/kl_k1"] for x in (changes.before, changes.after)))
+    assert error < apart / 5
+    shuffled = other.rows(torch.randperm(60))
+    pieces = summarise([shuffled.rows(slice(0, 7)), shuffled.rows(slice(7, 60))], corrections=[])
+    again = Changes.of(changes.before, pieces)
+    assert again.paired
+    assert again.metrics[0].low == pytest.approx(k1.low, rel=1e-3)
+
+
+def test_paired_intervals_cover_what_they_say():
+    missed = 0
+    for seed in range(60):
+        base = some_dump(seed, shared=0.3)
+        pair = (rescored(base, 2 * seed + i, noise=0.02) for i in (0, 1))
+        changes = compared(*pair)
+        missed += changes.paired and changes.metrics[0].verdict != "no difference beyond chance"
+    assert missed <= 9
+
+
+def test_other_sequences_are_not_taken_for_the_same():
+    dump = some_dump(5)
+    for other in (some_dump(6), dump.rows(slice(0, 59)), replace(dump, mask=dump.mask & (
+        torch.arange(40) != 2
+    ))):
+        assert not compared(dump, other).paired
 
 
 def test_places_of_both_are_compared_and_others_are_not():

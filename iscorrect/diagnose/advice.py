@@ -151,7 +151,8 @@ class Size:
     @classmethod
     def of(cls, tokens: Tokens, length: int) -> Size:
         """Measured on a dump, for sequences of some length."""
-        ratio = np.exp(np.minimum(tokens.d, 30))
+        d = np.minimum(tokens.d, 30)
+        ratio = np.exp(d - d.max())  # up to a factor, so that not all of them vanish
         rows, member = np.unique(tokens.row, return_inverse=True)
         lengths = np.bincount(member)
         total = np.bincount(member, weights=tokens.d)

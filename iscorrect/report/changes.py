@@ -7,11 +7,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from iscorrect.dumps import Estimate
 from iscorrect.report.gather import Report
 from iscorrect.report.pages import Page, Section, plain_in_markdown, write_pages
 from iscorrect.report.render import FINDINGS, LEGEND, found, write_figures
-from iscorrect.report.sums import student
+from iscorrect.report.sums import MEASURED, student
 from iscorrect.text import Table, finite, number, visible
 
 COMPARED = {
@@ -31,11 +33,14 @@ HEAVY = (
     " mean ratio and of what rests on few tokens are too narrow."
 )
 
-NOTE = (
-    "Intervals are 95 %, from errors clustered by sequence, as if the two dumps were independent:"
-    " where both hold the same sequences they are too wide. Each row has its own; of twenty rows"
+INTERVALS = (
+    "Intervals are 95 %, from errors clustered by sequence. Each row has its own; of twenty rows"
     " without a difference, one is expected to show one."
 )
+
+PAIRED = "Both dumps hold the same sequences, and so the intervals are of differences in pairs."
+
+APART = "As if the two dumps were independent: intervals are too wide where they share sequences."
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,10 @@ class Change:
     high: float
 
     @classmethod
-    def of(cls, name: str, before: Estimate, after: Estimate, *, sequences: int) -> Change:
+    def of(
+        cls, name: str, before: Estimate, after: Estimate, *, sequences: int,
+        error: float | None = None,
+    ) -> Change:
         """From two estimates.
 
         Args:
@@ -67,12 +75,13 @@ class Change:
             before: in the first dump.
             after: in the second.
             sequences: of the smaller dump.
+            error: of the difference; None: that of independent estimates.
 
         >>> Change.of("k3", Estimate(3.0, 0.1), Estimate(2.0, 0.1), sequences=64).verdict
         'smaller'
         """
         difference = after.value - before.value
-        error = math.hypot(before.error, after.error)
+        error = math.hypot(before.error, after.error) if error is None else error
         half = student(sequences - 1) * error if sequences > 2 else math.inf
         ends = difference - half, difference + half
         return cls(name, before.value, after.value, difference, *ends)
@@ -96,22 +105,27 @@ class Changes:
         after: the report of the second.
         metrics: what changed over all tokens.
         places: k3 in the places that both have.
+        paired: whether both hold the same sequences.
     """
 
     before: Report
     after: Report
     metrics: list[Change]
     places: list[Change]
+    paired: bool
 
     @classmethod
     def of(cls, before: Report, after: Report) -> Changes:
         """Compare two reports."""
         both = before, after
         sequences = min(report.sequences for report in both)
+        paired = np.array_equal(before.rows.key, after.rows.key)
         metrics = [
             Change.of(
                 name, *(Estimate(report.metrics[name], report.errors[name]) for report in both),
                 sequences=sequences,
+                error=_paired_error(before, after, MEASURED.index(name))
+                if paired and name in MEASURED else None,
             )
             for name in COMPARED if all(name in report.errors for report in both)
         ]
@@ -123,7 +137,7 @@ class Changes:
             )
             for name in k3[0] if name in k3[1] and not name.startswith("group ")
         ]
-        return cls(before, after, metrics, places)
+        return cls(before, after, metrics, places, paired)
 
     def numbers(self) -> dict[str, float]:
         """Differences and the ends of their intervals, by flat name."""
@@ -138,9 +152,17 @@ class Changes:
         held: dict[str, Any] = finite({
             "changes": [asdict(x) | {"verdict": x.verdict} for x in self.metrics],
             "places": [asdict(x) | {"verdict": x.verdict} for x in self.places],
+            "paired": self.paired,
             "before": self.before.to_json(), "after": self.after.to_json(),
         })
         return held
+
+
+def _paired_error(before: Report, after: Report, value: int) -> float:
+    """Standard error of the difference of a mean, over sequences that both have; inf for one."""
+    moved = after.rows.influence(value) - before.rows.influence(value)
+    s = len(moved)
+    return math.sqrt(float(moved @ moved) * s / (s - 1)) if s > 1 else math.inf
 
 
 def page(changes: Changes) -> Page:
@@ -152,7 +174,9 @@ def page(changes: Changes) -> Page:
         for name, report in both.items()
     ]
     lines.append(("k3", _sentence(next(x for x in changes.metrics if x.name == K3))))
-    heavy = any(report.metrics["tail/pareto_k"] > 0.7 for report in both.values())
+    notes = [INTERVALS, PAIRED if changes.paired else APART]
+    if any(report.metrics["tail/pareto_k"] > 0.7 for report in both.values()):
+        notes.append(HEAVY)
     findings = [
         (f"{name}: {pattern}", *rest) for name, report in both.items()
         for pattern, *rest in found(report)
@@ -171,7 +195,7 @@ def page(changes: Changes) -> Page:
             Section(
                 Table("What changed", ("over all tokens", *header), [
                     _row(COMPARED[x.name], x) for x in changes.metrics
-                ]), notes=[NOTE, HEAVY] if heavy else [NOTE],
+                ]), notes=notes,
             ),
             Section(Table("Findings", FINDINGS, findings), prose=True),
             Section(
@@ -182,7 +206,7 @@ def page(changes: Changes) -> Page:
             ),
             Section(Table("Where", ("k3 of", *header), [
                 _row(visible(x.name), x) for x in changes.places
-            ])),
+            ]), notes=[APART]),
         ],
         foot="The dumps are compared over all their tokens.",
     )

@@ -20,7 +20,7 @@ from iscorrect.loss.pareto import pareto_tail
 from iscorrect.loss.presets import uncorrected
 from iscorrect.loss.specs import parse
 from iscorrect.report.effects import Effects
-from iscorrect.report.sums import EDGES, Means, Sample, Sums
+from iscorrect.report.sums import EDGES, Means, Rows, Sample, Sums
 from iscorrect.text import finite
 
 CORRECTIONS = (
@@ -48,6 +48,7 @@ class Report:
         findings: likely causes.
         advice: what to do.
         sample: the tokens of the sequences that findings and figures rest on.
+        rows: what each sequence adds to the means.
     """
 
     source: str
@@ -60,6 +61,7 @@ class Report:
     findings: list[Finding]
     advice: list[Advice]
     sample: Tokens
+    rows: Rows
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the sample, as JSON can hold it; what is not finite becomes None."""
@@ -145,7 +147,7 @@ def summarise(
         },
         notes=compared.notes() + _missing(fields),
         places=_places(sums) + _worst_groups(sample),
-        findings=findings, sample=sample,
+        findings=findings, sample=sample, rows=Rows.join(sums.rows),
         advice=advise(
             sample, samples=samples or sequences, length=length or round(sums.mean_length()),
             findings=findings,

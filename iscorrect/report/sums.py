@@ -1,13 +1,14 @@
 """Sums over every token of a dump, and a uniform sample of its sequences, in one pass.
 
-Memory does not grow with the dump: errors clustered by sequence need sums of squares over
-sequences only.
+Memory grows by 64 bytes with each sequence, for comparing dumps sequence by sequence; errors
+clustered by sequence need sums of squares over sequences only.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -87,6 +88,55 @@ MEASURED = (
 )
 
 
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """What each sequence with a token adds to the sums, in the order of what it holds.
+
+    Attributes:
+        key: uint64 "s", the same for the same token ids, or without ids for the same log μ.
+        length: "s", its tokens.
+        totals: "m s", the sums of what is measured.
+    """
+
+    key: Array
+    length: Array
+    totals: Array
+
+    @classmethod
+    def of(cls, tokens: Tokens, values: Array) -> Rows:
+        """Of tokens and what was measured on them, "m n"."""
+        if not len(tokens):
+            return cls(np.zeros(0, np.uint64), np.zeros(0), np.zeros((len(values), 0)))
+        starts = np.flatnonzero(np.r_[True, tokens.row[1:] != tokens.row[:-1]])
+        what = tokens.rollout if tokens.ids is None else tokens.ids.astype(np.int64)
+        x = what.view(np.uint64) ^ (tokens.position.astype(np.uint64) * MIX)
+        for shift in (29, 32):  # so that sums of nearby numbers do not agree
+            x = (x ^ (x >> np.uint64(shift))) * MIX
+        return cls(
+            np.add.reduceat(x, starts), np.diff(np.r_[starts, len(tokens)]).astype(float),
+            np.add.reduceat(values, starts, axis=1),
+        )
+
+    @classmethod
+    def join(cls, parts: Sequence[Rows]) -> Rows:
+        """Those of several pieces, sorted by key."""
+        key = np.concatenate([part.key for part in parts])
+        order = np.argsort(key, kind="stable")
+        return cls(
+            key[order], np.concatenate([part.length for part in parts])[order],
+            np.concatenate([part.totals for part in parts], axis=1)[:, order],
+        )
+
+    def influence(self, value: int) -> Array:
+        """How far each sequence moves the mean of a value over tokens, "s"."""
+        tokens = self.length.sum()
+        mean = self.totals[value].sum() / tokens
+        moved: Array = (self.totals[value] - mean * self.length) / tokens
+        return moved
+
+
+MIX = np.uint64(0x9E3779B97F4A7C15)
+
 UPDATE = ("policy/log_prob_diff/mean", "policy/kl_k3")
 """Of the policy being trained against π_old."""
 
@@ -102,6 +152,7 @@ class Sums:
 
     def __init__(self) -> None:
         self.whole = Means()
+        self.rows: list[Rows] = []
         self.places: dict[str, Means] = {}
         self.update = Means()
         self.candidates = Means()
@@ -113,6 +164,7 @@ class Sums:
         d, k3, outside = tokens.d, tokens.k3, tokens.outside
         values = np.stack([-d, k3, np.abs(d), outside, np.exp(np.minimum(d, 30))])
         self.whole.add(tokens, values, ["all"], np.zeros(len(tokens), int))
+        self.rows.append(Rows.of(tokens, values))
         p, q = np.exp(tokens.rollout), np.exp(tokens.old)
         self.probabilities += [len(p), *(x.sum() for x in (p, q, p * p, q * q, p * q))]
         length = np.bincount(tokens.row, minlength=tokens.count)
