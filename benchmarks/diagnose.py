@@ -443,8 +443,9 @@ def of_the_tokens(lab: Lab) -> Iterator[Case]:
     for every in (16, 4):
         yield case("different tokens from a position on", f"1 sequence in {every}",
                    Scenario(tokens=_inserted(every)), every == 4)
-    yield case("two passes of the trainer that disagree", "8-bit weights in the second",
-               Scenario(second_weights=quantised(8)), True)
+    for bits in (8, 6):
+        yield case("two passes of the trainer that disagree", f"{bits}-bit weights in the second",
+                   Scenario(second_weights=quantised(bits)), bits == 6)
     yield case("candidates reported before temperature and penalties, the sampled token after",
                "τ = 0.9", Scenario(sampler=tempered(0.9), trainer_temperature=0.9,
                                    candidates=plain), True)

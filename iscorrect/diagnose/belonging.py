@@ -115,8 +115,21 @@ def _repeated(tokens: Tokens, x: Array, other: Array) -> Array:
     )
     many = max(8, 1e-3 * len(first))
     constant = (wrong >= 0.4 * count) & ((wrong >= many) | (impossible >= 3))
-    found: Array = constant[inverse] | ((x == 0) & (other < UNLIKELY))
+    found: Array = constant[inverse] | ((x == 0) & (other < UNLIKELY)) | _closing(tokens, x, other)
     return found
+
+
+def _closing(tokens: Tokens, x: Array, other: Array) -> Array:
+    """Zeros at the end of nearly all sequences, where the other side is not certain; bool "n"."""
+    ends = np.r_[tokens.row[1:] != tokens.row[:-1], True]
+    zero = x == 0
+    closing = ends & zero
+    placeholder = (
+        closing.sum() >= max(8, 0.9 * ends.sum())
+        and (zero & ~ends).sum() < 0.2 * len(tokens)
+        and float(np.median(-other[closing])) > max(0.02, tokens.typical())
+    )
+    return closing if placeholder else np.zeros(len(tokens), dtype=bool)
 
 
 def _place(tokens: Tokens, filled: Array) -> tuple[str, float, str]:
@@ -178,12 +191,19 @@ def diverging(tokens: Tokens) -> tuple[Finding | None, Tokens]:
     first = np.full(tokens.count, np.iinfo(np.int64).max)
     np.minimum.at(first, tokens.row[turning], tokens.position[turning])
     belongs = tokens.position < first[tokens.row]
+    at = first[rows]
+    # Texts part anywhere, and some of them; definitions of a model part all at one position.
+    together = float((np.abs(at - np.median(at)) <= 8).mean())
+    likeliest = (causes.DIVERGED, causes.VERSIONS_INSIDE, causes.PREEMPTED)
+    if len(rows) >= max(8, 0.3 * tokens.sequences) and together > 0.7:
+        likeliest = (causes.POSITIONS, causes.VERSIONS_INSIDE, causes.DIVERGED)
     return Finding(
         "sequences that part at a token",
         f"{len(rows)} of {tokens.sequences} sequences agree up to a token and then differ by more"
         f" than {limit:.2g} nats on {float(bad[~belongs].mean()):.0%} of those that follow; first"
-        f" in sequence {int(rows[0])} at token {int(first[rows[0]])}",
-        (causes.DIVERGED, causes.VERSIONS_INSIDE, causes.PREEMPTED),
+        f" in sequence {int(rows[0])} at token {int(at[0])}, {together:.0%} within eight tokens of"
+        f" position {int(np.median(at))}",
+        likeliest,
         len(rows) / tokens.sequences,
     ), tokens.where(belongs)
 

@@ -42,7 +42,7 @@ from iscorrect.errors import input_error
 SEPARATE = (constants, above_zero, candidates, entropy, unsampled, diverging, replaced, varentropy)
 
 EXPLAIN = (
-    growing, over_time, temperature, truncation, penalty, some_places, prompt_dependent,
+    growing, over_time, some_places, temperature, truncation, penalty, prompt_dependent,
     by_position, some_sequences, other_weights, heavy_tail, unearned,
 )
 

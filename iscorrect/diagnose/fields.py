@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -21,29 +22,35 @@ def candidates(tokens: Tokens) -> tuple[Finding | None, Tokens]:
         return None, tokens
     # 16-bit values are off by 1/256 of themselves
     slack = 1e-3 + np.abs(tokens.rollout) / 128
+    listed = np.zeros(len(tokens), dtype=bool)
+    if tokens.candidate is not None:
+        listed = np.isfinite(tokens.candidate)
+    own = np.where(listed, tokens.rollout if tokens.candidate is None else tokens.candidate, 0.0)
     with np.errstate(invalid="ignore"):
         above = tokens.rollout > tokens.best + slack
-        apart = np.zeros_like(above)
-        first = 0
-        if tokens.candidate is not None:
-            apart = np.abs(tokens.candidate - tokens.rollout) > slack
-            first = int((apart & (np.abs(tokens.rollout - tokens.best) <= slack)).sum())
-    n = int((above | apart).sum())
+        first = np.abs(tokens.rollout - tokens.best) <= slack
+    apart = listed & (np.abs(own - tokens.rollout) > slack)
+    wrong = above | apart
+    n, named = int(wrong.sum()), int(listed.sum())
     if n < max(3, 1e-3 * len(tokens)):
         return None, tokens
-    named = 0 if tokens.candidate is None else int(np.isfinite(tokens.candidate).sum())
-    listed = f" and differs from its own entry among them on {int(apart.sum())} of {named}" \
-        if tokens.candidate is not None else ""
     evidence = (
         f"the sampled token's log-prob exceeds the likeliest candidate's on {int(above.sum())} of"
-        f" {len(tokens)} tokens{listed}"
+        f" {len(tokens)} tokens, and differs from its own among the candidates on"
+        f" {int(apart.sum())} of {named}"
     )
-    likeliest = [causes.CANDIDATES_RAW, causes.CANDIDATES_SHIFTED, causes.CANDIDATE]
-    if first > 0.9 * n:
-        evidence += f"; on {first} it is the first candidate's instead"
+    follows = 0.0
+    if named > 16 and float(own[listed].std()) > 0 and float(tokens.rollout[listed].std()) > 0:
+        follows = float(np.corrcoef(own[listed], tokens.rollout[listed])[0, 1])
+    if int((wrong & first).sum()) > 0.9 * n:
+        evidence += "; it is the first candidate's instead"
         likeliest = [causes.CANDIDATE, causes.CANDIDATES_RAW]
-    elif above.sum() > 0.2 * len(tokens) * float((tokens.rollout < tokens.best - slack).mean()):
-        likeliest = [causes.CANDIDATES_SHIFTED, causes.CANDIDATES_RAW]
+    elif named and int(apart.sum()) < 0.3 * named:
+        likeliest = [causes.CORRUPTED, causes.CANDIDATE, causes.CANDIDATES_RAW]
+    elif follows > 0.8:
+        likeliest = [causes.CANDIDATES_RAW, causes.CANDIDATE, causes.CANDIDATES_SHIFTED]
+    else:
+        likeliest = [causes.CANDIDATES_SHIFTED, causes.CANDIDATES_RAW, causes.CANDIDATE]
     return Finding(
         "candidates that contradict the sampled token", evidence, tuple(likeliest),
         n / len(tokens),
@@ -63,6 +70,35 @@ def entropy(tokens: Tokens) -> tuple[Finding | None, Tokens]:
             f" average with a spread of {surprisal.std():.2g}",
             (causes.ENTROPY_OTHER,), float(surprisal.mean() - h[0]),
         ), _without(tokens, "gap", "varentropy")
+    return _of_a_neighbour(tokens, surprisal, h) or _of_other_logits(tokens, surprisal, h) or (
+        None, tokens
+    )
+
+
+def _of_a_neighbour(
+    tokens: Tokens, surprisal: Array, h: Array
+) -> tuple[Finding, Tokens] | None:
+    inner = np.flatnonzero(tokens.row[2:] == tokens.row[:-2]) + 1
+    if len(inner) < 256 or float(h.std()) < 0.1:
+        return None
+    few = tokens.where(np.isin(np.arange(len(tokens)), inner))
+    (own, before, after), _ = few.regress(
+        surprisal[inner], h[inner], h[inner - 1], h[inner + 1]
+    )
+    other = max(before, after, key=lambda e: e.value)
+    if doubtless(other, tokens) and other.value > 0.5 and own.value < 0.6:
+        where = "before" if other is before else "after"
+        return Finding(
+            "entropy that contradicts the log-probs",
+            f"surprisal follows the entropy of the token {where} ({other}) and not its own ({own})",
+            (causes.ENTROPY_SHIFTED, causes.ENTROPY_OTHER), other.value, other.error,
+        ), _without(tokens, "gap", "varentropy")
+    return None
+
+
+def _of_other_logits(
+    tokens: Tokens, surprisal: Array, h: Array
+) -> tuple[Finding, Tokens] | None:
     negative = int((h < -1e-3).sum())
     below = 0
     if tokens.best is not None:  # of the engine, so that noise of its size is allowed
@@ -76,22 +112,19 @@ def entropy(tokens: Tokens) -> tuple[Finding | None, Tokens]:
             f" candidate, which it cannot be, on {below} of {len(tokens)}",
             (causes.ENTROPY_OTHER, causes.ENTROPY_SHIFTED), (negative + below) / len(tokens),
         ), _without(tokens, "gap", "varentropy")
-    inner = np.flatnonzero(tokens.row[2:] == tokens.row[:-2]) + 1
-    if len(inner) < 256 or float(h.std()) < 0.1:
-        return None, tokens
-    few = tokens.where(np.isin(np.arange(len(tokens)), inner))
-    (own, before, after), _ = few.regress(
-        surprisal[inner], h[inner], h[inner - 1], h[inner + 1]
-    )
-    other = max(before, after, key=lambda e: e.value)
-    if doubtless(other, tokens) and other.value > 0.5 and own.value < 0.6:
-        where = "before" if other is before else "after"
+    # Bits have the same shape as nats at every entropy, which no sampler's temperature has.
+    if not doubtless(tokens.mean(surprisal - h), tokens):
+        return None
+    high = h > np.median(h)
+    parts = [tokens.where(part).mean((surprisal - math.log(2) * h)[part]) for part in (high, ~high)]
+    if all(abs(p.value) < 4 * p.error and p.error < 0.1 * float(h.mean()) for p in parts):
         return Finding(
             "entropy that contradicts the log-probs",
-            f"surprisal follows the entropy of the token {where} ({other}) and not its own ({own})",
-            (causes.ENTROPY_SHIFTED, causes.ENTROPY_OTHER), other.value, other.error,
+            f"surprisal is {float(surprisal.mean() / h.mean()):.3g} times the entropy at low and at"
+            " high entropies, as log 2 = 0.693 is of bits",
+            (causes.ENTROPY_OTHER, causes.HIDDEN_SAMPLER), float(surprisal.mean() / h.mean()),
         ), _without(tokens, "gap", "varentropy")
-    return None, tokens
+    return None
 
 
 def varentropy(tokens: Tokens) -> tuple[Finding | None, Tokens]:
@@ -127,7 +160,7 @@ def two_passes(tokens: Tokens) -> list[Finding]:
     change = tokens.current - tokens.old
     usual = max(tokens.typical(), 1e-4)
     size = 1.4826 * float(np.median(np.abs(change[np.isfinite(change)])))
-    if size < 3 * usual and size < 0.1:
+    if size < 2 * usual and size < 0.1:
         return []
     return [Finding(
         "log_probs and old_log_probs that differ",

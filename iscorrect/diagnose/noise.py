@@ -71,12 +71,14 @@ def _tail_beyond_bound(tokens: Tokens) -> Finding | None:
             distance += (n - k) * math.log((1 - share) / (1 - allowed))
         if distance > math.log(1e9):
             worst = int(d.argmax())
+            whole = bool((tokens.rollout[d >= c] == np.round(tokens.rollout[d >= c])).all())
+            sides = (causes.CORRUPTED, causes.SENTINEL)
             return Finding(
                 "more high ratios than a probability allows",
                 f"{k} of {n} tokens have ρ ≥ e^{c}, where E ρ = 1 allows {n * allowed:.2g}; the"
                 f" highest is e^{d[worst]:.3g} in sequence {tokens.row[worst]} at token"
                 f" {tokens.position[worst]}, to which the engine gives {tokens.rollout[worst]:.6g}",
-                (causes.SENTINEL, causes.CORRUPTED, causes.CANDIDATE, causes.PREFILLED), share,
+                (*(sides[::-1] if whole else sides), causes.CANDIDATE, causes.PREFILLED), share,
             )
     return None
 

@@ -8,6 +8,7 @@ from iscorrect.diagnose import causes
 from iscorrect.diagnose.findings import Finding
 from iscorrect.diagnose.scale import doubtless
 from iscorrect.dumps import Tokens
+from iscorrect.dumps.names import Array
 
 
 def temperature(tokens: Tokens) -> Finding | None:
@@ -18,6 +19,15 @@ def temperature(tokens: Tokens) -> Finding | None:
         return None
     if tokens.seen is not None and _share_explained_by_repeats(tokens) > explained:
         return None
+    if not _the_same_throughout(tokens, excess):
+        return None
+    if slope.value > 0.9:
+        return Finding(
+            "rollout_log_probs that do not follow the sampled token",
+            f"log ρ moves by {slope} per nat of the trainer's log p, so the engine's does not move"
+            " with it",
+            (causes.CANDIDATE, causes.WRONG_TOKENS, causes.GREEDY), slope.value, slope.error,
+        )
     tau = 1 / (1 - slope.value) if slope.value < 0 else 1 - slope.value
     raw = False
     if tokens.gap is not None:
@@ -42,6 +52,15 @@ def temperature(tokens: Tokens) -> Finding | None:
     return Finding(
         "log ρ in proportion to log p", numbers, found, slope.value, slope.error,
     )
+
+
+def _the_same_throughout(tokens: Tokens, excess: Array) -> bool:
+    """Whether the slope of the first half of positions is at least 0.4 of the second's."""
+    late = tokens.position >= np.median(tokens.position)
+    if min(int(late.sum()), int((~late).sum())) < 64:
+        return True
+    slopes = [tokens.where(h).regress(tokens.d[h], excess[h])[0][0].value for h in (late, ~late)]
+    return min(slopes) / max(slopes) > 0.4 if min(slopes) > 0 else max(slopes) / min(slopes) > 0.4
 
 
 def _share_explained_by_repeats(tokens: Tokens) -> float:

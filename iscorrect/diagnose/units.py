@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -141,27 +142,32 @@ def some_places(tokens: Tokens) -> Finding | None:
         label = of_token(seen, name)
         if label is None:
             continue
-        units, member = np.unique(label, return_inverse=True)
-        if len(units) < 2:
-            continue
-        count = np.bincount(member)
-        ranked = np.argsort(-np.bincount(member, weights=x) / count)
-        top = ranked[np.minimum(count, len(x) - count)[ranked] >= 32][:8]
-        for unit in top:
-            if name == "pack" and units[unit] == 0:
-                continue
-            effect, usual = _contrast(seen, x, member == unit)
+        for called, here in _parts(tokens, name, label, x):
+            effect, usual = _contrast(seen, x, here)
             if doubtless(effect, seen) and effect.value > TWICE:
-                called = tokens.label(name, int(units[unit]))
                 return Finding(
                     f"one {name} apart from the rest" if name != "pack"
                     else "mismatch depends on the place in a packed row",
-                    f"tokens of {name} {called} ({count[unit] / len(x):.0%}) differ"
+                    f"tokens of {name} {called} ({here.mean():.0%}) differ"
                     f" {math.exp(effect.value):.1f} times as much as the rest (log {effect},"
                     f" median |Δ log p| there {usual:.2g})",
                     likeliest, effect.value, effect.error, correctable=name == "version",
                 )
     return None
+
+
+def _parts(tokens: Tokens, name: str, label: Array, x: Array) -> Iterator[tuple[str, Array]]:
+    """The parts of the tokens that a field makes, the ones that differ most first, by name."""
+    units, member = np.unique(label, return_inverse=True)
+    if len(units) < 2:
+        return
+    if name in ("turn", "pack"):  # whatever was before the first of them is on both sides
+        yield "1 and later" if units[0] == 0 else f"after {units[0]}", label > units[0]
+    count = np.bincount(member)
+    ranked = np.argsort(-np.bincount(member, weights=x) / count)
+    for unit in ranked[np.minimum(count, len(x) - count)[ranked] >= 32][:8]:
+        if name != "pack" or unit > 0:
+            yield tokens.label(name, int(units[unit])), member == unit
 
 
 def _contrast(tokens: Tokens, x: Array, here: Array) -> tuple[Estimate, float]:
