@@ -22,7 +22,7 @@ OF_SEQUENCE: dict[str, tuple[Cause, ...]] = {
     "engine": (causes.ONE_ENGINE, causes.DEFINITION, causes.QUANTISED),
     "version": (causes.STALE_WEIGHTS, causes.ONE_ENGINE),
     "step": (causes.BAD_BATCH, causes.STALE_WEIGHTS),
-    "group": (causes.STALE_CACHE, causes.HISTORY, causes.ONE_ENGINE),
+    "group": (causes.STALE_CACHE, causes.HISTORY, causes.ROUTING, causes.ONE_ENGINE),
 }
 
 WITHIN: dict[str, tuple[Cause, ...]] = {
