@@ -50,8 +50,8 @@ def floats(values: Mapping[str, Tensor]) -> dict[str, float]:
 def from_averages(logged: Mapping[str, float], prefix: str = "") -> dict[str, float]:
     """The metrics of all micro-batches and ranks, from what the trainer has logged.
 
-    Only "batch/tokens" is an average: of a micro-batch. Metrics that rest on maxima are there where
-    the trainer logs maxima.
+    Only "batch/tokens" and "batch/sequences" are averages: of a micro-batch. Metrics that rest on
+    maxima are there where the trainer logs maxima.
 
     Args:
         logged: one step; other names are ignored.
@@ -75,13 +75,15 @@ def from_averages(logged: Mapping[str, float], prefix: str = "") -> dict[str, fl
     most = {name.removesuffix("_max"): x for name, x in ours.items() if name.endswith("_max")}
     unknown = dict.fromkeys(MAXIMA, torch.tensor(torch.nan, dtype=torch.float64))
     read = Metrics(added, unknown | most).to_floats()
-    if "batch/tokens" in read:
-        read["batch/tokens"] /= SCALE
-    return {name: x for name, x in read.items() if not math.isnan(x)}
+    counts = {name: read[name] / SCALE for name in COUNTS if name in read}
+    return {name: x for name, x in (read | counts).items() if not math.isnan(x)}
 
 
 SCALE = 2.0**40
 """Large enough to lift any average count above 1; a power of two, so that nothing is rounded."""
+
+COUNTS = ("batch/tokens", "batch/sequences")
+"""Metrics that are no quotient."""
 
 MAXIMA = ("abs", "log_ratio", "negative_log_ratio", "weight")
 """Names of the maxima that the metrics of a correction hold."""

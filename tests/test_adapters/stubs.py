@@ -32,6 +32,15 @@ STUBS = {
 """Modules that are not installed, by what they would need. Any name in them is a mock."""
 
 
+class Kind(type):
+    """A class whose every attribute is a mock."""
+
+    def __getattr__(cls, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return MagicMock(name=f"{cls.__name__}.{name}")
+
+
 class Stub(types.ModuleType):
     """A module in which every name is a mock."""
 
@@ -41,6 +50,8 @@ class Stub(types.ModuleType):
     def __getattr__(self, name):
         if name.startswith("__"):
             raise AttributeError(name)
+        if name[0].isupper() and not name.isupper():  # may be derived from
+            return Kind(name, (MagicMock,), {})
         return MagicMock(name=f"{self.__name__}.{name}")
 
 

@@ -134,7 +134,8 @@ def test_its_worker_takes_steps_and_logs_what_gives_the_metrics_of_the_whole_bat
         old_log_probs=batch.old_log_probs, advantages=batch.advantages,
     ).metrics.to_floats()
     logged = from_averages(metrics, prefix="loss_metrics/")
-    assert logged.pop("batch/tokens") == pytest.approx(whole.pop("batch/tokens") / 3)
+    for name in ("batch/tokens", "batch/sequences"):
+        assert logged.pop(name) == pytest.approx(whole.pop(name) / 3)
     assert logged == pytest.approx(whole, rel=1e-5)
     worst = Worst()
     worst.add((metrics["policy_loss"], gradient), (own["policy_loss"], expected))
