@@ -69,3 +69,58 @@ def test_the_example_trains_three_steps_logs_metrics_and_dumps(tmp_path, engine)
     assert report.returncode in (0, 1), report.stderr[-3000:]
     assert "KL" in report.stdout
     record("TRL", f"examples/trl_grpo.py and its report, {engine}", distribution="trl")
+
+
+# what docs/trainers/trl.md says, with a look at what the engine holds afterwards
+SEND = """
+import sys, warnings
+warnings.simplefilter("ignore")
+import vllm._custom_ops
+vllm._custom_ops._supports_onednn = False
+import torch
+from tiny_trl import arguments, dataset, reward
+from trl import GRPOTrainer
+from iscorrect import stochastic_round, token_tis
+from iscorrect.adapters.trl import CorrectedGRPO
+
+class Trainer(CorrectedGRPO, GRPOTrainer): ...
+
+trainer = Trainer(
+    model=sys.argv[1], reward_funcs=reward, train_dataset=dataset(), correction=token_tis(),
+    args=arguments(
+        sys.argv[2], use_vllm=True, vllm_mode="colocate", vllm_max_model_length=64,
+        vllm_gpu_memory_utilization=0.3, learning_rate=1e-5,
+        model_init_kwargs={"dtype": "float32"},
+    ),
+    engine_dtype=torch.bfloat16,
+)
+generation = trainer.vllm_generation
+masters = generation._iter_named_params
+generation._iter_named_params = lambda: (
+    (name, stochastic_round(w.float(), torch.bfloat16)) for name, w in masters()
+)
+trainer.train()
+generation.sync_weights()
+model = generation.llm.llm_engine.model_executor.driver_worker.model_runner.model
+held = {name: w.float() for name, w in model.named_parameters()}
+differ = 0
+for name, w in trainer.model.named_parameters():
+    if name in held and held[name].shape == w.shape:
+        step = (held[name] - w.detach()).abs()
+        assert (step <= w.detach().abs() * 2**-7).all(), name
+        differ += int((held[name] != w.detach().bfloat16().float()).sum())
+logged = any("weights/arrival" in x for x in trainer.state.log_history)
+print("differ from the nearest:", differ, "logged:", logged)
+"""
+
+
+@pytest.mark.skipif(not find_spec("vllm"), reason="no vLLM")
+def test_weights_can_be_rounded_stochastically_where_trl_sends_them(tmp_path):
+    model = save_model(tmp_path / "model", torch.bfloat16)
+    done = subprocess.run(
+        [sys.executable, "-c", SEND, model, str(tmp_path)], capture_output=True, text=True,
+        check=False, cwd=Path(__file__).parent, env=os.environ | ENVIRONMENT,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = done.stdout.split("differ from the nearest: ")[1].split()
+    assert int(said[0]) > 100 and said[2] == "True"
