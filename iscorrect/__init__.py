@@ -55,6 +55,11 @@ from iscorrect.layout import (
     pad_sequences as pad_sequences,
     unpad as unpad,
 )
+from iscorrect.loop.coherence import (
+    Coherence as Coherence,
+    GradientSketch as GradientSketch,
+    coherence as coherence,
+)
 from iscorrect.loop.monitor import (
     Alarm as Alarm,
     Monitor as Monitor,

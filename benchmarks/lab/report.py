@@ -33,7 +33,7 @@ from benchmarks.lab.records import (
 ROOT = Path(__file__).parents[2]
 PAGES = (
     Path(__file__).parent / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("fp16-or-correction", "estimators")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("fp16-or-correction", "estimators", "monitor")),
 )
 PICTURES = ROOT / "docs" / "lab"
 MARKED = re.compile(

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import math
 import warnings
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -15,11 +20,14 @@ from iscorrect.dumps import DumpWriter
 from iscorrect.errors import InputError, check_choice, input_error
 from iscorrect.fp16.arrival import Arrived, UpdateWatch, over_ranks
 from iscorrect.head.fused import fused_policy_loss
+from iscorrect.loop.coherence import GradientSketch, coherence
 from iscorrect.loop.monitor import Monitor
 from iscorrect.loss.aggregate import SequenceMeanTokenSum, TokenMean
 from iscorrect.loss.bounds import Mask
 from iscorrect.loss.correction import Correction
 from iscorrect.loss.metrics import Metrics, merge
+from iscorrect.loss.policy_loss import PolicyLoss
+from iscorrect.loss.presets import uncorrected
 from iscorrect.loss.ratios import Level
 from iscorrect.loss.specs import CorrectionConfig, LossConfig, parse, parse_loss
 
@@ -55,6 +63,12 @@ class CorrectedGRPO:
             the share of the updates since the last send that is left in it, and
             ``weights/unchanged``, the share of the entries that were updated and sent as before,
             both from a sample of 2²⁰ entries a rank (:func:`iscorrect.weight_arrival`).
+        coherence: of how many of the last optimizer steps, at least eight, gradients without and
+            with weights are compared, on the first micro-batch of a rank; 0: none. The log then has
+            ``gradient/n_star``, the sequences in a batch from which on the uncorrected gradient is
+            more biased than noisy (:func:`iscorrect.coherence`), where it can be told, and
+            ``gradient/n_star/low``, the least that they allow. Two more forward and backward passes
+            of a micro-batch a step, and 64 kB. One process or DDP; vLLM or a policy_loss.
 
     Raises:
         InputError: neither or both were given; a setting of TRL would be ignored or count twice.
@@ -74,6 +88,7 @@ class CorrectedGRPO:
         fused: bool = False,
         dumps: DumpWriter | None = None,
         engine_dtype: torch.dtype | None = None,
+        coherence: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -84,7 +99,11 @@ class CorrectedGRPO:
         self._seen: dict[str, list[Metrics]] = {"train": [], "eval": []}
         self._watch = UpdateWatch(engine_dtype) if engine_dtype is not None else None
         self._arrived = Arrived("sample")
+        self._pairs: deque[tuple[Tensor, Tensor]] = deque(maxlen=coherence)
+        self._compared = -1
         self._check_settings()
+        if coherence:
+            self._check_coherence()
         if fused:
             self._check_fused()
             _add_loss(self.model)
@@ -125,19 +144,55 @@ class CorrectedGRPO:
         return batch
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        # micro-batches of one step may hold answers to the same prompt, and are not independent
+        if self._pairs.maxlen and self.model.training and self._compared != self.state.global_step:
+            self._compared = self.state.global_step
+            self._compare_gradients(inputs)
         if self.policy_loss is None:
             return super()._compute_loss(model, inputs)  # type: ignore[misc, no-any-return]
-        batch = {
-            "rollout_log_probs": inputs["sampling_per_token_logps"],
-            "old_log_probs": inputs.get("old_per_token_logps"), "advantages": inputs["advantages"],
-            "ref_log_probs": inputs.get("ref_per_token_logps"), "mask": _mask(inputs),
-            "normalizer": self._normalizer(self.policy_loss.aggregation, inputs),
-        }
+        batch = self._batch(inputs, self.policy_loss)
         if self.fused:
             return self._fused_loss(model, inputs, batch)
         loss, metrics = self.policy_loss(self._log_probs(model, inputs), **batch)
         self._seen[self._mode()].append(metrics)
         return loss
+
+    def _batch(self, inputs: dict[str, Any], policy_loss: PolicyLoss) -> dict[str, Any]:
+        """What a policy loss is given beside log-probs."""
+        return {
+            "rollout_log_probs": inputs["sampling_per_token_logps"],
+            "old_log_probs": inputs.get("old_per_token_logps"), "advantages": inputs["advantages"],
+            "ref_log_probs": inputs.get("ref_per_token_logps"), "mask": _mask(inputs),
+            "normalizer": self._normalizer(policy_loss.aggregation, inputs),
+        }
+
+    def _compare_gradients(self, inputs: dict[str, Any]) -> None:
+        """Sketch the gradients of a micro-batch without and with weights."""
+        model = self.accelerator.unwrap_model(self.model)  # DDP waits for a backward
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        logged, sketch = copy.deepcopy(self._metrics), GradientSketch()
+        plain, corrected = (
+            sketch(torch.autograd.grad(loss(model, inputs), parameters, allow_unused=True)).cpu()
+            for loss in (self._plain_loss, self._own_loss)
+        )
+        if bool((plain * corrected).isfinite().all()):  # one that overflowed says nothing
+            self._pairs.append((plain, corrected))
+        self._metrics = logged  # where TRL has noted each of them
+
+    def _plain_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        if self.policy_loss is None:
+            ones = torch.ones_like(inputs["importance_sampling_ratio"])
+            return super()._compute_loss(  # type: ignore[misc, no-any-return]
+                model, inputs | {"importance_sampling_ratio": ones}
+            )
+        loss = replace(self.policy_loss, correction=uncorrected())
+        return loss(self._log_probs(model, inputs), **self._batch(inputs, loss)).loss
+
+    def _own_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        if self.policy_loss is None:
+            return super()._compute_loss(model, inputs)  # type: ignore[misc, no-any-return]
+        loss = self.policy_loss
+        return loss(self._log_probs(model, inputs), **self._batch(inputs, loss)).loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's log, with the metrics of all ranks since the last one."""
@@ -149,6 +204,8 @@ class CorrectedGRPO:
             prefix = "eval_" if mode == "eval" else ""
             logs.update({prefix + name: x for name, x in metrics.to_floats().items()})
             self._seen[mode].clear()
+        if mode == "train" and len(self._pairs) >= FEWEST_PAIRS:
+            logs.update(_n_star(self._pairs, self.args.per_device_train_batch_size))
         if self._watch is not None and mode == "train":
             found = over_ranks(self._arrived, self.accelerator.device)
             self._arrived = Arrived("sample")
@@ -252,6 +309,26 @@ class CorrectedGRPO:
                 stacklevel=3,
             )
 
+    def _check_coherence(self) -> None:
+        """Raise where gradients without and with weights cannot be compared."""
+        steps = self._pairs.maxlen or 0
+        if steps < FEWEST_PAIRS:
+            raise _refusal(
+                "coherence", f"0, or at least {FEWEST_PAIRS} steps", str(steps),
+                "pass coherence=100, which gives n* to a tenth or so",
+            )
+        if self.policy_loss is None and not self.args.use_vllm:
+            raise _refusal(
+                "coherence", "0 with a correction without vLLM: its weights are in the advantages",
+                str(steps), "pass policy_loss=, or leave coherence at 0",
+            )
+        how = self.accelerator.distributed_type
+        if how not in ("NO", "MULTI_CPU", "MULTI_GPU") or self.args.n_gpu > 1:
+            raise _refusal(
+                "distributed_type", "one process or DDP with coherence, for whole gradients",
+                f"{how} with n_gpu={self.args.n_gpu}", "leave coherence at 0",
+            )
+
     def _check_fused(self) -> None:
         """Raise where the fused loss would be another loss than TRL's log-probs give."""
         if self.policy_loss is None:
@@ -294,6 +371,17 @@ class CorrectedGRPO:
                 "True with fused=True in 16 bits: its head is float32, and the old policy's is not",
                 "False", "set cast_lm_head_to_fp32=True",
             )
+
+
+FEWEST_PAIRS = 8
+"""Steps before n* is told."""
+
+
+def _n_star(pairs: Iterable[tuple[Tensor, Tensor]], sequences: int) -> dict[str, float]:
+    plain, corrected = (torch.stack(each) for each in zip(*pairs, strict=True))
+    found = coherence(plain, corrected, sequences=sequences)
+    told = {"gradient/n_star": found.n_star, "gradient/n_star/low": found.low}
+    return {name: x for name, x in told.items() if math.isfinite(x)}
 
 
 def _add_loss(model: Any) -> None:

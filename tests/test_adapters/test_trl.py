@@ -17,6 +17,7 @@ from outcome import largest, record
 
 import iscorrect
 from iscorrect import (
+    GradientSketch,
     InputError,
     Monitor,
     PolicyLoss,
@@ -127,6 +128,45 @@ def test_a_monitor_sees_what_the_trainer_logs(path, tmp_path):
     assert 16 <= alarm.since <= 18
     logged = {log["step"]: log["mismatch/kl_k3"] for log in trainer.state.log_history[:-1]}
     assert alarm.before < 1e-3 < alarm.now < max(logged.values())
+
+
+class Sketched(Corrected):
+    """Keeps sketches of the gradients that it learns from."""
+
+    def training_step(self, model, *args, **kwargs):
+        loss = super().training_step(model, *args, **kwargs)
+        if self.steps_sketched == self.state.global_step:
+            self.gradients.append(GradientSketch()(p.grad for p in model.parameters()))
+            self.steps_sketched += 1
+        return loss
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.gradients, self.steps_sketched = [], 0
+
+
+@pytest.mark.parametrize("given", [
+    {"correction": token_tis()}, {"policy_loss": PolicyLoss(correction=token_tis())},
+])
+def test_gradients_with_and_without_weights_are_compared_beside_the_training(
+    path, tmp_path, given
+):
+    changes = dict(max_steps=9, gradient_accumulation_steps=1)
+    plain = run(Corrected, path, tmp_path, changes=changes, **given)
+    ours = run(Sketched, path, tmp_path, changes=changes, coherence=8, **given)
+    assert ours.losses == plain.losses
+    assert "gradient/n_star/low" in ours.state.log_history[7]
+    assert not any("n_star" in name for log in ours.state.log_history[:7] for name in log)
+    for log, expected in zip(ours.state.log_history, plain.state.log_history, strict=True):
+        same = {name: x for name, x in log.items() if "n_star" not in name and "time" not in name}
+        assert {name: expected[name] for name in same if "second" not in name} == pytest.approx(
+            {name: x for name, x in same.items() if "second" not in name}
+        )
+    assert len(ours._pairs) == 8
+    for (uncorrected_one, own), learnt in zip(ours._pairs, ours.gradients[1:], strict=True):
+        torch.testing.assert_close(own, learnt, rtol=1e-4, atol=1e-6)
+        assert not torch.allclose(own, uncorrected_one)
+    assert ours.state.log_history[7]["gradient/n_star/low"] > 1
 
 
 @pytest.fixture(scope="module")

@@ -249,6 +249,26 @@ def shared(records: Path) -> str:
     )
 
 
+def coherences(records: Path) -> str:
+    """n* from sketches of sampled gradients beside the exact one."""
+    found = rows(records / "coherence.csv")
+    if not found:
+        return "No record of `python -m benchmarks.lab coherence`.\n"
+
+    def of(row: dict[str, str], name: str) -> str:
+        n, low, high = (float(row[f"{name}_{field}"]) for field in ("n_star", "low", "high"))
+        return f"{n:,.0f} ({low:,.0f} to {high:,.0f})"
+
+    body = [
+        [row["engine"], pretty(float(row["kl"])), of(row, "estimated"), of(row, "exact")]
+        for row in found
+    ]
+    return markdown(["engine", "KL per sequence", "n*, estimated", "n*, exact"], body) + (
+        f"\nT = {found[0]['length']}, {found[0]['batches']} batches of 64 sequences; in parentheses"
+        " two standard errors. Exact but for the draws of contexts and the noise's trace.\n"
+    )
+
+
 def note(path: Path) -> str:
     """Under which conditions the runs were made."""
     if not path.exists():
@@ -265,5 +285,5 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "exact_arms": every_arm, "exact_lengths": lengths, "exact_worlds": in_worlds,
     "behind": by_lag, "behind_untouched": partial(by_lag, untouched=True),
     "behind_attention": partial(by_lag, world="attention"), "behind_rates": rates,
-    "bias": biases, "bias_shared": shared,
+    "bias": biases, "bias_shared": shared, "coherence": coherences,
 }
