@@ -157,9 +157,11 @@ def two_passes(tokens: Tokens) -> list[Finding]:
     """Whether log π and log π_old are one policy's; later mini-batches may differ."""
     if tokens.current is None:
         return []
-    change = tokens.current - tokens.old
+    change = (tokens.current - tokens.old)[np.isfinite(tokens.current)]
+    if not len(change):
+        return []
     usual = max(tokens.typical(), 1e-4)
-    size = 1.4826 * float(np.median(np.abs(change[np.isfinite(change)])))
+    size = 1.4826 * float(np.median(np.abs(change)))
     if size < 2 * usual and size < 0.1:
         return []
     return [Finding(

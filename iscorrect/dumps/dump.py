@@ -199,7 +199,7 @@ def concatenate(dumps: Sequence[LogProbDump]) -> LogProbDump:
         parts = [getattr(dump, name) for dump in dumps]
         if any(name in dump.names for dump in dumps):
             numbers, texts[name] = common_names(
-                [(x.numpy(), dump.names.get(name)) for x, dump in zip(parts, dumps, strict=True)]
+                [(x.cpu().numpy(), d.names.get(name)) for x, d in zip(parts, dumps, strict=True)]
             )
             parts = [torch.from_numpy(x) for x in numbers]
         if name not in PER_SEQUENCE:

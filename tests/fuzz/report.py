@@ -9,6 +9,7 @@ import numpy as np
 
 from iscorrect import PRESETS, InputError
 from iscorrect.dumps import concatenate
+from iscorrect.report.changes import Changes, page
 from iscorrect.report.figures import FIGURES
 from iscorrect.report.gather import summarise
 from iscorrect.report.limits import broken
@@ -47,6 +48,24 @@ def wrong_numbers(report, dump):
     return None
 
 
+def compare(report, piece):
+    """Raise unless a report and one on a part of its dump are compared in every form."""
+    try:
+        other = summarise([piece], corrections=[])
+    except InputError:  # no token counts
+        return
+    for changes in (Changes.of(report, other), Changes.of(other, report)):
+        shown = page(changes)
+        assert "nan" not in "\n".join(map(str, shown.blocks()))
+        shown.to_markdown()
+        shown.to_html({})
+        json.dumps(changes.to_json(), allow_nan=False)
+    same = Changes.of(report, report)
+    assert same.paired
+    assert all(x.difference == 0 for x in same.metrics)
+    assert not {"larger", "smaller"} & {x.verdict for x in same.metrics}
+
+
 def check(case):
     """Raise unless the report on a dump is made in every form, with the numbers of float64."""
     rng = np.random.default_rng(case["seed"])
@@ -70,6 +89,7 @@ def check(case):
         name = f"{chosen[0]}/is/ess"
         broken(["mismatch/kl_k3>0.01", "mismatch/growth/low>1", f"{name}<0.5", "finding"], report)
         assert not (wrong := wrong_numbers(report, whole)), wrong
+        compare(report, pieces[-1])
         if rng.random() < 0.05:
             tabulate, draw = list(FIGURES.values())[rng.integers(len(FIGURES))]
             tabulate(report.sample)
