@@ -1,4 +1,7 @@
-"""What corrections do to your own rollouts, one row each."""
+"""What corrections do to your own rollouts, one row each.
+
+Several files are one dump. What changed between two: iscorrect report NEW --against OLD.
+"""
 
 from __future__ import annotations
 

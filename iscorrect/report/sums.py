@@ -48,10 +48,11 @@ class Means:
         """
         places = len(keys)
         cell = tokens.row * places + index
-        of_place = np.arange(tokens.count * places) % places
-        if len(of_place) > CELLS:
+        if tokens.count * places > CELLS:
             filled, cell = np.unique(cell, return_inverse=True)
-            of_place = filled % places
+        else:
+            filled = np.arange(tokens.count * places)
+        of_place = filled % places
         number = np.bincount(cell, minlength=len(of_place)).astype(float)
         columns = [number, number * number, (number > 0).astype(float)]
         for x in values:
