@@ -173,6 +173,7 @@ class TestDialects:
             "schema_version": 1, "inference_logprobs": [None, -1.0, -2.0],
             "trainer_logprobs": [None, -1.1, -2.1], "loss_mask": [False, True, True],
             "advantages": [0.0, 1.0, 1.0], "entropy": [0.1, 0.2, 0.3], "token_ids": [4, 5, 6],
+            "micro_step": 0, "micro_sequence_idx": 2,
         }
         (directory / "rank_0.jsonl").write_text(json.dumps(row) + "\n")
         dump = read_dump(tmp_path / "token_exports")
@@ -180,6 +181,7 @@ class TestDialects:
         assert dump.rollout_log_probs[0, 1:].tolist() == [-1.0, -2.0]
         torch.testing.assert_close(dump.old_log_probs[0, 1:], torch.tensor([-1.1, -2.1]))
         assert dump.token_ids.tolist() == [[4, 5, 6]]
+        assert dump.pack.tolist() == [[2, 2, 2]]
         assert dump.step.tolist() == [12]
 
     def test_nemo_rl_train_data(self, tmp_path):

@@ -23,6 +23,7 @@ def _prime_rl(row: Row, path: Path) -> Row:
         "advantages": row.get("advantages"),
         "entropy": row.get("entropy"),
         "token_ids": row.get("token_ids"),
+        "pack": row.get("micro_sequence_idx"),
         "step": row.get("step", step_of(path)),
     }
 
@@ -81,7 +82,8 @@ SLIME_COLUMNS = (
 
 DIALECT_COLUMNS = (
     *SLIME_COLUMNS, "inference_logprobs", "trainer_logprobs", "entropy", "token_ids", "step",
-    "generation_logprobs", "prev_logprobs", "token_loss_mask", "sample_loss_mask",
+    "micro_sequence_idx", "generation_logprobs", "prev_logprobs", "token_loss_mask",
+    "sample_loss_mask",
 )
 """Every column that a dialect uses."""
 
@@ -108,7 +110,8 @@ def translated(raw: Row, where: str, path: Path) -> Row:
                         got=f"{type(raw[columns.split()[0]]).__name__} in {where} ({error})",
                         fix="write one list of numbers for each sequence",
                     ) from error
-    if "rollout_log_probs" in raw and "response_length" in raw:
+    scored = raw.get("log_probs") is not None or "old_log_probs" in raw
+    if "rollout_log_probs" in raw and "response_length" in raw and not scored:
         raise input_error(
             "read_dump", "path", expected="of what the trainer wrote",
             got=f"a rollout without the trainer's log-probs, in {where}",
