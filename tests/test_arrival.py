@@ -216,12 +216,21 @@ def test_fp16_check_says_what_arrives_since_an_earlier_checkpoint(tmp_path, caps
     assert rows["bfloat16"][1:4] == ["0", "100.0", "%"]
     assert rows["float16"][1:4] == ["1.000", "0", "%"]
     assert printed.splitlines()[-1].startswith("Safe with loss scaling")
+    assert "stored in 16 bits" not in printed
     assert main(["fp16-check", *paths, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["update"]
     assert [x["format"] for x in found] == ["bfloat16", "float16", "float8_e4m3fn by row"]
     assert [x["total"]["share"] for x in found][:2] == [0.0, 1.0]
     assert main(["fp16-check", paths[0], "--since", str(tmp_path / "none")]) == 2
     assert "a path that exists" in capsys.readouterr().err
+
+
+def test_checkpoints_that_were_rounded_already_are_said_to_be(tmp_path, capsys):
+    save_file({"w": torch.ones(3).bfloat16()}, tmp_path / "old.safetensors")
+    save_file({"w": torch.ones(3).bfloat16() * 2}, tmp_path / "new.safetensors")
+    paths = [str(tmp_path / "new.safetensors"), "--since", str(tmp_path / "old.safetensors")]
+    assert main(["fp16-check", *paths]) == 0
+    assert "stored in 16 bits" in capsys.readouterr().out
 
 
 # the remedies

@@ -47,7 +47,11 @@ def run(options: argparse.Namespace) -> int:
         say(json.dumps(found, indent=2))
     else:
         if update:
-            say(summary(update), *update[0].blocks()[1:], "")
+            say(summary(update), *update[0].blocks()[1:])
+            if not {x.dtype for x in stored("fp16-check", options.since)} & {"float32", "float64"}:
+                say("The earlier checkpoint is stored in 16 bits: what its own rounding took is in"
+                    " neither number. Compare checkpoints of the float32 weights.")
+            say("")
         say(*audit.blocks())
     return 1 if audit.harms else 0
 

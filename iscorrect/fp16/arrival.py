@@ -103,11 +103,11 @@ def arrived(
 
 def _arrived_flat(name: str, w: Tensor, w2: Tensor, q: Tensor, q2: Tensor) -> Arrived:
     w, w2, q, q2 = (x.to(accumulator(w.device)) for x in (w, w2, q, q2))
-    finite = (w + w2 + q + q2).isfinite()
-    update, seen, rest = ((a - b).where(finite, 0) for a, b in ((w2, w), (q2, q), (q2, w2)))
+    usable = (w + w2 + q + q2).isfinite()
+    update, seen, rest = ((a - b).where(usable, 0) for a, b in ((w2, w), (q2, q), (q2, w2)))
     moved = update != 0
     sums = torch.stack([
-        *(x.sum().to(update.dtype) for x in (moved, moved & (seen != 0), ~finite)),
+        *(x.sum().to(update.dtype) for x in (moved, moved & (seen != 0), ~usable)),
         seen @ update, update @ update, rest @ rest,
     ]).tolist()
     return Arrived(name, w.numel(), *map(int, sums[:3]), *sums[3:])
