@@ -183,13 +183,13 @@ def test_the_report_fills_every_table(folder, tmp_path, monkeypatch):
     page = tmp_path / "page.md"
     page.write_text("".join(f"<!-- real:{name} -->\n<!-- /real -->\n" for name in report.TABLES))
     report.main(tmp_path, [page], tmp_path)
-    assert page.read_text().count("No record of `python -m benchmarks.lab.real") == 6
+    assert page.read_text().count("No record of `python -m benchmarks.lab.real") == 7
     monkeypatch.setattr(mechanism, "LOOKED_AT", (1, 2))
     mechanism.main(folder, tmp_path / "mechanism", learner.Schedule(learning_rate=1e-4), 0)
     arm = reinforce.Arm("bf16", kind="simulated")
     reinforce.main(folder, tmp_path / "reinforce", arm, learner.Schedule(steps=2, judged=2), 0)
     report.main(tmp_path, [page], tmp_path)
     text = page.read_text()
-    assert text.count("No record") == 2 and text.count("|---|") == 4
+    assert text.count("No record") == 2 and text.count("|---|") == 5
     pictures = {path.name for path in tmp_path.glob("*.png")}
     assert pictures == {"real-arrival.png", "real-learning.png"}

@@ -60,9 +60,14 @@ def geometric(values: Sequence[float]) -> str:
     logs = [log(x) for x in values]
     middle = statistics.fmean(logs)
     if len(values) < 3:
-        return f"{exp(middle):.2g}"
+        return short(exp(middle))
     half = T[len(values)] * statistics.stdev(logs) / sqrt(len(values))
-    return f"{exp(middle):.2g} ({exp(middle - half):.2g} to {exp(middle + half):.2g})"
+    return f"{short(exp(middle))} ({short(exp(middle - half))} to {short(exp(middle + half))})"
+
+
+def short(x: float) -> str:
+    """Two digits that count."""
+    return f"{float(f'{x:.2g}'):,.0f}" if x >= 10 else f"{x:.2g}"
 
 
 def number_of(seeds: Sequence[object]) -> str:
@@ -131,6 +136,25 @@ def rests(records: Path) -> str:
     ]
     note = f"\n{described(setting)}; after {last} updates; {number_of(seeds)}.\n"
     return markdown(head, table) + note
+
+
+def factors(records: Path) -> str:
+    """How many times as large the KL of one way to send is as that of another, paired by seed."""
+    parts = []
+    for setting, seeds in looks(records).items():
+        steps = list(dict.fromkeys(row["step"] for row in seeds[0]))
+        table = []
+        for a, b in (("bf16", "bf16 stochastic"), ("fp16", "bf16 stochastic"), ("bf16", "fp16"),
+                     ("bf16", "bf16 feedback")):
+            ratios = [
+                [x / y for x, y in zip(over_seeds(seeds, "kl", s, a),
+                                       over_seeds(seeds, "kl", s, b), strict=True)]
+                for s in steps
+            ]
+            table.append([f"{a} over {b}", *map(geometric, ratios)])
+        head = ["KL of", *(f"after {s}" for s in steps)]
+        parts.append(markdown(head, table) + f"\n{described(setting)}; {number_of(seeds)}.\n")
+    return "\n".join(parts) or "No record of `python -m benchmarks.lab.real mechanism`.\n"
 
 
 def kinds(records: Path) -> str:
@@ -300,6 +324,6 @@ def learning_figure(records: Path) -> plt.Figure:
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
-    "arrival": arrival, "rests": rests, "kinds": kinds, "serving": serving,
+    "arrival": arrival, "rests": rests, "factors": factors, "kinds": kinds, "serving": serving,
     "offline": offline, "learning": learning,
 }
