@@ -5,7 +5,16 @@ from itertools import product
 import pytest
 import torch
 
-from benchmarks.lab.chain import behind, exact, learner, records
+from benchmarks.lab.chain import (
+    attention,
+    behind,
+    bias,
+    exact,
+    learner,
+    records,
+    statistics,
+    tables,
+)
 from benchmarks.lab.chain.arms import ARMS, SIGNED, TOKEN_LOCAL, slopes
 from benchmarks.lab.chain.engines import ENGINES, Engine, plain
 from benchmarks.lab.chain.policy import logits, rounded_logits, untrained, warm_start
@@ -15,7 +24,7 @@ from iscorrect.testing import TabularPolicy, audit
 SMALL = {"prompts": 1, "vocab": 2, "right": 1, "kinds": 3, "nuisance": 2}
 
 
-def tables(world, *, seed=0, noise=0.7):
+def policies(world, *, seed=0, noise=0.7):
     """log π and log μ of a random policy and a noisy engine."""
     generator = torch.Generator().manual_seed(seed)
     shape = (*world.good.shape,)
@@ -68,7 +77,7 @@ def test_sixteen_tokens_are_as_every_sequence_of_them_says(name, arm):
     world = WORLDS[name](length=16, task=3, **SMALL)
     if world.dense and arm in SIGNED:
         pytest.skip("not exact where rewards are dense")
-    policy, engine = tables(world)
+    policy, engine = policies(world)
     want = expected_by_enumeration(world, ARMS[arm], policy, engine)
     assert torch.allclose(by_recursion(world, ARMS[arm], policy, engine), want, atol=1e-12, rtol=0)
 
@@ -76,7 +85,7 @@ def test_sixteen_tokens_are_as_every_sequence_of_them_says(name, arm):
 @pytest.mark.parametrize("name", WORLDS)
 def test_rewards_and_divergences_are_sums_over_sequences(name):
     world = WORLDS[name](length=10, task=1, **SMALL)
-    policy, engine = tables(world)
+    policy, engine = policies(world)
     places, reward = enumerated(world)
     p, q = (x.reshape(-1)[places].sum(-1) for x in (policy, engine))
     assert torch.allclose(outlook(world, policy.exp()).reward, p.exp() @ reward, atol=1e-12)
@@ -87,7 +96,7 @@ def test_rewards_and_divergences_are_sums_over_sequences(name):
 @pytest.mark.parametrize("arm", ["uncorrected", "token-tis", "icepop"])
 def test_the_audit_finds_the_same_update_in_logits(name, arm):
     world = WORLDS[name](length=8, task=2, **SMALL)
-    policy, engine = tables(world)
+    policy, engine = policies(world)
     prefixes = TabularPolicy.random(2, world.length).sequences
     # the row of "s t" that each prefix ends in
     row = torch.zeros(len(prefixes.seen), dtype=torch.long)
@@ -109,7 +118,7 @@ def test_the_audit_finds_the_same_update_in_logits(name, arm):
 def test_the_expected_update_of_the_policy_itself_is_the_gradient_of_its_reward():
     for name in WORLDS:
         world = WORLDS[name](length=12, task=4, prompts=2)
-        table = tables(world)[0].requires_grad_()
+        table = policies(world)[0].requires_grad_()
         policy = table.log_softmax(-1)
         view = learner.View(policy, policy.detach(), policy.detach())
         got = torch.autograd.grad(
@@ -131,7 +140,7 @@ def test_a_recursion_is_its_loop():
 @pytest.mark.parametrize("name", WORLDS)
 def test_samples_have_the_reward_that_is_expected(name):
     world = WORLDS[name](length=20, task=5, prompts=2)
-    engine = tables(world)[1]
+    engine = policies(world)[1]
     drawn = sample(world, engine.exp(), 20_000, torch.Generator().manual_seed(0))
     want = outlook(world, engine.exp()).reward
     error = drawn.reward.std(1) / 20_000**0.5
@@ -155,7 +164,7 @@ def test_without_bits_to_lose_the_rounded_network_is_the_network():
 def test_one_update_on_a_recomputed_old_policy_is_plain_reinforce():
     """PPO's ratio is 1 there: its update is the uncorrected one, and with token-TIS that of it."""
     world = World(length=12, task=6)
-    policy, engine = tables(world)
+    policy, engine = policies(world)
     for clipped, plain_arm in (("ppo", "uncorrected"), ("ppo-token-tis", "token-tis")):
         got = slopes(ARMS[clipped], policy, policy, engine)
         want = slopes(ARMS[plain_arm], policy, policy, engine)
@@ -165,7 +174,7 @@ def test_one_update_on_a_recomputed_old_policy_is_plain_reinforce():
 def test_what_is_decided_leaves_token_weights_nothing_to_bias():
     """After a mistake for good the return is fixed: token-IS moves no logit, no weights do."""
     world = World(length=4, task=7)
-    policy, engine = tables(world)
+    policy, engine = policies(world)
     moved = {}
     for name in ("token-is", "uncorrected"):
         gain = by_recursion(world, ARMS[name], policy, engine)[1]
@@ -218,3 +227,58 @@ def test_what_is_on_record_is_not_run_again(tmp_path, capsys):
     rows = records.rows(tmp_path / "exact.csv")
     assert {row["engine"] for row in rows} == {"exact", "activations-7"}
     assert all(len(records.curve(row, name)) == 4 for row in rows for name in learner.State._fields)
+
+
+@pytest.mark.parametrize(("arm", "end"), [("uncorrected", 0.7764), ("token-tis", 0.8028)])
+def test_ends_are_pinned_and_have_the_same_digits_again(arm, end):
+    run = exact.Run("chain", 16, 10, "adam", "int3", arm)
+    states = [*exact.learn(run, 30)]
+    assert states == [*exact.learn(run, 30)]
+    assert states[-1].j_policy == pytest.approx(end, abs=5e-3)
+
+
+@pytest.mark.slow
+def test_everything_runs_at_toy_size_and_is_reported(tmp_path):
+    exact.main(["--records", str(tmp_path), "--length", "64", "--steps", "4",
+                "--engines", "exact", "both-8", "--arms", "uncorrected", "token-tis"])
+    runs = [
+        behind.Run(world, 20, lag, arm, 1e-3, 0) for world in ("chain", "attention")
+        for lag, arm in ((0, "uncorrected"), (2, "uncorrected"), (2, "gspo"), (2, "icepop"))
+    ]
+    behind.carry_out(runs, tmp_path / "behind.csv", 12)
+    bias.main(["--records", str(tmp_path), "--lengths", "8", "--engines", "int3"])
+    for name in ("exact_lengths", "behind", "behind_rates", "behind_attention", "bias",
+                 "bias_shared"):
+        assert "|---|" in tables.TABLES[name](tmp_path), name
+    figures = pytest.importorskip("benchmarks.lab.chain.figures")
+    figures.main(tmp_path, tmp_path)
+    assert {path.name for path in tmp_path.glob("*.png")} >= {"behind.png", "kinds.png"}
+
+
+def test_a_missing_record_is_said_to_be_missing(tmp_path):
+    for name, table in tables.TABLES.items():
+        assert "No record of `python -m benchmarks.lab" in table(tmp_path), name
+
+
+def test_sampled_tokens_of_attention_come_from_its_own_log_probs():
+    of = attention.puzzle(0, length=6, prompts=1, kinds=3, vocab=3, right=2)
+    weights = attention.untrained(of, seed=1)
+    features = of.features(torch.Generator().manual_seed(2))
+    n = 40_000
+    drawn = attention.answers(of, weights, features, n, torch.Generator().manual_seed(3))[0]
+    scored = attention.logits(weights, features, drawn[:1]).softmax(-1)[0, 0]
+    counts = torch.bincount(drawn[:, 0], minlength=3) / n
+    assert torch.allclose(counts, scored, atol=0.012)
+    # a later position, given one prefix
+    prefix = drawn[:, :3] == drawn[0, :3]
+    same = drawn[prefix.all(1)]
+    counts = torch.bincount(same[:, 3], minlength=3) / len(same)
+    scored = attention.logits(weights, features, drawn[:1]).softmax(-1)[0, 3]
+    assert torch.allclose(counts, scored, atol=4 / len(same) ** 0.5)
+
+
+def test_counts_have_the_intervals_and_tests_of_the_books():
+    assert statistics.wilson(0, 3) == pytest.approx((0, 0.5615), abs=1e-4)
+    assert statistics.fisher(14, 34, 0, 34) == pytest.approx(2.259e-5, rel=1e-3)
+    assert statistics.fisher(3, 3, 1, 3) == pytest.approx(0.4)
+    assert statistics.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])

@@ -20,7 +20,7 @@ from benchmarks.lab.chain.arms import ARMS, Arm
 from benchmarks.lab.chain.engines import Engine, plain
 from benchmarks.lab.chain.learner import Learner, State, View, state_of
 from benchmarks.lab.chain.policy import Parameters, warm_start
-from benchmarks.lab.chain.records import append, known, numbers, rows
+from benchmarks.lab.chain.records import append, known, note, numbers, rows
 from benchmarks.lab.chain.world import WORLDS, World, sample
 from iscorrect import group_advantages
 
@@ -183,6 +183,8 @@ def carry_out(runs: Sequence[Run], path: Path, steps: int) -> None:
     done = known(path, Run._fields)
     due = [run for run in runs if tuple(map(str, run)) not in done]
     print(f"{len(runs) - len(due)} of {len(runs)} runs are on record", flush=True)
+    if due:
+        note(path)
     for i, run in enumerate(due, 1):
         began = time.process_time()
         found = record(run, steps)

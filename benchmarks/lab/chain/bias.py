@@ -23,7 +23,7 @@ from benchmarks.lab.chain.engines import ENGINES
 from benchmarks.lab.chain.exact import expected_gain
 from benchmarks.lab.chain.learner import Learner, View, state_of
 from benchmarks.lab.chain.policy import warm_start
-from benchmarks.lab.chain.records import append, known
+from benchmarks.lab.chain.records import append, known, note
 from benchmarks.lab.chain.world import World
 
 LENGTHS = (8, 32, 128, 256, 1024)
@@ -108,6 +108,7 @@ def main(arguments: Sequence[str]) -> None:
     for engine, length in wanted:
         if (engine, str(length)) in done:
             continue
+        note(path)
         found = measure(length, engine)
         append(path, {
             "engine": engine, "length": length, "kl": f"{found.kl:.4g}",

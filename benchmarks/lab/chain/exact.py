@@ -21,7 +21,7 @@ from benchmarks.lab.chain.arms import ARMS, SIGNED, TOKEN_LOCAL, slopes
 from benchmarks.lab.chain.engines import BITS, ENGINES, LAGS
 from benchmarks.lab.chain.learner import Learner, Optimizer, State, View, state_of
 from benchmarks.lab.chain.policy import Parameters, warm_start
-from benchmarks.lab.chain.records import append, known, numbers
+from benchmarks.lab.chain.records import append, known, note, numbers
 from benchmarks.lab.chain.world import WORLDS, World, credit
 
 STEPS = 100
@@ -160,6 +160,8 @@ def main(arguments: Sequence[str]) -> None:
     done = known(path, Run._fields)
     due = [run for run in runs if tuple(map(str, run)) not in done]
     print(f"{len(runs) - len(due)} of {len(runs)} runs are on record", flush=True)
+    if due:
+        note(path)
     for i, run in enumerate(due, 1):
         began = time.process_time()
         states = [*learn(run, given.steps)]

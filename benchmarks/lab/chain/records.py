@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import csv
+import json
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
+
+from benchmarks.harness import commit, processor
 from benchmarks.lab.chain.learner import State
 
 
@@ -31,6 +36,13 @@ def append(path: Path, row: Mapping[str, object]) -> None:
         if new:
             writer.writeheader()
         writer.writerow(row)
+
+
+def note(path: Path) -> None:
+    """Beside the records: on what they are made."""
+    said = {"processor": processor("cpu"), "torch": torch.__version__, "commit": commit(),
+            "date": time.strftime("%Y-%m-%d")}
+    path.with_suffix(".json").write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
 
 
 def numbers(states: Sequence[State], every: int = 1) -> dict[str, str]:
