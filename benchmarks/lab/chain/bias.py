@@ -4,7 +4,7 @@ The policy is that of the start, J = 0.5. For one draw of nuisance and noise ‖
 of its mean square over draws. The part of the bias that draws *share* is the mean inner product of
 different draws: the rest averages out over a large batch of contexts that are never seen twice.
 n* = tr Cov(gradient of one sequence)/shared² is the batch from which the shared part exceeds the
-sampling noise.
+sampling noise; there is one where shared² is above twice its jackknife error.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ BY_KIND = (
     "temperature-1.1",
 )
 """Engines at T = 256."""
-DRAWS = 8
+DRAWS = 12
 TASK = 10
 
 
@@ -45,13 +45,15 @@ class Found(NamedTuple):
     Attributes:
         kl: nats per sequence.
         relative: ‖bias‖/‖∇J‖ of one draw, by arm.
-        shared: the same of what draws share of the uncorrected bias; 0 where it is not positive.
-        n_star: sequences; None where nothing is shared.
+        shared: mean inner product of the uncorrected bias of different draws over ‖∇J‖².
+        error: its standard error, by the jackknife over draws.
+        n_star: sequences; None where ``shared`` is below two errors.
     """
 
     kl: float
     relative: dict[str, float]
     shared: float
+    error: float
     n_star: float | None
 
 
@@ -74,9 +76,8 @@ def measure(length: int, engine: str, *, task: int = TASK, draws: int = DRAWS) -
         gradients.append(exact)
         kls.append(state_of(world, view).kl)
     size = torch.stack(gradients).mean(0).norm().item()
-    each = torch.stack(biases["uncorrected"])
-    squares = each.square().sum().item()
-    shared = (each.sum(0).square().sum().item() - squares) / (draws * (draws - 1))
+    each = torch.stack(biases["uncorrected"]) / size
+    shared, error = between(each @ each.T)
     # a sample is the mean over the batch's sequences
     batch = world.prompts * 16
     noise = (torch.stack(sampled) - torch.stack(gradients)).square().sum(1).mean().item() * batch
@@ -84,8 +85,18 @@ def measure(length: int, engine: str, *, task: int = TASK, draws: int = DRAWS) -
         sum(kls) / draws,
         {arm: (torch.stack(found).square().sum(1).mean().sqrt() / size).item()
          for arm, found in biases.items()},
-        max(shared, 0.0) ** 0.5 / size, noise / shared if shared > 0 else None,
+        shared, error, noise / size**2 / shared if shared > 2 * error else None,
     )
+
+
+def between(products: Tensor) -> tuple[float, float]:
+    """Mean of the products "d d" of different draws, and its error by leaving out each draw."""
+    draws = len(products)
+    apart = products - products.diag().diag()
+    total = apart.sum()
+    without = (total - 2 * apart.sum(1)) / ((draws - 1) * (draws - 2))
+    error = ((draws - 1) / draws * (without - without.mean()).square().sum()).sqrt()
+    return (total / (draws * (draws - 1))).item(), error.item()
 
 
 def flat(learner: Learner, gain: Tensor) -> Tensor:
@@ -113,7 +124,7 @@ def main(arguments: Sequence[str]) -> None:
         append(path, {
             "engine": engine, "length": length, "kl": f"{found.kl:.4g}",
             **{arm: f"{value:.4g}" for arm, value in found.relative.items()},
-            "shared": f"{found.shared:.4g}",
+            "shared": f"{found.shared:.4g}", "error": f"{found.error:.2g}",
             "n_star": "" if found.n_star is None else f"{found.n_star:.3g}",
         })
         print(engine, length, found, flush=True)

@@ -113,11 +113,13 @@ def by_lag(records: Path) -> plt.Figure:
         column[0].set_title(f"learning rate {rate:g}")
         column[1].set_xticks(range(len(lags)), list(map(str, lags)))
         column[1].set_xlabel("updates behind")
-    panels[0, 0].set_ylabel(f"share of runs that fell below {behind.FELL}, 95 % interval")
-    panels[1, 0].set_ylabel("J(π) at the end; small: runs, large: their mean")
+    panels[0, 0].set_ylabel(f"runs that fell below {behind.FELL}")
+    panels[1, 0].set_ylabel("J(π) at the end: runs, means")
+    for ax in panels[1]:
+        ax.axhline(0.5, color="#BBBBBB", linewidth=0.8)
     panels[0, 0].legend(fontsize=8, frameon=False, loc="upper left")
-    figure.suptitle("An engine behind the trainer, sampled; tasks "
-                    + ", ".join(map(str, behind.TASKS)))
+    figure.suptitle("An engine behind the trainer, sampled; 95 % intervals; the start is at 0.5; "
+                    "tasks " + ", ".join(map(str, behind.TASKS)))
     return figure
 
 
@@ -145,10 +147,11 @@ def kinds(records: Path) -> plt.Figure:
         else:
             top = 3 * max(float(other["n_star"]) for other in shown)
             ax.plot(kl, top, "^", color="#999999")
-            ax.annotate(f"{row['engine']}: none", (kl, top), fontsize=8,
+            ax.annotate(f"{row['engine']}: none found", (kl, top), fontsize=8,
                         textcoords="offset points", xytext=(5, 4))
     ax.set_xscale("log")
     ax.set_yscale("log")
+    ax.margins(x=0.15)
     ax.set_xlabel("KL(μ‖π), nats per sequence of 256 tokens")
     ax.set_ylabel("n*, sequences in a batch")
     ax.set_title(f"Where the bias that contexts share exceeds the noise, {bias.DRAWS} draws",
