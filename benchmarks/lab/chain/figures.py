@@ -137,7 +137,7 @@ def kinds(records: Path) -> plt.Figure:
     """The batch from which the bias shows, against the size of the mismatch."""
     found = [row for row in rows(records / "bias.csv") if row["length"] == "256"]
     figure, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    shown = [row for row in found if row["n_star"]]
+    top = 3 * max((float(row["n_star"]) for row in found if row["n_star"]), default=1.0)
     for row in found:
         kl = float(row["kl"])
         if row["n_star"]:
@@ -145,7 +145,6 @@ def kinds(records: Path) -> plt.Figure:
             ax.annotate(row["engine"], (kl, float(row["n_star"])), fontsize=8,
                         textcoords="offset points", xytext=(5, 4))
         else:
-            top = 3 * max(float(other["n_star"]) for other in shown)
             ax.plot(kl, top, "^", color="#999999")
             ax.annotate(f"{row['engine']}: none found", (kl, top), fontsize=8,
                         textcoords="offset points", xytext=(5, 4))

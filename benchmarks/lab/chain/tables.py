@@ -77,7 +77,7 @@ def every_arm(records: Path) -> str:
     if not found:
         return "No record of `python -m benchmarks.lab exact`.\n"
     shown = ("behind-4", "behind-8", "int3")
-    arms = [arm for arm in (*ARMS, "sequence-is") if any(a == arm for _, a in found)]
+    arms = [arm for arm in ARMS if any(a == arm for _, a in found)]
     body = [[f"`{arm}`", *(cell(found.get((name, arm))) for name in shown)] for arm in arms]
     return markdown(["arm", *shown], body) + "\n" + note(records / "exact.json")
 
@@ -270,7 +270,8 @@ def shared(records: Path) -> str:
     ]
     return markdown(head, body) + (
         f"\nT = 256, {bias.DRAWS} draws, in units of ‖∇J‖², uncorrected but for the last column; "
-        "± by the jackknife. None found: the shared part is below two errors. " + note(records / "bias.json")
+        "± by the jackknife. None found: the shared part is below two errors. "
+        + note(records / "bias.json")
     )
 
 
