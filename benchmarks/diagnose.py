@@ -205,7 +205,9 @@ def with_environment(dump: LogProbDump, length: int, scored: bool) -> LogProbDum
         noise = rollout[i, at : at + length] - old[i, at : at + length]
         old[i, at : at + length] = -8.5 - 2 * torch.rand(length, generator=g)
         rollout[i, at : at + length] = old[i, at : at + length] + noise if scored else 0.0
-    return replace(dump, old_log_probs=old, rollout_log_probs=rollout)
+    return replace(  # a prompt's candidates are not asked for
+        dump, old_log_probs=old, rollout_log_probs=rollout, top_k_ids=None, top_k_log_probs=None
+    )
 
 
 def over_steps(lab: Lab, rates: list[float]) -> list[LogProbDump]:

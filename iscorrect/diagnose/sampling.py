@@ -55,12 +55,13 @@ def temperature(tokens: Tokens) -> Finding | None:
 
 
 def _the_same_throughout(tokens: Tokens, excess: Array) -> bool:
-    """Whether the slope of the first half of positions is at least 0.4 of the second's."""
-    late = tokens.position >= np.median(tokens.position)
-    if min(int(late.sum()), int((~late).sum())) < 64:
+    """Whether the slopes in the first and the last quarter of positions agree to a factor."""
+    first, last = np.quantile(tokens.position, (0.25, 0.75))
+    quarters = tokens.position < first, tokens.position >= last
+    if min(int(q.sum()) for q in quarters) < 64:
         return True
-    slopes = [tokens.where(h).regress(tokens.d[h], excess[h])[0][0].value for h in (late, ~late)]
-    return min(slopes) / max(slopes) > 0.4 if min(slopes) > 0 else max(slopes) / min(slopes) > 0.4
+    slopes = [tokens.where(q).regress(tokens.d[q], excess[q])[0][0].value for q in quarters]
+    return slopes[0] * slopes[1] > 0.4 * max(slope**2 for slope in slopes)
 
 
 def _share_explained_by_repeats(tokens: Tokens) -> float:
