@@ -529,12 +529,14 @@ CLEAN = ("models", "rollouts", "tokens", "draws", "false", "said")
 
 
 def count_faults(
-    lab: Lab, real: LogProbDump | None, *, trials: int, part: tuple[int, int], record: Path
+    lab: Lab, real: LogProbDump | None, *, trials: int, starred: bool, part: tuple[int, int],
+    record: Path,
 ) -> None:
     """How often each fault is named first, and at all; every size, the models taking turns."""
     models = " ".join(map(str, lab.seeds))
     sizes = [lab.sequences // 8, lab.sequences // 4, lab.sequences // 2, lab.sequences]
-    for i, case in enumerate(cases(lab, real)):
+    chosen = (case for case in cases(lab, real) if case.practical or not starred)
+    for i, case in enumerate(chosen):
         if i % part[1] != part[0] - 1:
             continue
         dumps = case.make()
@@ -683,6 +685,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--sequences", type=int, default=64, help="of 128 tokens in a draw")
     parser.add_argument("--models", type=int, nargs="+", default=list(LOOKED_AT), metavar="SEED",
                         help="of the transformer's weights; others than 0 and 1 are held out")
+    parser.add_argument("--starred", action="store_true",
+                        help="only the strengths that a practitioner meets")
     parser.add_argument("--part", type=_part, default=(1, 1), metavar="I/N",
                         help="the i-th of n parts of the faults")
     args = parser.parse_args(argv)
@@ -696,7 +700,7 @@ def main(argv: list[str] | None = None) -> int:
     real = clean_rollouts(args.rollouts) if args.rollouts else shipped()
     if args.what == "faults":
         count_faults(lab, real.get("sharp, bfloat16 / bfloat16"), trials=args.trials,
-                     part=args.part, record=RECORDS / "faults.csv")
+                     starred=args.starred, part=args.part, record=RECORDS / "faults.csv")
     else:
         for directory in args.dumps:
             real |= clean_dumps(directory)

@@ -9,6 +9,7 @@ import torch
 
 from iscorrect import InputError, parse
 from iscorrect.diagnose import NOISE, Cause, Tokens, advise, causes as known, diagnose
+from iscorrect.diagnose.weights import shared
 from iscorrect.dumps import LogProbDump
 
 VOCABULARY, SEQUENCES, LENGTH = 64, 64, 128
@@ -372,6 +373,31 @@ class TestEstimates:
         # Δ log-odds of a token: its own noise, less that of the others, weighted by probability
         out = roll_out(noise=0.05)
         assert 0.6 * 0.05 < Tokens.of(full(out)).logit_noise() < 1.3 * 0.05
+
+
+class TestShared:
+    def test_independent_noise_shares_nothing(self):
+        tokens = Tokens.of(full(roll_out(), group=torch.arange(SEQUENCES) // 4))
+        for name, estimate in shared(tokens).items():
+            assert abs(estimate.z) < 4, name
+            assert abs(estimate.value) < 0.02, name
+
+    @pytest.mark.parametrize("name", ["token", "position", "prompt"])
+    def test_a_share_that_is_put_in_is_measured(self, name):
+        rng = np.random.default_rng(0)
+        out = roll_out(noise=1e-6)
+        group = torch.arange(SEQUENCES) // 4
+        label = {
+            "token": out["token_ids"].astype(int), "position": np.arange(LENGTH)[None],
+            "prompt": group.numpy()[:, None],
+        }[name]
+        common = rng.normal(size=1000)[label]
+        own = rng.normal(size=out["mass"].shape)
+        odds = 0.02 * (np.sqrt(0.3) * common + np.sqrt(0.7) * own)
+        out["old_log_probs"] += odds * (1.02 - np.exp(out["old_log_probs"]))
+        found = shared(Tokens.of(full(out, group=group)))[name]
+        assert found.value == pytest.approx(0.3, abs=5 * found.error + 0.05)
+        assert found.z > 4
 
 
 class TestAdvice:

@@ -12,7 +12,7 @@ from iscorrect.diagnose.diagnosis import diagnose
 from iscorrect.diagnose.fields import HEAD
 from iscorrect.diagnose.findings import Finding
 from iscorrect.diagnose.noise import HEAVY_TAIL, IDENTICAL, NOISE, SCALES
-from iscorrect.diagnose.weights import OTHER_WEIGHTS, PLATEAU
+from iscorrect.diagnose.weights import OTHER_WEIGHTS, PLATEAU, shared
 from iscorrect.dumps import LogProbDump, Tokens
 from iscorrect.dumps.tokens import as_tokens
 from iscorrect.errors import check_number
@@ -109,7 +109,7 @@ def advise(
             f" {TOKENS:,} are the least from which errors can be told; a dump of 8,192 tokens is"
             " enough for most causes",
         )]
-    advice = [_by_kind(findings[0], size, samples)]
+    advice = [_by_kind(tokens, findings[0], size, samples)]
     if findings[0].pattern not in (NOISE, HEAD) and size.sequence >= STARVED:
         excess = torch.tensor(math.expm1(size.variance))
         cap = max(1.0, float(mse_optimal_cap(torch.tensor(float(samples)), excess)))
@@ -185,9 +185,9 @@ class Size:
         )
 
 
-def _by_kind(finding: Finding, size: Size, samples: int) -> Advice:
+def _by_kind(tokens: Tokens, finding: Finding, size: Size, samples: int) -> Advice:
     batch = samples * size.nats
-    told = f"{size}; {batch:.2g} nats in a batch of {samples:,}"
+    told = f"{size}; {batch:.2g} nats in a batch of {samples:,}{_common(tokens)}"
     if finding.pattern in (NOISE, HEAD):
         starved = "" if size.sequence >= STARVED else (
             "; sequence weights would starve (from 0.5 nats on they cost a tenth of the reward)"
@@ -221,10 +221,18 @@ def _by_kind(finding: Finding, size: Size, samples: int) -> Advice:
         )
     return Advice(
         "Token-level TIS with cap 2, or IcePop",
-        f"{told}. Stale engines without a correction fell below a third of the reward in 12 of 22"
-        " runs at 2 updates and in 34 of 34 at 8; with token-level TIS in none",
+        f"{told}. Behind without a correction, 12 of 22 runs fell from a reward of 0.5 to below 0.3"
+        " at 2 updates and 34 of 34 at 8; with token-level TIS none",
         "token-tis:cap=2",
     )
+
+
+def _common(tokens: Tokens) -> str:
+    """What the errors share, in words."""
+    told = [
+        f"{max(s.value, 0):.1%} ± {s.error:.1%} by {name}" for name, s in shared(tokens).items()
+    ]
+    return f"; of the variance of the errors is shared {', '.join(told)}" if told else ""
 
 
 def _tail(tokens: Tokens, first: Advice) -> list[Advice]:

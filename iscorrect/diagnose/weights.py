@@ -88,7 +88,7 @@ def over_time(tokens: Tokens) -> Finding | None:
 
 def other_weights(tokens: Tokens) -> Finding | None:
     """Rounding depends on all that came before a token; other weights move it alike anywhere."""
-    repeats = repeats_with_token(tokens)
+    repeats = None if tokens.ids is None else shared_by(tokens, tokens.ids)
     if repeats is None or not doubtless(repeats, tokens) or repeats.value < 0.05:
         return None
     stale = repeats.value >= 0.35
@@ -116,13 +116,39 @@ def _small(tokens: Tokens) -> bool:
     return float(ratio.mean() ** 2 / np.square(ratio).mean()) > 0.9
 
 
-def repeats_with_token(tokens: Tokens) -> Estimate | None:
-    """How much of log ρ returns with the same token in other sequences.
+def shared(tokens: Tokens) -> dict[str, Estimate]:
+    """The share of the variance of log-odds errors that is common to tokens that have … in common.
 
-    Products of noise are averaged over pairs of equal tokens in different sequences.
+    What is shared moves every update the same way; what is not averages out.
     """
-    if tokens.ids is None:
-        return None
+    labels = {"position": tokens.position}
+    if tokens.ids is not None:
+        labels["token"] = tokens.ids
+        before = np.where(tokens.position > 0, np.roll(tokens.ids, 1), -1)
+        labels["pair of tokens"] = np.unique(
+            np.stack([before, tokens.ids]), axis=1, return_inverse=True
+        )[1]
+    if tokens.group is not None:
+        labels["prompt"] = tokens.group[tokens.row]
+    if tokens.version is not None:
+        labels["version"] = tokens.version
+    found = {name: shared_by(tokens, label) for name, label in labels.items()}
+    return {name: estimate for name, estimate in found.items() if estimate is not None}
+
+
+def shared_by(tokens: Tokens, label: Array) -> Estimate | None:
+    """How much of the variance of log-odds errors returns with a label in other sequences.
+
+    Products of errors are averaged over pairs of tokens of one label in different sequences, so
+    that what is not shared has the expectation 0.
+
+    Args:
+        tokens: with their log-ratios.
+        label: int "n".
+
+    Returns:
+        The share with its error clustered by sequence; None with fewer than 1,000 pairs.
+    """
     x = tokens.d / (1.02 - np.minimum(np.exp(tokens.old), 1.0))
     spread = 3 * max(1.4826 * float(np.median(np.abs(x))), 0.3 * float(x.std()))
     if spread == 0:
@@ -131,7 +157,7 @@ def repeats_with_token(tokens: Tokens) -> Estimate | None:
     x = x - x.mean()
     # Copies of a sequence, as in a bootstrap sample, share their noise.
     rows = distinct(tokens)[tokens.row]
-    _, token = np.unique(tokens.ids, return_inverse=True)
+    _, token = np.unique(label, return_inverse=True)
     pair, inverse = np.unique(token * (rows.max() + 1) + rows, return_inverse=True)
     total = np.bincount(inverse, weights=x)
     count = np.bincount(inverse).astype(float)

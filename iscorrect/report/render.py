@@ -126,7 +126,7 @@ def found(report: Report) -> list[tuple[str, str, str]]:
 def _numbered(causes: Sequence[Cause]) -> Iterator[str]:
     for i, cause in enumerate(causes, 1):
         fields = " and ".join(cause.needs)
-        decided = f" (a dump with {fields} would tell)" if fields else ""
+        decided = f" (a dump that holds {fields} would decide it)" if fields else ""
         yield f"{i}. {cause.name}: {cause.control}{decided}"
 
 
