@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from iscorrect.diagnose import Advice, Finding, advise, diagnose
+from iscorrect.diagnose import Advice, Finding, advise, diagnose, shared_error
 from iscorrect.dumps import LogProbDump, Tokens
 from iscorrect.errors import input_error
 from iscorrect.loss.pareto import pareto_tail
@@ -137,6 +137,11 @@ def summarise(
         **sums.growth(),
         "tail/pareto_k": float(pareto_tail(d, d.isfinite()).k),
     }
+    for kind, found in shared_error(sample).items():
+        metrics |= {
+            f"shared/{kind}": found.share, f"shared/{kind}/null": found.null,
+            f"shared/{kind}/p_value": found.p_value,
+        }
     findings = diagnose(sample, null=null)
     return Report(
         source=source, sequences=sequences, metrics=metrics,

@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import io
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -49,7 +50,7 @@ def headline(report: Report) -> list[tuple[str, str]]:
         ("sequences", f"log-ratio {slope(report)} nats per 1,000 tokens"),
         ("tail", f"{m['tail/outside']:.2%} of tokens have a ratio outside [0.5, 2] · Pareto k̂"
                  f" {tail}"),
-        *_update(m), *_growth(m),
+        *_shared(m), *_update(m), *_growth(m),
     ]
 
 
@@ -63,6 +64,16 @@ def _measured(report: Report, name: str) -> str:
     error = report.errors[name]
     known = f" ± {error:.1e}" if math.isfinite(error) else ""
     return f"{report.metrics[name]:.2e}{known}"
+
+
+def _shared(m: dict[str, float]) -> list[tuple[str, str]]:
+    kinds = [name.removeprefix("shared/") for name in m if re.fullmatch("shared/[a-z]+", name)]
+    if not kinds:
+        return []
+    told = " · ".join(
+        f"{kind} {m[f'shared/{kind}']:.1%} ({m[f'shared/{kind}/null']:.1%})" for kind in kinds
+    )
+    return [("shared", f"of the variance of errors in the log-odds, and by chance: {told}")]
 
 
 def _update(m: dict[str, float]) -> list[tuple[str, str]]:
