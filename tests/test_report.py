@@ -147,6 +147,9 @@ class TestNumbers:
         alone = Tokens.of(dump.rows(dump.step == 1))
         expected = alone.mean(alone.k3)
         assert (step["kl_k3"], step["error"]) == pytest.approx(expected, rel=1e-9)
+        ratio = np.exp(alone.d)
+        assert step["ess"] == pytest.approx(ratio.mean() ** 2 / (ratio**2).mean(), rel=1e-9)
+        assert step["sequences"] == 10
 
     def test_places_are_told_apart_by_every_unit_and_by_age(self):
         dump = some_dump()

@@ -44,7 +44,7 @@ class Report:
         notes: how the corrections were applied and what was left out, where that is not plain.
         errors: standard errors of means over tokens, clustered by sequence, by metric.
         places: where the mismatch is; rows of place, share of tokens, k3 and its standard error,
-            share outside [0.5, 2].
+            share outside [0.5, 2], ESS of token weights, and how many sequences.
         findings: likely causes.
         advice: what to do.
         sample: the tokens of the sequences that findings and figures rest on.
@@ -180,7 +180,7 @@ def _places(sums: Sums) -> list[dict[str, Any]]:
                 "place": f"{name} {key}" if edges is None else _range(name, edges, key),
                 "tokens": means.tokens(key) / sums.tokens, "kl_k3": k3[key].value,
                 "error": k3[key].error, "outside": means.mean(key, 1).value,
-                "sequences": means.sequences(key),
+                "ess": means.ess(key), "sequences": means.sequences(key),
             })
     return rows
 
@@ -196,13 +196,16 @@ def _worst_groups(sample: Tokens) -> list[dict[str, Any]]:
         return []
     groups, index = np.unique(sample.group[sample.row], return_inverse=True)
     means = Means()
-    means.add(sample, np.stack([sample.k3, sample.outside]), range(len(groups)), index)
+    ratio = np.exp(np.minimum(sample.d, 30))
+    values = np.stack([sample.k3, sample.outside, ratio, np.square(ratio)])
+    means.add(sample, values, range(len(groups)), index)
     k3 = [means.mean(i) for i in range(len(groups))]
     return [
         {
             "place": f"group {sample.label('group', groups[i])}",
             "tokens": means.tokens(i) / len(sample), "kl_k3": k3[i].value, "error": k3[i].error,
-            "outside": means.mean(i, 1).value, "sequences": means.sequences(i),
+            "outside": means.mean(i, 1).value, "ess": means.ess(i),
+            "sequences": means.sequences(i),
         }
         for i in sorted(range(len(groups)), key=lambda i: -k3[i].value)[:WORST_GROUPS]
     ]

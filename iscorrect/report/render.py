@@ -21,7 +21,7 @@ from iscorrect.report.figures import FIGURES
 from iscorrect.report.gather import Report
 from iscorrect.report.pages import Page, Section, plain_in_markdown, write_pages
 from iscorrect.report.sums import GROWTH
-from iscorrect.text import Table, visible
+from iscorrect.text import Table, number, visible
 
 
 def headline(report: Report) -> list[tuple[str, str]]:
@@ -103,7 +103,7 @@ def page(report: Report) -> Page:
     effects = [effect_row(n, values) for n, values in report.corrections.items()]
     places = [
         (visible(p["place"]), f"{p['tokens']:.1%}", f"{p['kl_k3']:.2e}", _error(p["error"]),
-         f"{p['outside']:.2%}")
+         f"{p['outside']:.2%}", number(p["ess"]))
         for p in report.places
     ]
     advice = [(a.action, a.because) for a in report.advice]
@@ -117,14 +117,15 @@ def page(report: Report) -> Page:
                 legend=LEGEND,
             ),
             Section(
-                Table("Where", ("place", "tokens", "k3", "±", "ratio outside [0.5, 2]"), places),
-                notes=[ERRORS],
+                Table("Where", WHERE, places), notes=[ERRORS],
             ),
         ],
         foot=f"Causes and figures rest on {report.sample.count:,} sequences,"
              f" {len(report.sample):,} tokens; all means on the whole dump.",
     )
 
+
+WHERE = ("place", "tokens", "k3", "±", "ratio outside [0.5, 2]", "ESS")
 
 FINDINGS = ("pattern", "evidence", "causes, likeliest first, and controls")
 

@@ -71,6 +71,11 @@ class Means:
         """How many sequences have a token in a place."""
         return int(self.sums[key][2])
 
+    def ess(self, key: int | str) -> float:
+        """The effective share of a place's tokens, given their ratios and ratios squared."""
+        first, second = self.mean(key, 2).value, self.mean(key, 3).value
+        return first * first / second if second > 0 else math.nan
+
     def mean(self, key: int | str, value: int = 0) -> Estimate:
         """The mean of a value in a place; the error of a single sequence is infinite."""
         number, squares, sequences = self.sums[key][:3]
@@ -170,7 +175,8 @@ class Sums:
         self.probabilities += [len(p), *(x.sum() for x in (p, q, p * p, q * q, p * q))]
         length = np.bincount(tokens.row, minlength=tokens.count)
         self.sequences += int(np.count_nonzero(length))
-        values = np.stack([k3, outside])
+        ratio = values[-1]
+        values = np.stack([k3, outside, ratio, np.square(ratio)])
         for name, of_token in (
             ("position", tokens.position), ("length", length[tokens.row]),
             ("rollout probability", p),
