@@ -86,10 +86,10 @@ def coherence(uncorrected: Tensor, corrected: Tensor, *, sequences: float) -> Co
     n = len(g)
     spread = (without_each - without_each.mean()).square().sum()
     error = math.sqrt((n - 1) / n * float(spread))
-    low, high = share + 2 * error, share - 2 * error
-    return Coherence(
-        *(1 / x if x > 0 else math.inf for x in (share, low, high)), share, error
+    n_star, low, high = (
+        1 / x if x > 0 else math.inf for x in (share, share + 2 * error, share - 2 * error)
     )
+    return Coherence(n_star, low, high, share, error)
 
 
 def _shares(of_bias: Tensor, of_noise: Tensor, sequences: float) -> tuple[float, Tensor]:
@@ -179,7 +179,7 @@ class GradientSketch:
                 total = torch.zeros(self.size, device=gradient.device)
             # whole rows of the sketch, so that a place does not depend on where parts begin
             step = max(PART // self.size, 1) * self.size
-            for part in gradient.reshape(-1).split(step):
+            for part in torch.split(gradient.reshape(-1), step):
                 signs = torch.empty_like(part, dtype=torch.int8).random_(2, generator=generator)
                 signed = part.float() * (2 * signs - 1)
                 whole = len(signed) // self.size * self.size
