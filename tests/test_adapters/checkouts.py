@@ -27,12 +27,13 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.distributed.nn  # noqa: E402
 from drawn import Worst, drawn, fixed, gradient_of  # noqa: E402
-from hypothesis import given, settings  # noqa: E402
+from hypothesis import given, settings, strategies as st  # noqa: E402
 from outcome import record  # noqa: E402
 
-from iscorrect import PolicyLoss, PPOClip  # noqa: E402
+from iscorrect import PolicyLoss, PPOClip, log_probs_from_logits  # noqa: E402
 from iscorrect.adapters.nemo_rl import from_nemo_rl  # noqa: E402
 from iscorrect.adapters.prime_rl import from_prime_rl  # noqa: E402
+from iscorrect.adapters.replay import support_of  # noqa: E402
 from iscorrect.adapters.slime import from_slime, tis_function  # noqa: E402
 
 
@@ -149,22 +150,79 @@ def slime_losses(name, root):
         mine = argparse.Namespace(**vars(args) | dict(
             use_tis=True, custom_tis_function_path=f"our_corrections.correct{i}"
         ))
-        for seed in range(3):
-            logits, batch = slime_batch(seed)
 
-            def loss_of(x, args, batch=batch):
-                reduce = reducer(
-                    batch["total_lengths"], batch["response_lengths"], batch["loss_masks"],
-                    batch["rollout_mask_sums"], args.calculate_per_token_loss,
-                )
-                return module.policy_loss_function(args, batch, x, reduce)[0]
+        def loss_of(x, args, batch):
+            reduce = reducer(
+                batch["total_lengths"], batch["response_lengths"], batch["loss_masks"],
+                batch["rollout_mask_sums"], args.calculate_per_token_loss,
+            )
+            return module.policy_loss_function(args, batch, x, reduce)[0]
 
-            pair = [gradient_of(lambda x, a=a: loss_of(x, a), logits) for a in (mine, args)]
-            assert worst.add(*pair) < 1e-6, case
+        slime_parity(loss_of, mine, args, worst)
     return worst, len(cases)
 
 
-def slime_batch(seed):
+def slime_parity(loss_of, ours, theirs, worst):
+    @given(st.integers(0, 2**32), st.sampled_from(SCALES))
+    @settings(max_examples=30, deadline=None)
+    def agree(seed, scale):
+        logits, batch = slime_batch(seed, scale)
+        pair = [gradient_of(lambda x, a=a: loss_of(x, a, batch), logits) for a in (ours, theirs)]
+        assert worst.add(*pair) < 1e-6, theirs
+
+    agree()
+
+
+SCALES = (1e-4, 0.05, 0.7, 2.0)
+
+
+def slime_replay():
+    """Log-probs over the ids that top-p kept, by its own function and by ours."""
+    module = importlib.import_module("slime.backends.megatron_utils.loss")
+    args, worst = argparse.Namespace(**BASE | {"rollout_top_p": 0.8}), Worst()
+
+    @given(st.integers(0, 2**32))
+    @settings(max_examples=100, deadline=None)
+    def agree(seed):
+        logits, batch = slime_batch(seed, 0.7)
+        names = ("unconcat_tokens", "total_lengths", "response_lengths")
+        tokens, totals, lengths = (batch[name] for name in names)
+        ends = torch.tensor(totals).cumsum(0).tolist()
+        rows = [logits[0, end - n - 1 : end - 1] for end, n in zip(ends, lengths, strict=True)]
+        targets = [ids[-n:] for ids, n in zip(tokens, lengths, strict=True)]
+        ids, offsets = [], []
+        for x, target in zip(rows, targets, strict=True):
+            kept = [torch.cat([row.topk(4).indices, own[None]]).unique() for row, own in zip(
+                x, target, strict=True
+            )]
+            ids.append(torch.cat(kept).int())
+            offsets.append(torch.tensor([0, *map(len, kept)]).cumsum(0).int())
+        support = support_of(ids, offsets)
+
+        def theirs(x):
+            found = module.get_log_probs_and_entropy(
+                x, args=args, top_p_token_ids=ids, top_p_token_offsets=offsets,
+                **{name: batch[name] for name in names},
+            )
+            return torch.cat((found[1] if isinstance(found, tuple) else found)["log_probs"])
+
+        def ours(x):
+            parts = [x[0, e - n - 1 : e - 1] for e, n in zip(ends, lengths, strict=True)]
+            return log_probs_from_logits(torch.cat(parts), torch.cat(targets), support=support)
+
+        pairs = []
+        for log_probs_of in (ours, theirs):
+            leaf = logits.clone().requires_grad_()
+            log_probs = log_probs_of(leaf)
+            (gradient,) = torch.autograd.grad(log_probs.square().sum(), leaf)
+            pairs.append((log_probs.detach(), gradient))
+        assert worst.add(*pairs) < 1e-5
+
+    agree()
+    return worst
+
+
+def slime_batch(seed, scale):
     draw = torch.Generator().manual_seed(seed)
     lengths, prompts, vocabulary = [3, 7, 1, 5, 9], [2, 4, 3, 1, 2], 17
     totals = [p + r for p, r in zip(prompts, lengths, strict=True)]
@@ -175,7 +233,7 @@ def slime_batch(seed):
         end += total
         current = log_probs[end - n - 1 : end - 1].gather(-1, ids[-n:, None])[:, 0]
         old.append(current + 0.2 * torch.randn(n, generator=draw))
-    rollout = [x + 0.7 * torch.randn(len(x), generator=draw) for x in old]
+    rollout = [x + scale * torch.randn(len(x), generator=draw) for x in old]
     masks = [(torch.rand(n, generator=draw) > 0.2).int() for n in lengths]
     return logits, dict(
         unconcat_tokens=tokens, total_lengths=totals, response_lengths=lengths, log_probs=old,
@@ -198,6 +256,9 @@ def check_slime(name, root):
     loader(root)
     worst, cases = slime_losses(name, root)
     yield f"policy_loss_function with {cases} settings", worst.loss, worst.gradient
+    if name == "slime":
+        worst = slime_replay()
+        yield "log-probs over the ids that top-p kept", worst.loss, worst.gradient
 
 
 def prime_rl(root):
@@ -322,10 +383,19 @@ def check_nemo_rl(_, root):
     worst = Worst()
     for kind in kinds:
         for by_token in (True, False):
-            for seed in range(5):
-                pair = nemo_rl_pair(world, fixed(seed, rows=6), by_token, *kind)
-                assert worst.add(*pair) < 1e-5, (kind, by_token)
+            nemo_rl_parity(world, worst, by_token, *kind)
     yield f"ClippedPGLossFn with {2 * len(kinds)} settings", worst.loss, worst.gradient
+
+
+def nemo_rl_parity(world, worst, by_token, *kind):
+    @given(st.integers(0, 2**32), st.sampled_from(SCALES))
+    @settings(max_examples=30, deadline=None)
+    def agree(seed, scale):
+        batch = fixed(seed, rows=6, scale=scale)
+        pair = nemo_rl_pair(world, batch, by_token, *kind)
+        assert worst.add(*pair) < 1e-5, (kind, by_token)
+
+    agree()
 
 
 def nemo_rl_pair(world, batch, by_token, kind, low, high):
