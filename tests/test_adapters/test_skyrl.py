@@ -1,5 +1,8 @@
 """SkyRL's own registry, worker step, metrics and Ray workers, with a loss of this library."""
 
+import subprocess
+import sys
+from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
@@ -12,7 +15,7 @@ from stubs import real
 from iscorrect import InputError, PolicyLoss, PPOClip, token_tis
 from iscorrect.adapters.averages import from_averages
 from iscorrect.adapters.skyrl import from_skyrl, register
-from iscorrect.dumps import DumpWriter
+from iscorrect.dumps import DumpWriter, read_dump
 
 ppo_utils, config, worker, batches_of = real(
     "skyrl", "skyrl.backends.skyrl_train.utils.ppo_utils", "skyrl.train.config.config",
@@ -92,13 +95,9 @@ def test_the_registered_loss_and_its_gradient_are_those_of_its_own(registry, own
     )
 
 
-def step(name, batch, rows):
-    """Its worker's ``forward_backward``: micro-batches, backward, and what it logs."""
-    log_probs = batch.log_probs.clone().requires_grad_()
-    parts = iter(log_probs.split(rows))
+def worker_of(name, rows):
+    """What its worker's methods read of it, but for the model."""
     me = MagicMock()
-    entropy = {"entropy": torch.zeros(rows, 40)}
-    me.model = MagicMock(side_effect=lambda *_, **__: (next(parts), entropy))
     me.cfg.algorithm = algorithm(name)
     me.cfg.micro_train_batch_size_per_gpu, me.cfg.max_tokens_per_microbatch = rows, 0
     me.policy_loss_fn = ppo_utils.PolicyLossRegistry.get(name)
@@ -108,6 +107,16 @@ def step(name, batch, rows):
     me._forward_backward_micro = lambda *a, **k: (
         worker.PolicyWorkerBase._forward_backward_micro(me, *a, **k)
     )
+    return me
+
+
+def step(name, batch, rows):
+    """Its worker's ``forward_backward``: micro-batches, backward, and what it logs."""
+    log_probs = batch.log_probs.clone().requires_grad_()
+    parts = iter(log_probs.split(rows))
+    me = worker_of(name, rows)
+    entropy = {"entropy": torch.zeros(rows, 40)}
+    me.model = MagicMock(side_effect=lambda *_, **__: (next(parts), entropy))
     data = batches_of.TrainingInputBatch({
         "sequences": torch.zeros(len(batch.mask), 40).long(),
         "attention_mask": torch.ones(len(batch.mask), 40).long(),
@@ -151,6 +160,89 @@ def test_its_steps_leave_a_dump_to_report(tmp_path):
     register("ours", TIS, dumps)
     step("ours", batch, rows=2)
     reported(dumps.directory, batch)
+
+
+def test_three_steps_of_its_worker_with_a_model_apply_the_weights(tmp_path, monkeypatch):
+    """Its wrapper of the model, ``forward_backward``, ``optim_step`` and its strategy's step.
+
+    The engine is the model in bfloat16, whose log-probs of drawn tokens are the rollout's.
+    """
+    transformers = pytest.importorskip("transformers")
+    wrapper, strategy, utils = real(
+        "skyrl", "skyrl.backends.skyrl_train.workers.model_wrapper",
+        "skyrl.backends.skyrl_train.distributed.fsdp_strategy",
+        "skyrl.backends.skyrl_train.utils.torch_utils",
+    )
+    monkeypatch.setattr(utils, "FLASH_ATTN_CROSS_ENTROPY_LOSS_AVAILABLE", False)  # a stub
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=32, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64,
+        initializer_range=0.3,
+    )).save_pretrained(tmp_path / "model")
+    dumps = DumpWriter(tmp_path / "dump")
+    loss_fn = PolicyLoss(correction=token_tis(cap=1.0), objective=CLIP, aggregation="sum")
+    register("ours", loss_fn, dumps)
+    me = worker_of("ours", 2)
+    me.cfg.algorithm.temperature = 1.0  # as the trainer takes it from the generator
+    me.model = wrapper.HFModelWrapper(str(tmp_path / "model"), bf16=False)
+    engine = wrapper.HFModelWrapper(str(tmp_path / "model"), bf16=True)
+    me.optimizer = torch.optim.AdamW(me.model.parameters(), lr=1e-2)
+    me.scheduler = torch.optim.lr_scheduler.ConstantLR(me.optimizer, factor=1.0)
+    mine = SimpleNamespace(max_norm=1.0)
+    me.strategy.optimizer_step = lambda *a, **k: (
+        strategy.FSDPStrategy.optimizer_step(mine, *a, **k)
+    )
+    apart = 0.0
+    for number in range(3):
+        engine.load_state_dict(me.model.state_dict())
+        data, weighted, plain = drawn_rollout(me.model, engine, number)
+        before = torch.nn.utils.parameters_to_vector(me.model.parameters()).clone()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.cuda, "current_device", lambda: "cpu")
+            metrics = worker.PolicyWorkerBase.forward_backward(me, data).metrics
+        worker.PolicyWorkerBase.optim_step(me)
+        after = torch.nn.utils.parameters_to_vector(me.model.parameters())
+        assert not torch.equal(before, after)
+        # one update for each rollout, so that the objective's own ratio is 1
+        assert metrics["policy_loss"] == pytest.approx(weighted, rel=1e-4)
+        assert metrics["policy_loss"] != pytest.approx(plain, rel=1e-2)
+        apart = max(apart, abs(metrics["policy_loss"] - weighted))
+        assert 0 < from_averages(metrics, prefix="loss_metrics/")["is/bounded"] < 1
+    dump = read_dump(dumps.directory)
+    assert len(dump.mask) == 18
+    d = (dump.old_log_probs - dump.rollout_log_probs)[dump.mask]
+    assert 1e-3 < d.abs().mean() < 0.2
+    report = subprocess.run(
+        [sys.executable, "-m", "iscorrect", "report", str(dumps.directory), "--out",
+         str(tmp_path / "report")], capture_output=True, text=True, check=False,
+    )
+    assert report.returncode in (0, 1), report.stderr
+    record(
+        "SkyRL", "three steps of PolicyWorkerBase with its model wrapper", distribution="skyrl",
+        loss=apart,
+    )
+
+
+def drawn_rollout(model, engine, seed, rows=6, length=12, response=8):
+    """A batch as SkyRL's trainer makes it, and the loss with weights and without."""
+    draw = torch.Generator().manual_seed(seed)
+    sequences = torch.randint(2, 32, (rows, length), generator=draw)
+    attention = torch.ones_like(sequences)
+    with torch.no_grad():
+        old = model(sequences, response, attention)
+        rollout = engine(sequences, response, attention).float()
+    mask = torch.arange(response) < torch.randint(2, response + 1, (rows, 1), generator=draw)
+    advantages = torch.randn(rows, 1, generator=draw).expand(rows, response) / mask.sum()
+    data = batches_of.TrainingInputBatch({
+        "sequences": sequences, "attention_mask": attention, "action_log_probs": old,
+        "advantages": advantages.contiguous(), "loss_mask": mask.long(),
+        "response_mask": mask.long(), "rollout_logprobs": rollout,
+    })
+    data.metadata = {"response_length": response}
+    weights = (old - rollout).double().exp().clamp(max=1.0)
+    plain = (-advantages * mask).sum().item()
+    return data, (-weights * advantages * mask).sum().item(), plain
 
 
 def step_of_its_own(batch):
