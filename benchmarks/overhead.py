@@ -176,8 +176,16 @@ def straightforward(batch: Batch) -> tuple[Tensor, dict[str, float]]:
             "policy/clipped": (out & mask).sum() / n,
         }
     loss = mean(per_token)
+    lengths = mask.sum(1)
+    sequences = (lengths > 0).sum()
+    sequence_ratio = torch.where(lengths > 0, d.double().sum(1).exp(), 0.0)
     metrics |= {
-        "batch/tokens": n,
+        "batch/tokens": n, "batch/sequences": sequences, "batch/length": n / sequences,
+        "mismatch/kl/sequence": torch.where(mask, torch.expm1(d) - d, 0.0).sum() / sequences,
+        "mismatch/chi2/sequence":
+            torch.where(lengths > 0, (sequence_ratio - 1).square(), 0.0).sum() / sequences,
+        "mismatch/ess/sequence":
+            sequence_ratio.sum().square() / (sequences * sequence_ratio.square().sum()),
         "mismatch/kl_k1": mean(-d),
         "mismatch/kl_k2": mean(d.square() / 2),
         "mismatch/kl_k3": mean(torch.expm1(d) - d),

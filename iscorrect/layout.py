@@ -129,7 +129,13 @@ class Layout:
         _check_cu_seqlens(cu_seqlens)
         positions = torch.arange(mask.shape[-1], device=mask.device)
         ids = torch.searchsorted(cu_seqlens[1:].to(positions), positions, right=True)
-        return cls(mask, sequence_ids=ids.view(mask.shape), segment_ids=segment_ids, age=age)
+        layout = cls(mask, sequence_ids=ids.view(mask.shape), segment_ids=segment_ids, age=age)
+        # padding at the end is one more
+        few = _Parts(layout._sequences.ids, len(cu_seqlens))
+        if layout._segments is layout._sequences:
+            layout._segments = few
+        layout._sequences = few
+        return layout
 
     @classmethod
     def from_position_ids(
