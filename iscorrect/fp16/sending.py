@@ -129,7 +129,9 @@ def round_with_feedback(x: Tensor, dtype: torch.dtype, rest: Tensor | None = Non
 
     so that Σ sent_k = Σ x_k + rest_0 − rest_K up to float32's own rounding: over several sends the
     engine's mean weights are the trainer's. Any one send is off by up to a whole step of the grid,
-    where rounding to nearest is by half of one, and the rests are as large as the model.
+    where rounding to nearest is by half of one, and entries with like rests are off in the same
+    direction: the first sends lose an update or overshoot it, where :func:`stochastic_round` does
+    neither. The rests are as large as the model.
 
     Args:
         x: float32 or wider, of any shape; the trainer's weights.
