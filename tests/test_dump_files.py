@@ -555,6 +555,13 @@ def test_names_that_are_no_texts_of_the_numbers_are_refused(tmp_path):
             read_dump(tmp_path / "dump.npz")
 
 
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_text_that_no_file_can_hold_is_left_out_and_ends_no_training(tmp_path, suffix):
+    with pytest.warns(UserWarning, match="left out engine"):
+        path = DumpWriter(tmp_path, suffix=suffix).write(step=1, **batch(engine="host-\udcff"))
+    assert read_dump(path).engine is None
+
+
 def test_the_engines_candidates_are_compared_with_the_sampled_token():
     one = -torch.ones(1, 3)
     dump = LogProbDump(

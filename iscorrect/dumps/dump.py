@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iscorrect.dumps.names import common_names
+from iscorrect.dumps.names import common_names, is_unicode
 from iscorrect.errors import check_mask, check_per_token, describe, input_error
 
 Row: TypeAlias = dict[str, Any]
@@ -144,10 +144,10 @@ class LogProbDump:
 
     def _check_names(self, name: str, texts: tuple[str, ...]) -> None:
         x = getattr(self, name) if name in IDS else None
-        if x is None or not all(isinstance(text, str) for text in texts):
+        if x is None or not all(isinstance(text, str) and is_unicode(text) for text in texts):
             raise input_error(
-                "LogProbDump", "names", expected="texts of fields that are given and may be text: "
-                + ", ".join(IDS), got=repr(name),
+                "LogProbDump", "names", expected="texts in Unicode of fields that are given and"
+                f" may be text: {', '.join(IDS)}", got=repr(name),
                 fix="pass the field as numbers of its texts, and the texts as names",
             )
         if x.numel() and not 0 <= int(x.min()) <= int(x.max()) < len(texts):

@@ -48,6 +48,15 @@ def as_texts(ids: Array) -> Array:
     return np.array([str(x) for x in ids.ravel().tolist()] or [], object).reshape(ids.shape)
 
 
+def is_unicode(text: str) -> bool:
+    r"""Whether UTF-8 can hold a text.
+
+    >>> is_unicode("høst"), is_unicode("\ud800")
+    (True, False)
+    """
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def common_names(
     parts: Sequence[tuple[Array, Sequence[str] | None]],
 ) -> tuple[list[Array], tuple[str, ...]]:

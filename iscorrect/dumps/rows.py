@@ -22,7 +22,7 @@ from iscorrect.dumps.dump import (
     LogProbDump,
     Row,
 )
-from iscorrect.dumps.names import Array, as_texts, numbered, texts_of
+from iscorrect.dumps.names import Array, as_texts, is_unicode, numbered, texts_of
 from iscorrect.dumps.trainers import translated
 from iscorrect.errors import input_error
 from iscorrect.text import visible
@@ -163,16 +163,12 @@ def _texts(x: Any, name: str, where: str) -> Array | None:
         return None
     for item in items:
         whole = isinstance(item, int | np.integer) and not isinstance(item, bool)
-        if not whole and not (isinstance(item, str) and _is_unicode(item)):
+        if not whole and not (isinstance(item, str) and is_unicode(item)):
             raise input_error(
                 "read_dump", name, expected="whole numbers, or text that UTF-8 can hold",
                 got=f"{visible(repr(item))} in {where}", fix="write one id for each, all of a kind",
             )
     return as_texts(array)
-
-
-def _is_unicode(text: str) -> bool:
-    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def check_log_probs(caller: str, row: Row, where: str) -> None:

@@ -30,7 +30,8 @@ def one_row_each(layout: Layout, tensors: Mapping[str, Tensor], *, step: int) ->
 
     >>> mask = torch.ones(1, 5, dtype=torch.bool)
     >>> layout = Layout.from_cu_seqlens(mask, torch.tensor([0, 2, 5]))
-    >>> one_row_each(layout, {"token_ids": torch.arange(5)[None]}, step=0)["token_ids"]
+    >>> fields = {"mask": mask, "token_ids": torch.arange(5)[None]}
+    >>> one_row_each(layout, fields, step=0)["token_ids"]
     tensor([[0, 1, 0],
             [2, 3, 4]])
     """
