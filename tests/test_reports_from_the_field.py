@@ -1,5 +1,6 @@
 """What users of trainers have reported, made here, and what a report has to say of it."""
 
+import html
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from test_diagnose import LENGTH, SEQUENCES, dump_of, full, roll_out
 from iscorrect import token_tis
 from iscorrect.diagnose import NOISE, advise, diagnose
 from iscorrect.dumps import read_dump
+from iscorrect.report.gather import summarise
+from iscorrect.report.render import blocks, to_html, to_markdown
 
 DATA = Path(__file__).parent / "data"
 CLEAN = roll_out(noise=0.02)
@@ -332,3 +335,26 @@ def test_weights_of_a_placeholder_are_why_it_has_to_be_found():
         old_log_probs=dump.old_log_probs, rollout_log_probs=dump.rollout_log_probs, mask=dump.mask
     ).weights
     assert (weights[dump.rollout_log_probs == -100] == 2).all()
+
+
+class TestForms:
+    """A reader sees the pattern, the numbers, and each cause with its control."""
+
+    REPORT = summarise([full(TestPartsOfTheBatch.OUT)])
+
+    @pytest.mark.parametrize("form", [
+        lambda r: "\n".join(b for b in blocks(r, 10_000) if isinstance(b, str)),
+        to_markdown, lambda r: to_html(r, {}),
+    ])
+    def test_every_rival_stands_there_with_its_control_and_what_the_dump_lacks(self, form):
+        text = html.unescape(form(self.REPORT))
+        (finding,) = self.REPORT.findings
+        assert finding.pattern in text
+        for number, cause in enumerate(finding.causes, 1):
+            assert f"{number}. {cause.name}: {cause.control}" in text
+        assert "(a dump that holds engine would decide it)" in text
+
+    def test_json_holds_the_causes_in_order(self):
+        (found,) = self.REPORT.to_json()["findings"]
+        assert [c["name"] for c in found["causes"]] == rivals(self.REPORT.findings[0])
+        assert found["correctable"] is False
