@@ -229,10 +229,8 @@ def _by_kind(tokens: Tokens, finding: Finding, size: Size, samples: int) -> Advi
 
 def _common(tokens: Tokens) -> str:
     """What the errors share, in words."""
-    told = [
-        f"{max(s.value, 0):.1%} ± {s.error:.1%} by {name}" for name, s in shared(tokens).items()
-    ]
-    return f"; of the variance of the errors is shared {', '.join(told)}" if told else ""
+    told = [f"{name} {s.value:.2%} ± {s.error:.2%}" for name, s in shared(tokens).items()]
+    return f"; common shares of the variance of the errors: {', '.join(told)}" if told else ""
 
 
 def _tail(tokens: Tokens, first: Advice) -> list[Advice]:

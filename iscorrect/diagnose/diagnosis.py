@@ -31,7 +31,7 @@ from iscorrect.diagnose.fields import (
     varentropy,
 )
 from iscorrect.diagnose.findings import Cause, Finding
-from iscorrect.diagnose.noise import heavy_tail, noise, unearned
+from iscorrect.diagnose.noise import beyond_bound, heavy_tail, noise, unearned
 from iscorrect.diagnose.sampling import hidden_sampler, penalty, temperature, truncation
 from iscorrect.diagnose.units import by_position, prompt_dependent, some_places, some_sequences
 from iscorrect.diagnose.weights import growing, other_weights, over_time
@@ -43,7 +43,8 @@ SEPARATE = (constants, above_zero, candidates, entropy, unsampled, diverging, re
 
 EXPLAIN = (
     growing, over_time, some_places, temperature, truncation, penalty, prompt_dependent,
-    by_position, some_sequences, other_weights, heavy_tail, unearned,
+    by_position, some_sequences, other_weights, beyond_bound, heavy_tail,
+    unearned,
 )
 
 FIELDS = {

@@ -11,6 +11,7 @@ from iscorrect.diagnose import causes
 from iscorrect.diagnose.findings import Finding
 from iscorrect.diagnose.scale import doubtless
 from iscorrect.dumps import Estimate, LogProbDump, Tokens
+from iscorrect.dumps.names import Array
 from iscorrect.dumps.tokens import as_tokens
 from iscorrect.loss.pareto import pareto_tail
 
@@ -25,36 +26,48 @@ PARTS = 16  # of the sequences, each left out once for the error of the scale
 
 
 def heavy_tail(tokens: Tokens) -> Finding | None:
-    """Rare large differences amid small ones, of both signs."""
-    d = tokens.d
-    limit = max(0.5, 8 * tokens.typical())
-    out = np.abs(d) > limit
+    """Rare large differences amid small ones, of both signs or too few for a sign."""
+    out, limit = _far(tokens)
     n = int(out.sum())
-    if n < max(5, 1e-3 * len(d)) or min((d[out] > 0).mean(), (d[out] < 0).mean()) <= 0.1:
+    if n < max(5, 1e-3 * len(tokens)) or _of_one_sign(tokens.d[out]):
         return None
+    d = tokens.d
     k = float(pareto_tail(torch.from_numpy(d)[None], torch.ones(1, len(d)) > 0).k)
+    index = f"; Pareto index {k:.2f}" if math.isfinite(k) else ""
     return Finding(
         HEAVY_TAIL,
-        f"{n} tokens ({n / len(d):.2%}) differ by more than {limit:.2g} nats, in both directions,"
-        f" amid noise of {tokens.typical():.2g}; Pareto index {k:.2f}",
+        f"{n} tokens ({n / len(d):.2%}) differ by more than {limit:.2g} nats,"
+        f" {int((d[out] > 0).sum())} of them upwards, amid noise of {tokens.typical():.2g}{index}",
         (causes.ROUTING, causes.QUANTISED, causes.WRONG_TOKENS, causes.CORRUPTED),
         n / len(d), correctable=True,
     )
 
 
-HEAVY_TAIL = "rare large differences of both signs"
+def _far(tokens: Tokens) -> tuple[Array, float]:
+    limit = max(0.5, 8 * tokens.typical())
+    return np.abs(tokens.d) > limit, limit
+
+
+def _of_one_sign(d: Array) -> bool:
+    """Whether signs as unequal have a probability below 1e-4 where both are as likely."""
+    share = max(float((d > 0).mean()), 1e-12)
+    rest = max(1 - share, 1e-12)
+    return len(d) * (share * math.log(2 * share) + rest * math.log(2 * rest)) > math.log(1e4)
+
+
+HEAVY_TAIL = "rare large differences"
 
 
 def unearned(tokens: Tokens) -> Finding | None:
     """The first test of noise that fails, whether or not its failure has a name."""
-    for test in (_tail_beyond_bound, _one_sided, _mean_ratio, _partly_equal):
+    for test in (_one_sided, _mean_ratio, _partly_equal):
         finding = test(tokens)
         if finding:
             return finding
     return None
 
 
-def _tail_beyond_bound(tokens: Tokens) -> Finding | None:
+def beyond_bound(tokens: Tokens) -> Finding | None:
     """P(ρ ≥ c) ≤ 1/c at every token, given what came before, if E ρ = 1.
 
     So the number of them is at most binomial, whatever sequences share; Chernoff's bound of its
@@ -86,8 +99,7 @@ def _tail_beyond_bound(tokens: Tokens) -> Finding | None:
 def _one_sided(tokens: Tokens) -> Finding | None:
     """Rare large differences of one sign: noise of one scale has none."""
     d = tokens.d
-    limit = max(0.5, 8 * tokens.typical())
-    out = np.abs(d) > limit
+    out, limit = _far(tokens)
     n = int(out.sum())
     if n < max(5, 1e-3 * len(d)):
         return None
@@ -99,7 +111,7 @@ def _one_sided(tokens: Tokens) -> Finding | None:
         f" is lower by more than {limit:.2g} nats, amid noise of {tokens.typical():.2g}; farthest"
         f" in sequence {tokens.row[worst]} at token {tokens.position[worst]}, by"
         f" {abs(d[worst]):.3g}",
-        (causes.CORRUPTED, causes.CANDIDATE, causes.SENTINEL, causes.SPECULATIVE), n / len(d),
+        (causes.CORRUPTED, causes.CANDIDATE, causes.SENTINEL, causes.ROUTING), n / len(d),
     )
 
 

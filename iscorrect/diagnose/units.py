@@ -82,9 +82,15 @@ def some_sequences(tokens: Tokens) -> Finding | None:
     if apart is None:
         return None
     high = level[apart].mean() - level[~apart].mean()
+    bad_rows = np.isin(seen.row, rows[apart])
+    begins = bad_rows & (seen.position < np.quantile(seen.position, 0.15))
+    inside = begins.sum() >= FEW and x[begins].mean() - x[~bad_rows].mean() < 0.5 * high
     what, among = "sequences", f"{int(apart.sum())} of {len(rows)} sequences"
     found: tuple[Cause, ...] = (causes.ONE_ENGINE, causes.BAD_BATCH, causes.VERSIONS_INSIDE,
-                                causes.STALE_CACHE, causes.HISTORY)
+                                causes.STALE_CACHE, causes.HISTORY, causes.ROUTING)
+    if inside:
+        among += ", from some token of theirs on,"
+        found = (causes.ROUTING, causes.VERSIONS_INSIDE, causes.PREEMPTED, causes.ONE_ENGINE)
     for name, likeliest in OF_SEQUENCE.items():
         label = of_token(seen, name)
         if label is None:

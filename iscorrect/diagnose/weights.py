@@ -30,11 +30,9 @@ def growing(tokens: Tokens) -> Finding | None:
     )
     half = len(steps) // 2
     late = np.log(levels[half:])
-    flat = len(steps) >= 8 and (
-        abs(float(np.polyfit(np.arange(len(late)), late, 1)[0])) * (len(late) - 1) < 0.35
-    )
-    early = np.log(levels[half] / levels[0]) if half else 0.0
-    if flat and early > math.log(3) and np.median(late) - np.log(levels[0]) > math.log(3):
+    early = float(np.median(late) - np.log(levels[0]))
+    drift = abs(float(np.polyfit(np.arange(len(late)), late, 1)[0])) * (len(late) - 1)
+    if len(steps) >= 8 and early > math.log(3) and drift < max(0.35, 0.2 * early):
         return Finding(
             PLATEAU,
             f"{told}, and has been within {math.exp(float(np.ptp(late))):.2g} times since step"
@@ -123,11 +121,9 @@ def shared(tokens: Tokens) -> dict[str, Estimate]:
     """
     labels = {"position": tokens.position}
     if tokens.ids is not None:
-        labels["token"] = tokens.ids
-        before = np.where(tokens.position > 0, np.roll(tokens.ids, 1), -1)
-        labels["pair of tokens"] = np.unique(
-            np.stack([before, tokens.ids]), axis=1, return_inverse=True
-        )[1]
+        kinds, token = np.unique(tokens.ids, return_inverse=True)
+        before = np.where(tokens.position > 0, np.roll(token, 1), len(kinds))
+        labels |= {"token": token, "pair of tokens": before * len(kinds) + token}
     if tokens.group is not None:
         labels["prompt"] = tokens.group[tokens.row]
     if tokens.version is not None:
