@@ -1,9 +1,6 @@
 """`iscorrect watch` on folders that are there, and on one that a job fills."""
 
 import re
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -29,14 +26,14 @@ def fill(folder, scales, *, start=0, **options):
 def test_a_healthy_run_ends_with_0(tmp_path, capsys):
     fill(tmp_path, [0.02] * 40)
     assert main(["watch", str(tmp_path), "--idle", "0"]) == 0
-    assert capsys.readouterr().out == "40 steps, 0 alarms\n"
+    assert capsys.readouterr().out == "steps: 40, alarms: 0\n"
 
 
 def test_a_jump_ends_with_1_and_says_where(tmp_path, capsys):
     fill(tmp_path, [0.02] * 30 + [0.2] * 8, suffix=".jsonl")
     assert main(["watch", str(tmp_path), "--idle", "0"]) == 1
     *alarms, last = capsys.readouterr().out.splitlines()
-    assert last == f"38 steps, {len(alarms)} alarms"
+    assert last == f"steps: 38, alarms: {len(alarms)}"
     for alarm in alarms:
         assert re.fullmatch(
             r"step 3\d: mismatch/\S+ is \S+ since step 30, \S+ before \(jump\)", alarm
@@ -50,7 +47,7 @@ def test_files_of_all_ranks_make_one_step_in_whatever_order(tmp_path, capsys):
     for path in (tmp_path / "b").iterdir():
         path.rename(tmp_path / "a" / path.name.replace("rank_0", "rank_1"))
     assert main(["watch", str(tmp_path / "a"), "--idle", "0"]) == 0
-    assert capsys.readouterr().out == "20 steps, 0 alarms\n"
+    assert capsys.readouterr().out == "steps: 20, alarms: 0\n"
 
 
 def test_one_file_with_many_steps_is_as_good(tmp_path, capsys):
@@ -75,16 +72,40 @@ def test_a_file_that_comes_after_its_step_was_over_is_said_to_be_left_out(tmp_pa
     assert "came after step 2 was over: step 0 is left out" in capsys.readouterr().err
 
 
-def test_dumps_that_come_while_it_watches_are_seen(tmp_path):
-    command = [sys.executable, "-m", "iscorrect", "watch", str(tmp_path), "--idle", "6"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as job:
-        fill(tmp_path, [0.02] * 20)
-        time.sleep(3)
-        fill(tmp_path, [0.3] * 8, start=20)
-        told, _ = job.communicate()
-    assert job.returncode == 1
+def test_dumps_that_come_while_it_watches_are_seen(tmp_path, capsys, monkeypatch):
+    batches = [(0, [0.02] * 20), (20, [0.3] * 8), None, None]
+
+    def meanwhile(_):
+        if not batches:
+            raise KeyboardInterrupt
+        batch = batches.pop(0)
+        if batch is not None:
+            fill(tmp_path, batch[1], start=batch[0])
+
+    monkeypatch.setattr(watch.time, "sleep", meanwhile)
+    assert main(["watch", str(tmp_path)]) == 1
+    told = capsys.readouterr().out
     assert "since step 20" in told
-    assert "28 steps" in told
+    assert "steps: 28" in told
+
+
+def test_a_file_that_still_grows_is_not_read(tmp_path, capsys, monkeypatch):
+    fill(tmp_path / "whole", [0.02] * 2, suffix=".jsonl")
+    text = b"".join(path.read_bytes() for path in sorted((tmp_path / "whole").iterdir()))
+    growing = tmp_path / "run" / "dump.jsonl"
+    growing.parent.mkdir()
+    ends = [len(text) // 2, len(text) - 1, len(text), None, None]
+
+    def meanwhile(_):
+        if not ends:
+            raise KeyboardInterrupt
+        end = ends.pop(0)
+        if end is not None:
+            growing.write_bytes(text[:end])
+
+    monkeypatch.setattr(watch.time, "sleep", meanwhile)
+    assert main(["watch", str(growing.parent)]) == 0
+    assert capsys.readouterr().out == "steps: 2, alarms: 0\n"
 
 
 @pytest.mark.parametrize(("make", "message"), [
@@ -106,4 +127,12 @@ def test_an_interruption_ends_it_with_what_was_seen(tmp_path, capsys, monkeypatc
 
     monkeypatch.setattr(watch.time, "sleep", interrupted)
     assert main(["watch", str(tmp_path)]) == 0
-    assert capsys.readouterr() == ("0 steps, 0 alarms\n", "interrupted\n")
+    assert capsys.readouterr() == ("steps: 0, alarms: 0\n", "interrupted\n")
+
+
+@pytest.mark.parametrize("idle", ["x", "-1", "nan"])
+def test_seconds_are_a_number_of_at_least_0(tmp_path, capsys, idle):
+    with pytest.raises(SystemExit) as ended:
+        main(["watch", str(tmp_path), f"--idle={idle}"])
+    assert ended.value.code == 2
+    assert "argument --idle: " in capsys.readouterr().err

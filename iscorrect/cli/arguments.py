@@ -13,6 +13,14 @@ def positive(text: str) -> int:
     return value
 
 
+def seconds(text: str) -> float:
+    """A number of at least 0."""
+    value = float(text)
+    if not value >= 0:
+        raise ArgumentTypeError(f"must be at least 0, got {text}")
+    return value
+
+
 def seed(text: str) -> int:
     """A whole number that random generators take."""
     value = int(text)

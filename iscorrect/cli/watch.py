@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from iscorrect.cli.arguments import seconds
 from iscorrect.cli.terminal import say, tell
 from iscorrect.dumps import LogProbDump, dump_files, stream_dump
 from iscorrect.errors import input_error
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``iscorrect watch``."""
     parser.add_argument("dumps", metavar="DUMPS", type=Path,
                         help="the folder that the job writes to, or one file")
-    parser.add_argument("--idle", type=_seconds, default=math.inf, metavar="SECONDS",
+    parser.add_argument("--idle", type=seconds, default=math.inf, metavar="SECONDS",
                         help="end when no file has come for so long; 0: read what is there"
                              " (default: when interrupted)")
 
@@ -49,15 +50,8 @@ def run(options: argparse.Namespace) -> int:
     run.finish()
     if not run.steps:
         dump_files(options.dumps)  # says what is wrong with a folder without dumps
-    say(f"{run.steps:,} steps, {run.alarms:,} alarms")
+    say(f"steps: {run.steps:,}, alarms: {run.alarms:,}")
     return 1 if run.alarms else 0
-
-
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not value >= 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, got {text}")
-    return value
 
 
 def _arriving(folder: Path, idle: float) -> Iterator[Path]:
