@@ -639,7 +639,7 @@ def tables() -> Iterator[tuple[str, str]]:
         if not n:
             lines.append(f"| {name} | not run | – | – | – |")
             continue
-        models = ", ".join(sorted({r["models"] for r in starred}))
+        models = "; ".join(sorted({r["models"] for r in starred}))
         hits = [sum(int(r[k]) for r in starred) for k in ("first", "named")]
         lines.append(
             f"| {name} (seeds {models}) | {len(starred)} | {n} | "
@@ -648,10 +648,10 @@ def tables() -> Iterator[tuple[str, str]]:
     missed = [r for r in held_out if int(r["practical"]) and int(r["tokens"]) == sizes[-1]
               and int(r["first"]) < int(r["draws"])]
     yield "confusion", "\n".join([
-        *lines, "", "| injected, held-out weights | first | named | first instead |",
-        "|---|---|---|---|",
-        *(f"| {r['cause']}, {r['strength']} | {_share(r, 'first')} | {_share(r, 'named')} |"
-          f" {r['instead']} |" for r in missed),
+        *lines, "", "| injected, held-out weights | seeds | first | named | first instead |",
+        "|---|---|---|---|---|",
+        *(f"| {r['cause']}, {r['strength']} | {r['models']} | {_share(r, 'first')} |"
+          f" {_share(r, 'named')} | {r['instead']} |" for r in missed),
     ])
 
 

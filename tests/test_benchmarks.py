@@ -5,7 +5,7 @@ import csv
 import pytest
 import torch
 
-from benchmarks import counts as operations, report
+from benchmarks import counts as operations, diagnose, report
 from benchmarks.harness import COLUMNS, Setting, Times, Workload, record, summary
 
 
@@ -78,3 +78,9 @@ def test_operations_on_tensors_are_counted():
     with operations.Operations() as seen:
         torch.ones(2).view(1, 2).expand(3, 2) + 1
     assert seen.count == 2
+
+
+def test_the_tables_of_the_diagnosis_are_those_of_its_records():
+    page = diagnose.PAGE.read_text(encoding="utf-8")
+    for name, text in diagnose.tables():
+        assert f"<!-- begin {name} -->\n{text}\n<!-- end {name} -->" in page
