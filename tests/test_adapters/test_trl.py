@@ -388,7 +388,8 @@ def test_a_dump_of_a_run_reads_back(path, tmp_path):
         cwd=tmp_path, capture_output=True, text=True, check=True,
         env=os.environ | {"PYTHONPATH": str(Path(iscorrect.__file__).parents[1])},
     )
-    assert "kl" in report.stdout.lower()
+    assert f"24 sequences · {dump.num_tokens} tokens" in report.stdout
+    assert "nats per token" in report.stdout
 
 
 class Watched(Corrected):

@@ -67,7 +67,8 @@ def test_the_example_trains_three_steps_logs_metrics_and_dumps(tmp_path, engine)
         cwd=tmp_path, capture_output=True, text=True, check=False, env=os.environ | ENVIRONMENT,
     )
     assert report.returncode in (0, 1), report.stderr[-3000:]
-    assert "KL" in report.stdout
+    assert f"24 sequences · {dump.num_tokens} tokens" in report.stdout
+    assert "nats per token" in report.stdout
     record("TRL", f"examples/trl_grpo.py and its report, {engine}", distribution="trl")
 
 
