@@ -541,6 +541,16 @@ def test_a_correction_that_trl_would_not_multiply_is_refused(path, tmp_path):
         run(Corrected, path, tmp_path, changes=off, correction=token_tis())
 
 
+@pytest.mark.parametrize(("trainer", "given", "said"), [
+    (Corrected, {"correction": token_tis(), "coherence": 3}, "0, or at least 8 steps, got 3"),
+    (WithoutVLLM, {"correction": token_tis(), "coherence": 8},
+     "its weights are in the advantages, got 8"),
+])
+def test_gradients_that_cannot_be_compared_are_refused(path, tmp_path, trainer, given, said):
+    with pytest.raises(InputError, match=f"CorrectedGRPO: `coherence` must be .*{said}"):
+        run(trainer, path, tmp_path, **given)
+
+
 def test_rollouts_without_log_probs_are_refused(path, tmp_path):
     with pytest.raises(InputError, match="return logprobs from rollout_func"):
         run(WithoutVLLM, path, tmp_path, correction=token_tis())
