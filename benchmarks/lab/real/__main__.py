@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
         "mechanism", parents=[common], help="what arrives of an update, and the KL it makes")
 
     serving = commands.add_parser(
-        "served", parents=[common], help="the same trajectory, its weights sent to vLLM")
+        "served", parents=[common], help="a trajectory whose weights are sent to vLLM")
     serving.add_argument("--engine", choices=list(served.WAYS), default="bf16")
     compared = commands.add_parser(
         "offline", parents=[common], help="one set of tokens in pairs of precisions")

@@ -1,7 +1,8 @@
-"""The mechanism in a real engine: the same trajectory, its weights sent to vLLM in several ways.
+"""The mechanism in a real engine: a trajectory whose weights are sent to vLLM in several ways.
 
 The policy learns from its own float32 answers, as in :mod:`benchmarks.lab.real.mechanism`, so the
-engine's answers act on nothing; they are sampled at some steps, and scored by the policy.
+engine's answers act on nothing; they are sampled at some steps, and scored by the policy. Engine
+and policy draw from one generator, so a seed fixes the prompts of a trajectory and not its samples.
 """
 
 from __future__ import annotations
