@@ -34,6 +34,8 @@ def main(records: Path, pages: Iterable[Path], pictures: Path) -> None:
     pictures.mkdir(parents=True, exist_ok=True)
     if looks(records):
         mechanism_figure(records).savefig(pictures / "real-arrival.png", dpi=110)
+    if served_runs(records):
+        serving_figure(records).savefig(pictures / "real-served.png", dpi=110)
     if runs(records):
         learning_figure(records).savefig(pictures / "real-learning.png", dpi=110)
     plt.close("all")
@@ -200,11 +202,37 @@ def mechanism_figure(records: Path) -> plt.Figure:
     return figure
 
 
-def serving(records: Path) -> str:
-    """KL and ESS of a real engine along the same trajectories, by how weights are sent."""
+def served_runs(records: Path) -> dict[str, list[list[Row]]]:
+    """The rows of each trajectory, by engine."""
     found: dict[str, list[list[Row]]] = {}
     for path in sorted((records / "served").glob("*.csv")):
         found.setdefault(path.stem.split("-")[0], []).append(rows_of(path))
+    return found
+
+
+def serving_figure(records: Path) -> plt.Figure:
+    """KL and ESS of a real engine: a line a trajectory and way to send."""
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    colours = iter(plt.get_cmap("tab10").colors)
+    for engine, seeds in served_runs(records).items():
+        for way in dict.fromkeys(row["rounding"] for row in seeds[0]):
+            colour = next(colours)
+            for rows in seeds:
+                of = [row for row in rows if row["rounding"] == way]
+                label = f"{engine}, {way}" if rows is seeds[0] else None
+                for ax, column in zip(panels, ("kl", "ess_sequence"), strict=True):
+                    ax.plot([int(row["step"]) for row in of], [float(row[column]) for row in of],
+                            color=colour, marker="o", ms=3, label=label)
+    panels[0].set(xlabel="updates", ylabel="KL(engine‖policy), nats per token", yscale="log")
+    panels[1].set(xlabel="updates", ylabel="ESS of sequence weights", ylim=(0, 1.02))
+    panels[1].legend(fontsize=8, frameon=False)
+    figure.suptitle("vLLM, sent float32 weights in several ways; a line a trajectory")
+    return figure
+
+
+def serving(records: Path) -> str:
+    """KL and ESS of a real engine along a trajectory, by how weights are sent."""
+    found = served_runs(records)
     if not found:
         return "No record of `python -m benchmarks.lab.real served`.\n"
     steps = list(dict.fromkeys(row["step"] for seeds in found.values() for row in seeds[0]))
