@@ -81,6 +81,9 @@ def some_sequences(tokens: Tokens) -> Finding | None:
     apart = _apart(level)
     if apart is None:
         return None
+    # Routing that flips often marks the sequences in which it flips early.
+    if heavy_tail(tokens.where(~np.isin(tokens.row, rows[apart]))):
+        return None
     high = level[apart].mean() - level[~apart].mean()
     bad_rows = np.isin(seen.row, rows[apart])
     begins = bad_rows & (seen.position < np.quantile(seen.position, 0.15))
