@@ -630,7 +630,7 @@ def tables() -> Iterator[tuple[str, str]]:
           + f" | {_share(of.get(sizes[-1]), 'named')} |"
           for (cause, strength), of in cells.items()),
     ])
-    lines = ["| weights | starred faults | draws | right cause first | named at all |",
+    lines = ["| weights | counts of starred faults | draws | right cause first | named at all |",
              "|---|---|---|---|---|"]
     for name, rows in (("held out", held_out),
                        ("looked at", [r for r in faults if r["models"] == looked_at])):
