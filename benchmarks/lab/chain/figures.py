@@ -64,14 +64,17 @@ def curves(records: Path) -> plt.Figure:
 def lengths(records: Path) -> plt.Figure:
     """Steps to 95 % by bits and length."""
     sizes = sorted({
-        int(row["length"]) for row in rows(records / "exact.csv") if row["engine"] == "both-8"
+        int(row["length"]) for row in rows(records / "exact.csv")
+        if row["engine"].startswith(("activations", "both"))
     })
+    run = {row["engine"] for row in rows(records / "exact.csv")}
+    shown = [m for m in BITS if {f"activations-{m}", f"both-{m}"} & run]
     figure, panels = plt.subplots(1, 4, figsize=(13, 3.8), sharey=True, layout="constrained")
     columns = [(kind, arm) for kind in ("activations", "both")
                for arm in ("uncorrected", "token-tis")]
     for ax, (kind, arm) in zip(panels, columns, strict=True):
-        steps = np.full((len(BITS), len(sizes)), np.nan)
-        for i, bits in enumerate(BITS):
+        steps = np.full((len(shown), len(sizes)), np.nan)
+        for i, bits in enumerate(shown):
             for j, size in enumerate(sizes):
                 row = of_exact(
                     records, world="chain", length=size, task=10, optimizer="adam",
@@ -86,7 +89,7 @@ def lengths(records: Path) -> plt.Figure:
         image = ax.imshow(steps, vmin=30, vmax=110, cmap="YlOrRd", aspect="auto")
         ax.set_title(f"{kind}, {arm}", fontsize=10)
         ax.set_xticks(range(len(sizes)), list(map(str, sizes)))
-        ax.set_yticks(range(len(BITS)), list(map(str, BITS)))
+        ax.set_yticks(range(len(shown)), list(map(str, shown)))
         ax.set_xlabel("tokens of a sequence")
     panels[0].set_ylabel("bits of mantissa")
     figure.colorbar(image, ax=panels.tolist(), label="steps to 95 %")
@@ -150,7 +153,7 @@ def kinds(records: Path) -> plt.Figure:
                         textcoords="offset points", xytext=(5, 4))
     ax.set_xscale("log")
     ax.set_yscale("log")
-    ax.margins(x=0.15)
+    ax.margins(x=0.3)
     ax.set_xlabel("KL(μ‖π), nats per sequence of 256 tokens")
     ax.set_ylabel("n*, sequences in a batch")
     ax.set_title(f"Where the bias that contexts share exceeds the noise, {bias.DRAWS} draws",

@@ -98,11 +98,13 @@ def lengths(records: Path) -> str:
             )
             cells.append(" / ".join(
                 reached(found.get((name, arm))) for arm in ("uncorrected", "token-tis")))
-        body.append([kind, "all" if bits is None else str(bits), *cells])
+        if any("not run" not in cell for cell in cells):
+            body.append([kind, "all" if bits is None else str(bits), *cells])
     return markdown(head, body) + (
         f"\nThe first step at J(π) = {LEARNT}, uncorrected / token-TIS; where it was never "
         "reached, > and in brackets J(π) at the end. 10 bits are FP16's, 7 BF16's. "
-        "\"both\": weights and activations of the engine alone.\n"
+        "\"both\": weights and activations of the engine alone. Rows of which nothing was run are "
+        "left out.\n"
     )
 
 
