@@ -9,7 +9,7 @@ import torch
 
 from iscorrect import InputError, parse
 from iscorrect.diagnose import NOISE, Cause, Tokens, advise, causes as known, diagnose
-from iscorrect.diagnose.weights import shared
+from iscorrect.diagnose.shared import shared_error
 from iscorrect.dumps import LogProbDump
 
 VOCABULARY, SEQUENCES, LENGTH = 64, 64, 128
@@ -375,31 +375,6 @@ class TestEstimates:
         assert 0.6 * 0.05 < Tokens.of(full(out)).logit_noise() < 1.3 * 0.05
 
 
-class TestShared:
-    def test_independent_noise_shares_nothing(self):
-        tokens = Tokens.of(full(roll_out(), group=torch.arange(SEQUENCES) // 4))
-        for name, estimate in shared(tokens).items():
-            assert abs(estimate.z) < 4, name
-            assert abs(estimate.value) < 0.02, name
-
-    @pytest.mark.parametrize("name", ["token", "position", "prompt"])
-    def test_a_share_that_is_put_in_is_measured(self, name):
-        rng = np.random.default_rng(0)
-        out = roll_out(noise=1e-6)
-        group = torch.arange(SEQUENCES) // 4
-        label = {
-            "token": out["token_ids"].astype(int), "position": np.arange(LENGTH)[None],
-            "prompt": group.numpy()[:, None],
-        }[name]
-        common = rng.normal(size=1000)[label]
-        own = rng.normal(size=out["mass"].shape)
-        odds = 0.02 * (np.sqrt(0.3) * common + np.sqrt(0.7) * own)
-        out["old_log_probs"] += odds * (1.02 - np.exp(out["old_log_probs"]))
-        found = shared(Tokens.of(full(out, group=group)))[name]
-        assert found.value == pytest.approx(0.3, abs=5 * found.error + 0.05)
-        assert found.z > 4
-
-
 class TestAdvice:
     def test_small_kl_needs_no_correction(self):
         advice = advise(full(roll_out(noise=0.004)), samples=64, length=128)
@@ -419,6 +394,11 @@ class TestAdvice:
         assert short[0].correction == long[0].correction == "token-tis:cap=2"
         assert short[1].correction.startswith("sequence-tis:cap=")
         assert not any(a.correction.startswith("sequence-") for a in long)
+
+    def test_what_the_errors_have_in_common_stands_beside_the_size(self):
+        dump = full(roll_out(engine_shift=0.2))
+        first = advise(dump, samples=64, length=128)[0]
+        assert f"token {shared_error(dump)['token'].share:.2%} (by chance" in first.because
 
     def test_a_small_dump_gets_no_advice(self):
         (advice,) = advise(full(roll_out(sequences=4)), samples=64, length=128)

@@ -12,7 +12,8 @@ from iscorrect.diagnose.diagnosis import diagnose
 from iscorrect.diagnose.fields import HEAD
 from iscorrect.diagnose.findings import Finding
 from iscorrect.diagnose.noise import HEAVY_TAIL, IDENTICAL, NOISE, SCALES
-from iscorrect.diagnose.weights import OTHER_WEIGHTS, PLATEAU, shared
+from iscorrect.diagnose.shared import shared_error
+from iscorrect.diagnose.weights import OTHER_WEIGHTS, PLATEAU
 from iscorrect.dumps import LogProbDump, Tokens
 from iscorrect.dumps.tokens import as_tokens
 from iscorrect.errors import check_number
@@ -229,7 +230,10 @@ def _by_kind(tokens: Tokens, finding: Finding, size: Size, samples: int) -> Advi
 
 def _common(tokens: Tokens) -> str:
     """What the errors share, in words."""
-    told = [f"{name} {s.value:.2%} ± {s.error:.2%}" for name, s in shared(tokens).items()]
+    told = [
+        f"{kind} {found.share:.2%} (by chance up to {found.null:.2%})"
+        for kind, found in shared_error(tokens).items()
+    ]
     return f"; common shares of the variance of the errors: {', '.join(told)}" if told else ""
 
 

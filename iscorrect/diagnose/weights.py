@@ -86,7 +86,7 @@ def over_time(tokens: Tokens) -> Finding | None:
 
 def other_weights(tokens: Tokens) -> Finding | None:
     """Rounding depends on all that came before a token; other weights move it alike anywhere."""
-    repeats = None if tokens.ids is None else shared_by(tokens, tokens.ids)
+    repeats = repeats_with_token(tokens)
     if repeats is None or not doubtless(repeats, tokens) or repeats.value < 0.05:
         return None
     stale = repeats.value >= 0.35
@@ -114,37 +114,14 @@ def _small(tokens: Tokens) -> bool:
     return float(ratio.mean() ** 2 / np.square(ratio).mean()) > 0.9
 
 
-def shared(tokens: Tokens) -> dict[str, Estimate]:
-    """The share of the variance of log-odds errors that is common to tokens that have … in common.
+def repeats_with_token(tokens: Tokens) -> Estimate | None:
+    """How much of the variance of log-odds errors returns with the same token in other sequences.
 
-    What is shared moves every update the same way; what is not averages out.
+    Products of errors are averaged over pairs of equal tokens in different sequences, so that what
+    is not shared has the expectation 0, and the error is clustered by sequence.
     """
-    labels = {"position": tokens.position}
-    if tokens.ids is not None:
-        kinds, token = np.unique(tokens.ids, return_inverse=True)
-        before = np.where(tokens.position > 0, np.roll(token, 1), len(kinds))
-        labels |= {"token": token, "pair of tokens": before * len(kinds) + token}
-    if tokens.group is not None:
-        labels["prompt"] = tokens.group[tokens.row]
-    if tokens.version is not None:
-        labels["version"] = tokens.version
-    found = {name: shared_by(tokens, label) for name, label in labels.items()}
-    return {name: estimate for name, estimate in found.items() if estimate is not None}
-
-
-def shared_by(tokens: Tokens, label: Array) -> Estimate | None:
-    """How much of the variance of log-odds errors returns with a label in other sequences.
-
-    Products of errors are averaged over pairs of tokens of one label in different sequences, so
-    that what is not shared has the expectation 0.
-
-    Args:
-        tokens: with their log-ratios.
-        label: int "n".
-
-    Returns:
-        The share with its error clustered by sequence; None with fewer than 1,000 pairs.
-    """
+    if tokens.ids is None:
+        return None
     x = tokens.d / (1.02 - np.minimum(np.exp(tokens.old), 1.0))
     spread = 3 * max(1.4826 * float(np.median(np.abs(x))), 0.3 * float(x.std()))
     if spread == 0:
@@ -153,7 +130,7 @@ def shared_by(tokens: Tokens, label: Array) -> Estimate | None:
     x = x - x.mean()
     # Copies of a sequence, as in a bootstrap sample, share their noise.
     rows = distinct(tokens)[tokens.row]
-    _, token = np.unique(label, return_inverse=True)
+    _, token = np.unique(tokens.ids, return_inverse=True)
     pair, inverse = np.unique(token * (rows.max() + 1) + rows, return_inverse=True)
     total = np.bincount(inverse, weights=x)
     count = np.bincount(inverse).astype(float)
