@@ -237,7 +237,8 @@ def serving(records: Path) -> str:
         return "No record of `python -m benchmarks.lab.real served`.\n"
     steps = list(dict.fromkeys(row["step"] for seeds in found.values() for row in seeds[0]))
     head = ["engine, weights are sent", "seeds", *(f"KL after {s}" for s in steps),
-            *(f"ESS of sequences after {s}" for s in steps)]
+            *(f"ESS of sequences after {s}" for s in steps),
+            *(f"right after {steps[-1]}: {whose}" for whose in ("engine", "policy"))]
     table = []
     for engine, seeds in found.items():
         for way in dict.fromkeys(row["rounding"] for row in seeds[0]):
@@ -248,6 +249,7 @@ def serving(records: Path) -> str:
             table.append([
                 f"{engine}, {way}", str(len(seeds)), *(geometric(of("kl", s)) for s in steps),
                 *(mean(of("ess_sequence", s)) for s in steps),
+                *(mean(of(column, steps[-1])) for column in ("reward", "own_reward")),
             ])
     name = next(iter(found.values()))[0][0]["engine"]
     return markdown(head, table) + f"\n{name}; 32 answers a cell and seed.\n"
