@@ -15,7 +15,10 @@ from benchmarks import peers
 from benchmarks.harness import Setting, Workload, interleave, summary
 from benchmarks.linear import make, ours, theirs
 
-PEERS = ("materialised", "F.linear_cross_entropy, chunks of 256", "TRL, chunked", "Liger, chunked")
+PEERS = (
+    "materialised", "F.linear_cross_entropy, chunks of 256", "TRL, chunked", "Liger, chunked",
+    "verl, fused linear", "Apple CCE, torch.compile",
+)
 
 
 def run(setting: Setting) -> Iterator[Workload]:
