@@ -21,7 +21,10 @@ from iscorrect import k3
 from iscorrect.dumps import read_dump
 
 ROOT = Path(__file__).parents[3]
-PAGES = (ROOT / "docs" / "lab" / "real-model.md",)
+PAGES = (
+    ROOT / "docs" / "lab" / "real-model.md", ROOT / "docs" / "fp16-or-correction.md",
+    ROOT / "README.md",
+)
 PICTURES = ROOT / "docs" / "lab"
 MARKED = re.compile(r"(<!-- real:(\w+) -->\n).*?(<!-- /real -->)", re.DOTALL)
 T = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
@@ -255,6 +258,36 @@ def serving(records: Path) -> str:
     return markdown(head, table) + f"\n{name}; 32 answers a cell and seed.\n"
 
 
+def summary(records: Path) -> str:
+    """What was found, in three sentences."""
+    engines = served_runs(records)
+    seeds = looks(records).get("bf16-grid-2e-05")
+    if not seeds or "bf16" not in engines:
+        return "No record of `python -m benchmarks.lab.real mechanism` and `served`.\n"
+    last = seeds[0][-1]["step"]
+    arrives = {
+        (way, step): mean([100 * x for x in over_seeds(seeds, "share", step, way)])
+        for way in ("bf16", "fp16") for step in ("1", last)
+    }
+
+    def kl(rounding: str, step: str) -> str:
+        return geometric([
+            float(row["kl"]) for rows in engines["bf16"] for row in rows
+            if (row["step"], row["rounding"]) == (step, rounding)
+        ])
+
+    return (
+        f"Of a float32 trainer's first update {arrives['bf16', '1']} % arrives in BF16 where"
+        f" weights are rounded to nearest, and of the first {last} together"
+        f" {arrives['bf16', last]} %; in FP16 {arrives['fp16', '1']} % and"
+        f" {arrives['fp16', last]} % (a pretrained model of 135 M parameters stored in BF16,"
+        f" {number_of(seeds)}, learning rate 2e-5). vLLM in BF16 is then {kl('nearest', last)} nats"
+        f" a token from its policy, where {kl('nearest', '0')} is arithmetic; with"
+        f" `iscorrect.stochastic_round` at the send it is {kl('stochastic', last)}"
+        f" ({number_of(engines['bf16'])}). What that does to learning has not been measured.\n"
+    )
+
+
 # pairs of precisions
 
 
@@ -355,5 +388,5 @@ def learning_figure(records: Path) -> plt.Figure:
 
 TABLES: dict[str, Callable[[Path], str]] = {
     "arrival": arrival, "rests": rests, "factors": factors, "kinds": kinds, "serving": serving,
-    "offline": offline, "learning": learning,
+    "offline": offline, "learning": learning, "summary": summary,
 }
