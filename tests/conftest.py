@@ -1,8 +1,10 @@
 """Hypothesis profiles: `dev` by default, `ci` in CI, `deep` for a night."""
 
 import os
+import sys
 from importlib.util import find_spec
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 FRAMEWORKS = {
@@ -35,3 +37,13 @@ def pytest_configure(config):
         messages = Messages()
         messages.record()
         config.add_cleanup(lambda: messages.write(path))
+
+
+@pytest.fixture
+def modules():
+    """Modules of trainers' fakes leave with the test."""
+    before = dict(sys.modules)
+    yield
+    for name in set(sys.modules) - set(before):
+        if name.split(".")[0] in ("slime", "miles", "megatron", "prime_rl", "nemo_rl"):
+            del sys.modules[name]

@@ -380,12 +380,13 @@ class TestAdvice:
         advice = advise(full(roll_out(noise=0.004)), samples=64, length=128)
         assert advice[0].action == "No correction is needed"
 
-    def test_rounding_needs_no_correction_at_any_length_and_no_sequence_weights_at_many_nats(self):
+    def test_rounding_needs_token_weights_from_half_a_nat_and_never_those_of_sequences(self):
         dump = full(roll_out(noise=0.05))
-        for length in (300, 20_000):
+        for length, correction in ((300, ""), (20_000, "token-tis:cap=2")):
             first, *others = advise(dump, samples=64, length=length)
-            assert first.action == "No correction is needed"
-            assert ("would starve" in first.because) == (length == 20_000)
+            assert first.correction == correction
+            assert (first.action == "No correction is needed") == (not correction)
+            assert ("would starve" in first.because) == bool(correction)
             assert not any(a.correction.startswith("sequence-") for a in others)
 
     def test_other_weights_get_token_weights_and_sequence_weights_where_these_do_not_starve(self):

@@ -179,7 +179,8 @@ def batches(
     """
     where = draw(layouts() if layout is None else layout)
     size = where.mask.numel()
-    tokens = draw(st.lists(_tokens(spread), min_size=size, max_size=size))
+    mismatch = draw(_mismatches(spread))
+    tokens = draw(st.lists(_tokens(mismatch), min_size=size, max_size=size))
     table = torch.tensor(tokens, dtype=torch.float64).view(*where.mask.shape, 3)
     ours, old, rollout = table.unbind(-1)
     values = draw(tensors(where.mask.shape, low=-2, high=2, step=0.5))
@@ -202,9 +203,10 @@ def padded_batches(
         max_length: tokens of a sequence at most, holes included.
         spread: as :func:`batches` has it.
     """
+    token = st.tuples(st.booleans(), _tokens(draw(_mismatches(spread))))
     row = st.tuples(
         st.integers(-4, 4),
-        st.lists(st.tuples(st.booleans(), _tokens(spread)), min_size=1, max_size=max_length).filter(
+        st.lists(token, min_size=1, max_size=max_length).filter(
             lambda tokens: not all(hole for hole, _ in tokens)
         ),
     )
@@ -216,16 +218,24 @@ def padded_batches(
     return LossInputs(ours, old, rollout, advantages.expand(mask.shape).clone(), Layout(mask))
 
 
-def _tokens(spread: float) -> st.SearchStrategy[tuple[float, float, float]]:
+def _mismatches(spread: float) -> st.SearchStrategy[st.SearchStrategy[float]]:
+    """What log π_old/μ may be in a batch: anything up to ``spread``, small, or far."""
+    steps = round(8 * spread)
+    small = min(4, steps)
+    anything = st.integers(-small, small) | st.integers(-steps, steps)
+    # Small and above 0: a sequence whose product passes a cap that none of its tokens passes.
+    drift = st.integers(min(1, steps), small)
+    far = st.integers(small, steps) | st.integers(-steps, -small)
+    kinds = [x.map(lambda i: i / 8) for x in (anything, drift, far)]
+    return st.sampled_from(kinds)
+
+
+def _tokens(mismatch: st.SearchStrategy[float]) -> st.SearchStrategy[tuple[float, float, float]]:
     """Log π, log π_old and log μ of one token: multiples of 1/8, now and then of 1/1024.
 
     The finer ones take more bits than a 16-bit format has; all are exact in float32.
     """
-    steps = round(8 * spread)
     old = st.integers(-32, 0).map(lambda i: i / 8) | st.integers(-4096, 0).map(lambda i: i / 1024)
-    small = min(4, steps)
-    # Small ones too: a sequence whose product passes a cap that none of its tokens passes.
-    mismatch = (st.integers(-small, small) | st.integers(-steps, steps)).map(lambda i: i / 8)
     update = st.integers(-8, 8).map(lambda i: i / 8)
     return st.builds(
         lambda old, mismatch, update: (min(old + update, 0.0), old, min(old - mismatch, 0.0)),
