@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -94,7 +95,11 @@ def shared_error(
     error = error.clip(*np.quantile(error, [CUT, 1 - CUT]))
     row = _numbered(tokens.row[open_])
     rng = np.random.default_rng(seed)
-    within = [error[np.argsort(row + rng.random(len(row)))] for _ in range(permutations)]
+
+    @functools.cache
+    def within() -> list[Array]:
+        return [error[np.argsort(row + rng.random(len(row)))] for _ in range(permutations)]
+
     found = {}
     for name, label in _labels(tokens):
         classes = _Classes(label[open_])
@@ -103,7 +108,7 @@ def shared_error(
         share = classes.share(error)
         each = _of_sequences(row, label[open_])
         null = (
-            [classes.share(x) for x in within] if each is None else
+            [classes.share(x) for x in within()] if each is None else
             [_Classes(rng.permutation(each)[row]).share(error) for _ in range(permutations)]
         )
         beyond = sum(x >= share for x in null)
