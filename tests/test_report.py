@@ -276,7 +276,7 @@ class TestEveryDump:
         assert report.notes[0] in map(str, blocks(report))
 
     def test_a_sequence_longer_than_the_sample_is_a_sample_of_its_own(self):
-        one = -torch.rand(1, SAMPLE + 1)
+        one = -torch.rand(1, SAMPLE + 1) - 0.1
         longest = LogProbDump(rollout_log_probs=one, old_log_probs=one - 0.01, mask=one < 0)
         report = summarise([longest], corrections=["uncorrected"])
         assert len(report.sample) == report.metrics["batch/tokens"] == SAMPLE + 1
