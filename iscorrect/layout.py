@@ -45,7 +45,8 @@ class Layout:
         batch_group: the ranks that together hold the batch, for what depends on all of it:
             normalisation, caps from the data, Pareto smoothing.
         age: int "b t", the trainer's version less the version of the policy that sampled the token,
-            0 for a fresh one; None: not known. Other positions may hold anything.
+            0 for a fresh one; None: not known. A negative age counts as 0. Other positions may hold
+            anything.
 
     Raises:
         InputError: the mask is not bool; ids or ages have another shape or are not integers; ranks
@@ -452,10 +453,11 @@ def unpad(padded: Tensor, mask: Tensor) -> list[Tensor]:
 def _check_ids(name: str, ids: Tensor | None, mask: Tensor) -> None:
     if ids is None:
         return
-    if ids.is_floating_point() or ids.dtype == torch.bool or ids.shape != mask.shape:
+    integers = isinstance(ids, Tensor) and not ids.is_floating_point() and ids.dtype != torch.bool
+    if not integers or ids.shape != mask.shape:
         raise input_error(
             "Layout", name, expected=f"an integer tensor of shape {tuple(mask.shape)} like `mask`",
-            got=describe(ids), fix=f"pass {name}.long(), one id per token",
+            got=describe(ids), fix=f"pass {name} as a tensor of torch.long, one number per token",
         )
 
 

@@ -91,6 +91,16 @@ def test_an_age_that_no_token_has_is_not_a_number_and_has_no_tokens():
             assert value == 0 if kind == "tokens" else np.isnan(value), name
 
 
+def test_an_age_below_0_counts_as_0():
+    batch, loss_fn = make_batch(0, rows=4, width=8), PolicyLoss(correction=BY_AGE)
+    generator = torch.Generator().manual_seed(2)
+    ages = torch.randint(-4, 20, batch.mask.shape, generator=generator)
+    fresh, negative = (Layout(batch.mask, age=x) for x in (ages.clamp(min=0), ages))
+    expected, found = (evaluate(loss_fn, batch, x) for x in (fresh, negative))
+    assert found[0] == expected[0]
+    assert of_ages(found[2]) == pytest.approx(of_ages(expected[2]), nan_ok=True)
+
+
 def test_without_ages_there_is_no_metric_of_an_age():
     batch = make_batch(0)
     assert not of_ages(evaluate(PolicyLoss(), batch, Layout(batch.mask))[2])
@@ -204,7 +214,8 @@ def test_what_needs_ages_says_so_where_there_are_none(part, caller):
 
 
 @pytest.mark.parametrize(
-    "age", [torch.zeros(1, 3), torch.zeros(1, 3).bool(), torch.zeros(3, 1).long(), torch.tensor(1)]
+    "age", [torch.zeros(1, 3), torch.zeros(1, 3).bool(), torch.zeros(3, 1).long(), torch.tensor(1),
+            [1]]
 )
 def test_ages_are_integers_of_the_shape_of_the_mask(age):
     with pytest.raises(InputError, match=r"^Layout: `age` must be an integer tensor"):

@@ -186,6 +186,65 @@ def test_two_models_are_no_update(after, message):
         weight_arrival({"w": torch.ones(3)}, after)
 
 
+def tied():
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    model[1].weight = model[0].weight
+    return model
+
+
+def test_names_of_one_tensor_are_names_of_copies_of_it():
+    model = tied()
+    copies = {name: x.clone() for name, x in model.state_dict().items()}
+    alone = {"0.weight": copies["0.weight"]}
+    with torch.no_grad():
+        model[0].weight.add_(0.01)
+    one = weight_arrival(alone, {"0.weight": model[0].weight})
+    for before, after in ((copies, model), (copies, model.state_dict())):
+        found = weight_arrival(before, after)
+        assert [row.name for row in found.rows] == ["0.weight", "1.weight"]
+        assert found.share == pytest.approx(one.share)
+    # files hold one name of a tied tensor, not always the first
+    for name, x in copies.items():
+        assert weight_arrival({name: x}, model).share == one.share
+
+
+def test_a_tensor_of_two_names_on_both_sides_counts_once():
+    old, new = tied(), tied()
+    with torch.no_grad():
+        new[0].weight.add_(0.01)
+    assert [row.name for row in weight_arrival(old, new).rows] == ["0.weight"]
+
+
+def test_each_name_of_one_tensor_is_held_against_its_own():
+    zeros = torch.zeros(3)
+    after = {"a": torch.ones(3), "b": torch.full((3,), 2.0)}
+    found = weight_arrival({"a": zeros, "b": zeros}, after)
+    assert [row.squares for row in found.rows] == [3.0, 12.0]
+    backward = weight_arrival(after, {"a": zeros, "b": zeros})
+    assert [row.squares for row in backward.rows] == [3.0, 12.0]
+
+
+@pytest.mark.parametrize("missing", ["0.weight", "1.weight"])
+def test_a_name_that_copies_lack_is_refused(missing):
+    copies = {name: x.clone() for name, x in tied().state_dict().items()}
+    fewer = {name: x for name, x in copies.items() if name != missing}
+    with pytest.raises(InputError, match=f"{missing} in `before` alone, and 0 more"):
+        weight_arrival(copies, fewer)
+    with pytest.raises(InputError, match=f"{missing} in `after` alone, and 0 more"):
+        weight_arrival(fewer, copies)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scaling", ["none", "row"])
+@pytest.mark.parametrize("shape", [(3, 0), (0, 3), (0,)])
+def test_a_tensor_without_entries_has_none(dtype, scaling, shape):
+    w, empty = torch.ones(2), torch.zeros(shape)
+    found = weight_arrival({"e": empty, "w": w}, {"e": empty, "w": w * 2}, dtype, scaling=scaling)
+    assert [row.entries for row in found.rows] == [0, 2]
+    assert found.share == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize(
     ("changes", "argument"),
     [(dict(dtype=torch.float32), "dtype"), (dict(dtype="bfloat16"), "dtype"),
@@ -222,7 +281,29 @@ def test_fp16_check_says_what_arrives_since_an_earlier_checkpoint(tmp_path, caps
     assert [x["format"] for x in found] == ["bfloat16", "float16", "float8_e4m3fn by row"]
     assert [x["total"]["share"] for x in found][:2] == [0.0, 1.0]
     assert main(["fp16-check", paths[0], "--since", str(tmp_path / "none")]) == 2
-    assert "a path that exists" in capsys.readouterr().err
+    assert "`--since` must be a path that exists" in capsys.readouterr().err
+    save_file({"v": grid}, tmp_path / "other.safetensors")
+    assert main(["fp16-check", paths[0], "--since", str(tmp_path / "other.safetensors")]) == 2
+    assert "of the same tensors as `--since`, got v in `--since`" in capsys.readouterr().err
+
+
+def test_fp16_check_reads_tensors_without_entries(tmp_path, capsys):
+    for name, size in (("old", 1.0), ("new", 2.0)):
+        state = {"e": torch.zeros(3, 0), "w": torch.full((3,), size)}
+        save_file(state, tmp_path / f"{name}.safetensors")
+    paths = [str(tmp_path / "new.safetensors"), "--since", str(tmp_path / "old.safetensors")]
+    assert main(["fp16-check", *paths, "--json"]) == 0
+    for found in json.loads(capsys.readouterr().out)["update"]:
+        assert [x["entries"] for x in found["tensors"]] == [0, 3]
+        assert found["total"]["share"] == 1.0
+
+
+def test_fp16_check_counts_a_tied_tensor_once(tmp_path, capsys):
+    w = torch.nn.Parameter(torch.ones(3))
+    torch.save({"a": w, "b": w}, tmp_path / "model.pt")
+    assert main(["fp16-check", str(tmp_path / "model.pt"), "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["tensors"]
+    assert (row["name"], row["entries"]) == ("a", 3)
 
 
 def test_checkpoints_that_were_rounded_already_are_said_to_be(tmp_path, capsys):
@@ -357,6 +438,19 @@ def test_sends_of_other_things_are_refused(send, x, dtype, message):
 def test_a_rest_of_another_tensor_is_refused():
     with pytest.raises(InputError, match=r"`rest` must be of shape \(2,\)"):
         round_with_feedback(torch.ones(2), torch.bfloat16, torch.ones(3))
+
+
+@pytest.mark.parametrize("shape", [(2,), ()])
+def test_a_rest_that_is_no_tensor_is_refused(shape):
+    x = torch.ones(shape)
+    for rest in (round_with_feedback(x, torch.bfloat16), 0.0):
+        with pytest.raises(InputError, match="`rest` must be of shape"):
+            round_with_feedback(x, torch.bfloat16, rest)
+
+
+def test_a_seed_is_no_generator():
+    with pytest.raises(InputError, match=r"`generator` must be a .*, or None, got int"):
+        stochastic_round(torch.ones(2), torch.bfloat16, generator=3)
 
 
 @pytest.mark.parametrize("name", ["old_is_lag", "noise"])

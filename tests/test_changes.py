@@ -160,6 +160,11 @@ class TestCommand:
             write_dump(some_dump(len(name), noise=noise), tmp_path / f"{name}.npz")
         return [str(tmp_path / "after.npz"), "--against", str(tmp_path / "before.npz")]
 
+    @pytest.mark.parametrize("name", ["nope", "nope.npz", "nope.pkl"])
+    def test_a_dump_that_is_not_there_is_said_not_to_be(self, paths, capsys, name):
+        assert main(["report", paths[0], "--against", name]) == 2
+        assert f"got {name}, which is not there" in capsys.readouterr().err
+
     def test_text_and_json_have_both_dumps_and_the_differences(self, paths, capsys):
         assert main(["report", *paths, "--json"]) == 0
         content = json.loads(capsys.readouterr().out)

@@ -8,6 +8,7 @@ import torch
 from benchmarks.lab.chain.coherence import SHOWN, measure
 from benchmarks.lab.chain.world import World
 from iscorrect import GradientSketch, InputError, coherence
+from iscorrect.adapters.trl import _n_star
 from iscorrect.loop import coherence as module
 
 SEQUENCES, WIDTH = 8, 400
@@ -63,6 +64,31 @@ def test_the_jackknife_leaves_each_batch_out():
     each = torch.tensor(each, dtype=torch.float64)
     error = (11 / 12 * (each - each.mean()).square().sum()).sqrt()
     assert whole.error == pytest.approx(error.item())
+
+
+def alike(x):
+    return x[:1].repeat(len(x), 1)
+
+
+@pytest.mark.parametrize("degenerate", [
+    lambda g, c: (torch.zeros_like(g), c), lambda g, c: (alike(g), c),
+    lambda g, c: (alike(g), alike(c)), lambda g, c: (alike(g.float()), c.float()),
+    lambda g, c: (torch.zeros_like(g), torch.zeros_like(c)),
+    lambda g, c: (torch.cat([g[:1], alike(g[1:])]), c),
+    lambda g, c: (torch.cat([0 * g[1:], g[:1]]), c),
+])
+def test_without_noise_there_is_nothing_to_measure(degenerate):
+    uncorrected, corrected = degenerate(*gradients(12, shared=0.1, own=0.1))
+    found = coherence(uncorrected, corrected, sequences=SEQUENCES)
+    assert all(math.isnan(x) for x in found)
+    pairs = [*zip(uncorrected, corrected, strict=True)]
+    assert not _n_star(pairs, SEQUENCES)
+
+
+def test_without_bias_no_batch_is_large_enough():
+    _, corrected = gradients(12, shared=0.1, own=0.1)
+    found = coherence(corrected, corrected, sequences=SEQUENCES)
+    assert found == (math.inf, math.inf, math.inf, 0, 0)
 
 
 @pytest.mark.parametrize("engine", SHOWN)
@@ -123,6 +149,10 @@ def test_16_bit_gradients_are_added_up_in_float32():
     (lambda g: coherence(g, g, sequences=0), "the sequences of a batch"),
     (lambda g: GradientSketch()([None]), "call it after backward"),
     (lambda g: GradientSketch(size=0), "how many numbers a sketch has"),
+    (lambda g: GradientSketch(size=1.5), "`size` must be a whole number, got 1.5"),
+    (lambda g: GradientSketch(size=7.0), "`size` must be a whole number, got 7.0"),
+    (lambda g: GradientSketch(seed="a"), "`seed` must be a whole number, got 'a'"),
+    (lambda g: GradientSketch()([None, g.to_sparse()]), "`gradients` must be dense, got .* 1"),
 ])
 def test_what_it_cannot_use_is_refused(call, said):
     with pytest.raises(InputError, match=said):

@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> int:
     """0 safe, 1 not safe."""
     audit = audit_weights("fp16-check", _with_progress(list(stored("fp16-check", options.path))))
     update = [] if options.since is None else arrivals(
-        "fp16-check", options.since, options.path, GRIDS, _with_progress
+        "fp16-check", options.since, options.path, GRIDS, _with_progress, ("--since", "source")
     )
     if options.json:
         found = audit.to_dict()
@@ -48,7 +48,8 @@ def run(options: argparse.Namespace) -> int:
     else:
         if update:
             say(summary(update), *update[0].blocks()[1:])
-            if not {x.dtype for x in stored("fp16-check", options.since)} & {"float32", "float64"}:
+            earlier = stored("fp16-check", options.since, "--since")
+            if not {x.dtype for x in earlier} & {"float32", "float64"}:
                 say("The earlier checkpoint is stored in 16 bits: what its own rounding took is in"
                     " neither number. Compare checkpoints of the float32 weights.")
             say("")

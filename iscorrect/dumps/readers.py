@@ -151,6 +151,11 @@ def _natural(path: Path) -> list[tuple[int, str]]:
 def _check_file(path: Path) -> None:
     if str(path) == "-":
         return
+    if not path.exists():
+        raise input_error(
+            "read_dump", "path", expected="a file or a directory",
+            got=f"{visible(path)}, which is not there", fix="check the path",
+        )
     if path.suffix in (".pkl", ".pickle"):
         raise input_error(
             "read_dump", "path", expected="one of " + ", ".join(READERS),
@@ -163,12 +168,10 @@ def _check_file(path: Path) -> None:
             fix="save it with iscorrect.dumps.write_dump",
         )
     if not path.is_file():
-        there = path.exists()
         raise input_error(
             "read_dump", "path", expected="a file or a directory",
-            got=f"{visible(path)}, which is {'a pipe or a device' if there else 'not there'}",
-            fix="write it to a file first, or pass - for standard input" if there
-            else "check the path",
+            got=f"{visible(path)}, which is a pipe or a device",
+            fix="write it to a file first, or pass - for standard input",
         )
 
 

@@ -240,7 +240,8 @@ def weight_arrival(
     stored in BF16 do. Then the engine samples from an older policy. From weights that lie anywhere
     between the grid's points the share is near 1, however few entries change: those that do, jump.
 
-    Both are read tensor by tensor, `.safetensors` piece by piece.
+    Both are read tensor by tensor, `.safetensors` piece by piece. Tensors of the same names are
+    compared; what both hold as one tensor of several names (tied weights) counts once.
 
     Args:
         before: the trainer's own weights, not what was sent: a module, a state dict, or a path as
@@ -295,7 +296,7 @@ NOT_ROUNDED_TO = [
 def to_grid(x: Tensor, dtype: torch.dtype, scaling: Scaling) -> Tensor:
     """The nearest numbers of a dtype, as float32 or wider."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    if scaling == "none":
+    if scaling == "none" or not x.numel():  # of no entries there is no largest
         return wide.to(dtype).to(wide.dtype)
     axes = -1 if x.ndim else ()
     scale = wide.abs().amax(axes, keepdim=True) / torch.finfo(dtype).max
@@ -306,6 +307,7 @@ def to_grid(x: Tensor, dtype: torch.dtype, scaling: Scaling) -> Tensor:
 def arrivals(
     caller: str, before: Source, after: Source, grids: Mapping[str, Rounding],
     show: Callable[[Iterable[Stored]], Iterable[Stored]] = iter,
+    arguments: tuple[str, str] = ("before", "after"),
 ) -> list[WeightArrival]:
     """:func:`weight_arrival` in several formats, in one pass over the weights.
 
@@ -315,19 +317,24 @@ def arrivals(
         after: the same later.
         grids: how each format rounds, by its name.
         show: passes on the tensors of ``before``, as they are come to.
+        arguments: what messages call ``before`` and ``after``.
     """
     rows: dict[str, list[Arrived]] = {name: [] for name in grids}
     skipped = {}
-    later = {x.name: x for x in stored(caller, after)}
-    first = list(stored(caller, before))
-    _check_names(caller, {x.name for x in first}, set(later))
-    for tensor in show(first):
+    later = {x.name: x for x in stored(caller, after, arguments[1])}
+    earlier = {x.name: x for x in stored(caller, before, arguments[0])}
+    _check_names(caller, arguments, earlier, later)
+    once: dict[tuple[str, str], Stored] = {}
+    for x in earlier.values():
+        if x.name in later:
+            once.setdefault((x.first, later[x.name].first), x)
+    for tensor in show(once.values()):
         name, dtype = tensor.name, tensor.dtype
         if not {dtype, later[name].dtype} <= {*FLOATS.values()}:
             skipped[name] = dtype
             continue
         sums = {form: Arrived(name) for form in grids}
-        for old, new in _pieces(caller, tensor, later[name]):
+        for old, new in _pieces(caller, arguments, tensor, later[name]):
             for form, rounded in grids.items():
                 sums[form] += arrived(
                     name, old, new, sent_before=rounded(old), sent_after=rounded(new)
@@ -336,29 +343,40 @@ def arrivals(
             rows[form].append(row)
     if not any(rows.values()):
         raise input_error(
-            caller, "before", expected="weights in FP64, FP32, BF16 or FP16",
+            caller, arguments[0], expected="weights in FP64, FP32, BF16 or FP16",
             got=", ".join(sorted(set(skipped.values()))) or "no tensor",
             fix="pass the trainer's own weights",
         )
     return [WeightArrival(form, tuple(of), skipped) for form, of in rows.items()]
 
 
-def _check_names(caller: str, before: set[str], after: set[str]) -> None:
-    if other := sorted(before ^ after):
-        where = "`before`" if other[0] in before else "`after`"
+def _check_names(
+    caller: str, arguments: tuple[str, str], before: Mapping[str, Stored],
+    after: Mapping[str, Stored],
+) -> None:
+    if other := sorted(_alone(before, after) | _alone(after, before)):
+        where = arguments[0] if other[0] in before else arguments[1]
         raise input_error(
-            caller, "after", expected="of the same tensors as `before`",
-            got=f"{visible(other[0])} in {where} alone, and {len(other) - 1} more such names",
+            caller, arguments[1], expected=f"of the same tensors as `{arguments[0]}`",
+            got=f"{visible(other[0])} in `{where}` alone, and {len(other) - 1} more such names",
             fix="pass two checkpoints that one run saved alike",
         )
 
 
-def _pieces(caller: str, before: Stored, after: Stored) -> Iterator[tuple[Tensor, Tensor]]:
+def _alone(tensors: Mapping[str, Stored], others: Mapping[str, Stored]) -> set[str]:
+    """Names of tensors of which the others have no name at all."""
+    found = {x.first for x in tensors.values() if x.name in others}
+    return {x.name for x in tensors.values() if x.first not in found}
+
+
+def _pieces(
+    caller: str, arguments: tuple[str, str], before: Stored, after: Stored
+) -> Iterator[tuple[Tensor, Tensor]]:
     for old, new in zip_longest(before.pieces, after.pieces):
         if old is None or new is None or old.shape != new.shape:
             sizes = ["nothing" if x is None else describe(x) for x in (new, old)]
             raise input_error(
-                caller, "after", expected="of the same shapes as `before`",
+                caller, arguments[1], expected=f"of the same shapes as `{arguments[0]}`",
                 got=f"{sizes[0]} beside {sizes[1]} in {visible(before.name)}",
                 fix="pass two checkpoints that one run saved alike",
             )

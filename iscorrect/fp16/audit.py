@@ -277,7 +277,7 @@ def audit_fp16(
 
 
 def audit_weights(caller: str, tensors: Iterable[Stored]) -> FP16Audit:
-    """The audit of weights alone.
+    """The audit of weights alone; a tied one counts once.
 
     Args:
         caller: what messages begin with.
@@ -287,7 +287,9 @@ def audit_weights(caller: str, tensors: Iterable[Stored]) -> FP16Audit:
         InputError: none of them is a float of 16 bits or more.
     """
     rows, skipped = [], {}
-    for name, dtype, pieces in tensors:
+    for name, dtype, pieces, first in tensors:
+        if name != first:
+            continue
         if dtype in FLOATS.values():
             ranges = (measure(name, "weight", piece) for piece in pieces)
             rows.append(sum(ranges, Range(name, "weight", dtype)))

@@ -32,15 +32,18 @@ class Stored(NamedTuple):
     name: str
     dtype: str
     pieces: Iterator[Tensor]
+    first: str
+    """The name itself; of a tied tensor the first of its names."""
 
 
-def stored(caller: str, source: Source) -> Iterator[Stored]:
-    """The tensors of a model, in its order; a tied one once.
+def stored(caller: str, source: Source, argument: str = "source") -> Iterator[Stored]:
+    """The tensors of a model, in its order; a tied one under each of its names.
 
     Args:
         caller: what messages begin with.
         source: a module; a state dict; a `.safetensors`, `.bin` or `.pt` file; a directory with
             such files, or with indices of them, of which every shard must be there.
+        argument: what messages call ``source``.
 
     Raises:
         InputError: what is not there, cannot be read, or holds no tensors.
@@ -49,53 +52,53 @@ def stored(caller: str, source: Source) -> Iterator[Stored]:
     [('weight', 'float32'), ('bias', 'float32')]
     """
     if isinstance(source, nn.Module):
-        yield from _of_state_dict(caller, source.state_dict(keep_vars=True))
+        yield from _of_state_dict(caller, argument, source.state_dict(keep_vars=True))
     elif isinstance(source, Mapping):
-        yield from _of_state_dict(caller, source)
+        yield from _of_state_dict(caller, argument, source)
     elif isinstance(source, str | os.PathLike):
         everywhere: set[str] = set()
-        for path, names in _files(caller, Path(source)).items():
+        for path, names in _files(caller, argument, Path(source)).items():
             reader = _of_safetensors if path.suffix == ".safetensors" else _of_torch_file
+            # files of two checkpoints in one directory hold tensors of the same names
+            again = {name: f"{path.name}: {name}" for name in everywhere}
             found = set()
-            for tensor in reader(caller, path):
+            for tensor in reader(caller, argument, path):
                 found.add(tensor.name)
-                # files of two checkpoints in one directory hold tensors of the same names
-                again = tensor.name in everywhere
-                yield tensor._replace(name=f"{path.name}: {tensor.name}") if again else tensor
+                name, first = (again.get(x, x) for x in (tensor.name, tensor.first))
+                yield tensor._replace(name=name, first=first)
             everywhere |= found
             if missing := sorted(names - found):
-                raise _damaged(caller, path, f"{missing[0]} is not in it, though the index says")
+                reason = f"{missing[0]} is not in it, though the index says"
+                raise _damaged(caller, argument, path, reason)
     else:
         raise input_error(
-            caller, "source", expected="a module, a state dict, or a path", got=describe(source),
+            caller, argument, expected="a module, a state dict, or a path", got=describe(source),
             fix="pass the model, model.state_dict(), or the directory of the checkpoint",
         )
 
 
-def _of_state_dict(caller: str, state: Mapping[str, Any]) -> Iterator[Stored]:
-    seen: set[int] = set()
+def _of_state_dict(caller: str, argument: str, state: Mapping[str, Any]) -> Iterator[Stored]:
+    firsts: dict[int, str] = {}
     for key, x in state.items():
         name = str(key)
-        if id(x) in seen:
-            continue
-        seen.add(id(x))
         if not isinstance(x, Tensor):
             if _holds_tensors(x):
                 raise input_error(
-                    caller, "source", expected="a state dict, which maps names to tensors",
+                    caller, argument, expected="a state dict, which maps names to tensors",
                     got=f"{visible(name)}, {describe(x)} with tensors of its own",
                     fix=f"pass the state dict of the weights alone, such as state[{name!r}]",
                 )
-            yield Stored(name, type(x).__name__, iter(()))
+            yield Stored(name, type(x).__name__, iter(()), name)
             continue
         if x.is_meta:
             raise input_error(
-                caller, "source", expected="a model whose weights are loaded",
+                caller, argument, expected="a model whose weights are loaded",
                 got=f"{visible(name)} on the meta device",
                 fix="load the weights, or pass their path",
             )
         dense = x if x.layout == torch.strided else x.detach().to_dense()
-        yield Stored(name, str(x.dtype).removeprefix("torch."), _cut(dense))
+        first = firsts.setdefault(id(x), name)
+        yield Stored(name, str(x.dtype).removeprefix("torch."), _cut(dense), first)
 
 
 def _cut(x: Tensor) -> Iterator[Tensor]:
@@ -111,17 +114,17 @@ def _holds_tensors(x: Any) -> bool:
     return False
 
 
-def _files(caller: str, path: Path) -> dict[Path, set[str]]:
+def _files(caller: str, argument: str, path: Path) -> dict[Path, set[str]]:
     """The files of a checkpoint, each with the names that an index says it holds."""
     if not path.exists():
         raise input_error(
-            caller, "source", expected="a path that exists", got=visible(path),
+            caller, argument, expected="a path that exists", got=visible(path),
             fix="download the checkpoint first, and pass its directory",
         )
     if not path.is_dir():
         if not path.is_file() or path.suffix not in (".safetensors", ".bin", ".pt", ".pth"):
             raise input_error(
-                caller, "source", expected="a directory, or a .safetensors, .bin or .pt file",
+                caller, argument, expected="a directory, or a .safetensors, .bin or .pt file",
                 got=visible(path), fix="pass the directory of the checkpoint",
             )
         return {path: set()}
@@ -130,20 +133,20 @@ def _files(caller: str, path: Path) -> dict[Path, set[str]]:
         if indices := sorted(path.glob(f"{pattern}.index.json")):
             shards: dict[Path, set[str]] = {}
             for index in indices:
-                for file, names in _of_index(caller, index).items():
+                for file, names in _of_index(caller, argument, index).items():
                     shards[file] = shards.get(file, set()) | names
             return shards
         if files := sorted(path.glob(pattern)):
-            _check_shards(caller, files)
+            _check_shards(caller, argument, files)
             return {file: set() for file in files}
     raise input_error(
-        caller, "source", expected="a directory with .safetensors files",
+        caller, argument, expected="a directory with .safetensors files",
         got=f"{visible(path)} without any",
         fix="pass the directory that holds the shards themselves",
     )
 
 
-def _check_shards(caller: str, files: Sequence[Path]) -> None:
+def _check_shards(caller: str, argument: str, files: Sequence[Path]) -> None:
     """Raise where files that count themselves, such as x-00001-of-00002, are not all there."""
     numbered = [re.fullmatch(r"(.*)-(\d+)-of-(\d+)", file.stem) for file in files]
     for model, total in {(found[1], found[3]) for found in numbered if found}:
@@ -151,33 +154,33 @@ def _check_shards(caller: str, files: Sequence[Path]) -> None:
         missing = sorted(set(range(1, int(total) + 1)) - there) if int(total) < 10**5 else [0]
         if missing:
             raise input_error(
-                caller, "source", expected=f"all of the {total} files that the names count",
+                caller, argument, expected=f"all of the {total} files that the names count",
                 got=f"{visible(files[0].parent)} without number {missing[0]}",
                 fix="download the missing shard",
             )
 
 
-def _of_index(caller: str, index: Path) -> dict[Path, set[str]]:
+def _of_index(caller: str, argument: str, index: Path) -> dict[Path, set[str]]:
     try:
         files: dict[Path, set[str]] = {}
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         for name, file in weight_map.items():
             files.setdefault(index.parent / file, set()).add(name)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise _damaged(caller, index, "its weight_map cannot be read") from error
+        raise _damaged(caller, argument, index, "its weight_map cannot be read") from error
     if not files:
-        raise _damaged(caller, index, "its weight_map is empty")
+        raise _damaged(caller, argument, index, "its weight_map is empty")
     for file in files:
         if not file.is_file():
             raise input_error(
-                caller, "source", expected="a checkpoint with every shard of its index",
+                caller, argument, expected="a checkpoint with every shard of its index",
                 got=f"{visible(index)} without {visible(file.name)}",
                 fix="download the missing shard",
             )
     return files
 
 
-def _of_safetensors(caller: str, path: Path) -> Iterator[Stored]:
+def _of_safetensors(caller: str, argument: str, path: Path) -> Iterator[Stored]:
     safetensors = import_extra(caller, "safetensors", "safetensors")
 
     def pieces(name: str, shape: list[int]) -> Iterator[Tensor]:
@@ -190,9 +193,9 @@ def _of_safetensors(caller: str, path: Path) -> Iterator[Stored]:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             kinds = {name: (x.get_dtype(), x.get_shape()) for name, x in slices.items()}
     except (safetensors.SafetensorError, OSError) as error:
-        raise _damaged(caller, path, str(error)) from error
+        raise _damaged(caller, argument, path, str(error)) from error
     for name, (dtype, shape) in kinds.items():
-        yield Stored(name, FLOATS.get(dtype, dtype), pieces(name, shape))
+        yield Stored(name, FLOATS.get(dtype, dtype), pieces(name, shape), name)
 
 
 def boxes(shape: Sequence[int], entries: int = READ_AT_ONCE) -> Iterator[tuple[slice, ...]]:
@@ -213,23 +216,23 @@ def boxes(shape: Sequence[int], entries: int = READ_AT_ONCE) -> Iterator[tuple[s
             yield (slice(start, start + step), *box)
 
 
-def _of_torch_file(caller: str, path: Path) -> Iterator[Stored]:
+def _of_torch_file(caller: str, argument: str, path: Path) -> Iterator[Stored]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # what it raises on damaged files is not documented
-        raise _damaged(caller, path, str(error).split("\n")[0]) from error
+        raise _damaged(caller, argument, path, str(error).split("\n")[0]) from error
     if not isinstance(state, Mapping) or not any(isinstance(x, Tensor) for x in state.values()):
         raise input_error(
-            caller, "source", expected="a state dict, which maps names to tensors",
+            caller, argument, expected="a state dict, which maps names to tensors",
             got=f"{describe(state)} in {visible(path)}",
             fix="save model.state_dict() in a file of its own",
         )
-    yield from _of_state_dict(caller, state)
+    yield from _of_state_dict(caller, argument, state)
 
 
-def _damaged(caller: str, path: Path, reason: str) -> InputError:
+def _damaged(caller: str, argument: str, path: Path, reason: str) -> InputError:
     return input_error(
-        caller, "source", expected="a checkpoint that can be read",
+        caller, argument, expected="a checkpoint that can be read",
         got=f"{visible(path)} ({visible(reason)})",
         fix="download it again, or save it again",
     )

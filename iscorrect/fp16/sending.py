@@ -40,7 +40,7 @@ def stochastic_round(
         what ``x.to(dtype)`` makes of it.
 
     Raises:
-        InputError: x or dtype is of another kind.
+        InputError: x, dtype or generator is of another kind.
 
     References:
         Gupta et al., arXiv 1502.02551: stochastic rounding in training.
@@ -53,6 +53,11 @@ def stochastic_round(
     ([1.0, 1.0078125], 1.0)
     """
     check_sent("stochastic_round", x, dtype)
+    if not (generator is None or isinstance(generator, torch.Generator)):
+        raise input_error(
+            "stochastic_round", "generator", expected="a torch.Generator, or None",
+            got=describe(generator), fix="pass torch.Generator(x.device).manual_seed(0)",
+        )
     pieces = torch.split(x.detach().reshape(-1), ROUNDED_AT_ONCE)
     rounded = [_round_flat(piece, dtype, generator) for piece in pieces]
     return torch.cat(rounded).reshape(x.shape)
@@ -139,7 +144,7 @@ def round_with_feedback(x: Tensor, dtype: torch.dtype, rest: Tensor | None = Non
         rest: of the last send of the same tensor; None for none.
 
     Raises:
-        InputError: x or dtype is of another kind, or ``rest`` of another shape.
+        InputError: x or dtype is of another kind, or ``rest`` no tensor of x's shape.
 
     References:
         Seide et al., 1-bit stochastic gradient descent, Interspeech 2014: error feedback.
@@ -154,10 +159,10 @@ def round_with_feedback(x: Tensor, dtype: torch.dtype, rest: Tensor | None = Non
     1.0 0.0
     """
     check_sent("round_with_feedback", x, dtype)
-    if rest is not None and rest.shape != x.shape:
+    if not (rest is None or (isinstance(rest, Tensor) and rest.shape == x.shape)):
         raise input_error(
             "round_with_feedback", "rest", expected=f"of shape {tuple(x.shape)} like `x`",
-            got=describe(rest), fix="pass the rest of the same tensor's last send",
+            got=describe(rest), fix="pass .rest of what the same tensor's last send gave",
         )
     wanted = x.detach() if rest is None else x.detach() + rest
     sent = wanted.to(dtype)

@@ -15,6 +15,9 @@ from iscorrect.ranks import Group, sum_over
 FEWEST = 4
 """Batches without which there is no error to speak of."""
 
+ALIKE = 2.0**-40
+"""The noise over the squared length of gradients that differ by float32's rounding alone."""
+
 SIZE = 8191
 """Numbers in a sketch: a prime, so that no width of a matrix divides it."""
 
@@ -24,6 +27,8 @@ PART = 1 << 24
 
 class Coherence(NamedTuple):
     """What of an uncorrected gradient's bias is shared, in units of the sampling noise.
+
+    All are NaN where it was not measured: the batches are alike, or all but one of them are.
 
     Attributes:
         n_star: sequences in a batch from which on the shared bias exceeds the noise; inf where the
@@ -86,6 +91,8 @@ def coherence(uncorrected: Tensor, corrected: Tensor, *, sequences: float) -> Co
     n = len(g)
     spread = (without_each - without_each.mean()).square().sum()
     error = math.sqrt((n - 1) / n * float(spread))
+    if math.isnan(share + error):
+        return Coherence(*[math.nan] * 5)
     n_star, low, high = (
         1 / x if x > 0 else math.inf for x in (share, share + 2 * error, share - 2 * error)
     )
@@ -107,7 +114,9 @@ def _shares(of_bias: Tensor, of_noise: Tensor, sequences: float) -> tuple[float,
 
     def ratio(bias: Tensor, own: Tensor, noise: Tensor, n: int) -> Tensor:
         pairs = n * (n - 1)
-        return (bias / pairs) / (sequences * (own / n - noise / pairs))
+        of_batch = own / n - noise / pairs
+        share = (bias / pairs) / (sequences * of_batch)
+        return share.where(of_batch > ALIKE * own / n, math.nan)
 
     every = ratio(bias, own.sum(), noise, n)
     without = ratio(bias - 2 * bias_of, own.sum() - own, noise - 2 * noise_of, n - 1)
@@ -149,7 +158,8 @@ class GradientSketch:
         group: those ranks, whose sketches are added up; None: this one holds all.
 
     Raises:
-        InputError: another size than a whole number of at least 1.
+        InputError: another size than a whole number of at least 1, or a seed that is none; at the
+            call: no gradient, or a sparse one.
 
     >>> sketch = GradientSketch()
     >>> g = [torch.ones(30, 10), None, torch.ones(5)]
@@ -159,6 +169,12 @@ class GradientSketch:
 
     def __init__(self, *, seed: int = 0, size: int = SIZE, group: Group = None) -> None:
         check_number("GradientSketch", "size", size, "how many numbers a sketch has", least=1)
+        for name, value in (("size", size), ("seed", seed)):
+            if not isinstance(value, int):
+                raise input_error(
+                    "GradientSketch", name, expected="a whole number", got=repr(value),
+                    fix=f"pass {name} as an int",
+                )
         self.seed, self.size, self.group = seed, size, group
 
     @torch.no_grad()
@@ -173,6 +189,12 @@ class GradientSketch:
         for number, gradient in enumerate(gradients):
             if gradient is None:
                 continue
+            if gradient.layout != torch.strided:
+                raise input_error(
+                    "GradientSketch", "gradients", expected="dense",
+                    got=f"{gradient.layout} as number {number}",
+                    fix="build the embedding with sparse=False",
+                )
             generator = torch.Generator(gradient.device)
             generator.manual_seed(self.seed * 1_000_003 + number)
             if total is None:
