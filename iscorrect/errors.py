@@ -73,6 +73,7 @@ def check_number(
     above: float = -math.inf,
     most: float = math.inf,
     optional: bool = False,
+    whole: bool = False,
     fix: str | None = None,
 ) -> None:
     """Raise unless ``value`` is a real number in a range.
@@ -86,6 +87,7 @@ def check_number(
         above: what it must exceed.
         most: the largest that will do.
         optional: whether None will do.
+        whole: whether it must be an int.
         fix: what to pass instead; None: ``what`` says it.
 
     >>> check_number("BinaryKL", "limit", 0.1, "a divergence in nats", least=0)
@@ -97,7 +99,7 @@ Fix: pass target as a share of the sample.
     """
     if value is None and optional:
         return
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
     if number and least <= value <= most and value > above:  # type: ignore[operator]
         return
     if most < math.inf:

@@ -139,6 +139,22 @@ def test_the_page_says_no_more_than_the_interval_and_is_well_formed(tmp_path):
     assert all(link.startswith("data:") for link in html.links)
 
 
+def test_the_page_says_pairs_or_independent_and_never_both():
+    dump = some_dump(3)
+    for after, paired in ((rescored(dump, 1, noise=0.1), True), (some_dump(4), False)):
+        text = " ".join(" ".join(map(str, page(compared(dump, after)).blocks(10**4))).split())
+        assert ("differences in pairs" in text) == paired
+        assert ("As if the two dumps were independent" in text) != paired
+
+
+def test_an_update_that_neither_dump_holds_was_not_measured(tmp_path, capsys):
+    for name in ("a", "b"):
+        write_dump(some_dump(len(name)), tmp_path / f"{name}.npz")
+    words = ["report", str(tmp_path / "b.npz"), "--against", str(tmp_path / "a.npz"), "--json"]
+    assert main([*words, "--fail-if", "policy/kl_k3/change/low>1e9"]) == 1
+    assert "was not measured" in capsys.readouterr().err
+
+
 def test_a_heavy_tail_makes_the_intervals_doubtful():
     heavy = some_dump(2)
     where = torch.rand(heavy.mask.shape, generator=torch.Generator().manual_seed(0)) < 0.02

@@ -1,5 +1,6 @@
 """Each cause is made by an exact sampler on a small Markov policy, in NumPy, and must be named."""
 
+import ast
 from dataclasses import fields
 from pathlib import Path
 
@@ -8,8 +9,13 @@ import pytest
 import torch
 
 from iscorrect import InputError, parse
-from iscorrect.diagnose import NOISE, Cause, Tokens, advise, causes as known, diagnose
+from iscorrect.cli.rollouts import MODELS, PRECISIONS, shipped_rollouts
+from iscorrect.diagnose import NOISE, Cause, Tokens, advise, causes as known, diagnose, findings
+from iscorrect.diagnose.fields import HEAD
+from iscorrect.diagnose.noise import HEAVY_TAIL, IDENTICAL, SCALES, UNEXPLAINED
 from iscorrect.diagnose.shared import shared_error
+from iscorrect.diagnose.units import OF_SEQUENCE, WITHIN
+from iscorrect.diagnose.weights import OTHER_WEIGHTS, PLATEAU, WITH_AGE
 from iscorrect.dumps import LogProbDump
 
 VOCABULARY, SEQUENCES, LENGTH = 64, 64, 128
@@ -138,6 +144,87 @@ class TestClean:
         assert "of the null" in diagnose(full(out), null=full(again))[0].evidence
         assert "round to" not in diagnose(full(out), null=full(again))[0].evidence
         assert "round to" in diagnose(full(out), null=full(roll_out(noise=0.01)))[0].evidence
+
+    @pytest.mark.parametrize("noise", [0.05, 1.0])
+    def test_a_null_that_is_too_small_clears_nothing(self, noise):
+        out = full(roll_out(noise=noise))
+        for null in (roll_out(sequences=1, length=1), roll_out(sequences=7), roll_out(length=8)):
+            with pytest.raises(InputError, match="`null`"):
+                diagnose(out, null=full(null))
+        lost = full(roll_out())
+        nowhere = torch.full_like(lost.old_log_probs, -torch.inf)
+        with pytest.raises(InputError, match="`null`"):
+            diagnose(out, null=LogProbDump(**{**lost.given(), "old_log_probs": nowhere}))
+
+    @pytest.mark.parametrize("share", [0.1, 0.3, 0.55, 0.75, 0.9, 0.99, 1 - 3 / 8192])
+    def test_a_part_that_is_equal_to_the_bit_is_found(self, share):
+        out = roll_out(noise=0.05)
+        tokens = out["old_log_probs"].size
+        rank = np.random.default_rng(0).permutation(tokens).reshape(out["old_log_probs"].shape)
+        # the three of the last case must be tokens that can differ
+        rank = np.where(np.maximum(out["old_log_probs"], out["rollout_log_probs"]) > -0.5, 0, rank)
+        kept = rank < share * tokens
+        out["old_log_probs"] = np.where(kept, out["rollout_log_probs"], out["old_log_probs"])
+        dump = dump_of(out)
+        assert patterns(dump)[0] == "a part of the log-probs is equal to the bit"
+        assert "No correction" not in advise(dump, samples=64, length=128)[0].action
+
+    def test_a_scale_is_that_of_the_tokens_that_differ(self):
+        out = roll_out(noise=1e-4)
+        kept = np.random.default_rng(0).random(out["old_log_probs"].shape) < 0.8
+        out["old_log_probs"] = np.where(kept, out["rollout_log_probs"], out["old_log_probs"])
+        (finding,) = diagnose(dump_of(out))
+        (whole,) = diagnose(dump_of(roll_out(noise=1e-4)))
+        assert finding.statistic == pytest.approx(whole.statistic, rel=0.3)
+        assert "of tokens that differ at all" in finding.evidence
+
+    @pytest.mark.parametrize("model", MODELS)
+    @pytest.mark.parametrize("precision", PRECISIONS)
+    def test_kernels_that_round_alike_agree_to_the_bit_by_themselves(self, model, precision):
+        assert patterns(shipped_rollouts(model, precision, precision)) == [NOISE]
+
+    @pytest.mark.parametrize("also", ["bfloat16", "entropy", "stop"])
+    def test_what_is_copied_is_not_measured_whatever_else_was_found(self, also):
+        dump = full(roll_out(noise=0.0))
+        rollout = dump.rollout_log_probs
+        if also == "bfloat16":
+            rollout = rollout.bfloat16().to(rollout)
+        changed = {"rollout_log_probs": rollout, "old_log_probs": rollout.clone()}
+        if also == "entropy":
+            changed["entropy"] = torch.zeros_like(rollout)
+        if also == "stop":
+            changed["rollout_log_probs"] = rollout.clone()
+            changed["rollout_log_probs"][:, -1] = 0
+        copied = LogProbDump(**{**dump.given(), **changed})
+        assert len(diagnose(copied)) > 1
+        assert IDENTICAL in patterns(copied)
+        (advice,) = advise(copied, samples=64, length=128)
+        assert advice.action == "Nothing can be said: the mismatch was not measured"
+        assert "token weights keep" not in advice.because
+
+    def test_the_range_of_bfloat16_is_the_same_in_words_and_in_the_test(self):
+        low, high = SCALES["bfloat16"]
+        (finding,) = diagnose(dump_of(roll_out(noise=0.5)))
+        assert finding.pattern == "larger than 16-bit rounding, without a pattern"
+        assert f"{low:g} to {high:g}" in finding.evidence
+
+    def test_what_is_nowhere_finite_is_said_to_be_so(self):
+        dump = dump_of(roll_out(sequences=2, length=3))
+        nowhere = torch.full_like(dump.old_log_probs, -torch.inf)
+        with pytest.raises(InputError, match="6 counted tokens, none with a finite log-prob"):
+            diagnose(LogProbDump(**{**dump.given(), "old_log_probs": nowhere}))
+
+    def test_a_path_is_no_dump(self):
+        for call in (diagnose, shared_error, lambda x: advise(x, samples=1, length=1)):
+            with pytest.raises(InputError, match="read_dump"):
+                call("x.npz")
+
+    @pytest.mark.parametrize(
+        "wrong", [{"permutations": 0}, {"permutations": 2.5}, {"most": 0}, {"seed": -1}]
+    )
+    def test_a_share_of_nothing_is_refused(self, wrong):
+        with pytest.raises(InputError, match=f"`{next(iter(wrong))}`"):
+            shared_error(dump_of(roll_out(sequences=2)), **wrong)
 
     def test_few_sequences_leave_a_large_mismatch_without_a_cause(self):
         out = roll_out(sampler=tempered(0.9), sequences=4)
@@ -480,6 +567,22 @@ class TestPage:
         assert cause.control
         rows = [line for line in self.PAGE.splitlines() if line.startswith("|")]
         assert any(cause.name in row for row in rows)
+
+    def test_every_pattern_that_a_finding_has_is_among_them(self):
+        of_sources = {
+            ast.unparse(call.args[0])
+            for path in Path(findings.__file__).parent.glob("*.py")
+            for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "Finding"
+        }
+        fixed = {ast.literal_eval(x) for x in of_sources if x.startswith("'") and " if " not in x}
+        assert len(fixed) > 20
+        named = {HEAD, HEAVY_TAIL, NOISE, IDENTICAL, UNEXPLAINED, OTHER_WEIGHTS, PLATEAU, WITH_AGE}
+        of_parts = {f"one {name} apart from the rest" for name in WITHIN if name != "pack"}
+        of_parts |= {f"some {name}s apart from the rest" for name in ("sequence", *OF_SEQUENCE)}
+        place = "mismatch depends on the place in a packed row"
+        assert set(findings.PATTERNS) == fixed | named | of_parts | {place}
+        assert len(set(findings.PATTERNS)) == len(findings.PATTERNS)
 
     def test_every_field_that_a_cause_needs_is_one_of_a_dump(self):
         named = {f.name for f in fields(LogProbDump)}

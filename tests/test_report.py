@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -419,6 +420,11 @@ class TestCommand:
         assert finding["pattern"] == "nothing beyond numerical noise"
         assert "those of the null" in finding["evidence"]
 
+    def test_a_null_of_one_token_exits_with_2(self, path, tmp_path, capsys):
+        write_dump(some_dump(1), tmp_path / "null.npz")
+        assert report_main(path, "--json", "--null", tmp_path / "null.npz") == 2
+        assert "`null`" in capsys.readouterr().err
+
     @pytest.mark.slow
     def test_a_terminal_gets_rich_tables(self, path):
         pytest.importorskip("rich")
@@ -455,7 +461,8 @@ class TestThresholds:
         assert broken(["finding"], report) == []
         tempered = summarise([replace(dump, old_log_probs=1.3 * dump.old_log_probs)])
         name = tempered.findings[0].cause
-        assert len(broken(["finding", f"finding:{name[:5].upper()}", "finding:xyz"], tempered)) == 2
+        shifted = "finding:shifted"
+        assert len(broken(["finding", f"finding:{name[:5].upper()}", shifted], tempered)) == 2
         ess = report.corrections["token-tis:cap=2"]["is/ess"]
         assert broken(["token-tis:cap=2/is/ess<2"], report) == [
             f"token-tis:cap=2/is/ess<2 (it is {ess:.4g})"
@@ -469,6 +476,32 @@ class TestThresholds:
         condition = "sequence-tis:cap=7/is/ess<2"
         assert report_main(tmp_path / "dump.npz", "--json", "--fail-if", condition) == 1
         assert condition in capsys.readouterr().err
+
+    @pytest.mark.parametrize("name", [
+        "shared/token", "shared/context/p_value", "shared/version/null", "policy/kl_k3",
+        "policy/log_prob_diff/mean", "candidates/listed", "mismatch/growth/high",
+    ])
+    def test_a_number_that_the_dump_lacks_the_fields_for_is_beyond_every_bound(self, name):
+        report = summarise([some_dump(40)])
+        assert broken([f"{name}>1e9"], report) == [f"{name}>1e9 (it was not measured)"]
+
+    def test_every_number_of_the_page_is_measured_or_may_be_asked_for(self):
+        page = (Path(__file__).parents[1] / "docs" / "diagnosis.md").read_text(encoding="utf-8")
+        table = page.split("| number | meaning |")[1].split("\n\n")[0]
+        named = [x for row in table.splitlines()[2:] for x in re.findall(
+            r"`([a-z]+/[\w/]+)`", row.split("|")[1]
+        )]
+        assert len(named) > 8
+        broken([f"{name}>1e9" for name in named], summarise([some_dump(40)]))
+
+    def test_a_finding_that_cannot_be_is_refused(self):
+        with pytest.raises(InputError, match="zzz"):
+            broken(["finding:zzz"], summarise([some_dump(40)]))
+
+    @pytest.mark.parametrize("condition", ["finding", "finding:stale"])
+    def test_a_dump_too_small_for_findings_does_not_pass(self, condition):
+        (held,) = broken([condition], summarise([some_dump(7, noise=0.01)]))
+        assert "7 sequences and " in held
 
     def test_what_could_not_be_computed_does_not_pass(self):
         assert check_thresholds(["a>1"], {"a": float("nan")})

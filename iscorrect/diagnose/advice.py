@@ -12,6 +12,7 @@ from iscorrect.diagnose.diagnosis import diagnose
 from iscorrect.diagnose.fields import HEAD
 from iscorrect.diagnose.findings import Finding
 from iscorrect.diagnose.noise import HEAVY_TAIL, IDENTICAL, NOISE, SCALES
+from iscorrect.diagnose.scale import few
 from iscorrect.diagnose.shared import shared_error
 from iscorrect.diagnose.weights import OTHER_WEIGHTS, PLATEAU
 from iscorrect.dumps import LogProbDump, Tokens
@@ -19,9 +20,6 @@ from iscorrect.dumps.tokens import as_tokens
 from iscorrect.errors import check_number
 from iscorrect.loss.caps import mse_optimal_cap
 from iscorrect.loss.pareto import pareto_tail
-
-# Fewer sequences have no error of their own; fewer tokens leave most causes unseen.
-SEQUENCES, TOKENS = 8, 1024
 
 STARVED = math.exp(-1)
 """ESS of sequences at half a nat: below it weights of whole sequences leave little of a sample."""
@@ -84,14 +82,15 @@ def advise(
     """
     check_number("advise", "samples", samples, "the sequences of one update", least=1)
     check_number("advise", "length", length, "the tokens of a sequence", least=1)
-    tokens = as_tokens(dump)
+    tokens = as_tokens(dump, "advise")
     findings = diagnose(tokens) if findings is None else findings
     size = Size.of(tokens, length)
 
-    if findings[0].pattern == IDENTICAL:
+    unmeasured = [f for f in findings if f.pattern == IDENTICAL]
+    if unmeasured:
         return [Advice(
             "Nothing can be said: the mismatch was not measured",
-            f"{findings[0].evidence}; {findings[0].causes[0].control}",
+            f"{unmeasured[0].evidence}; {unmeasured[0].causes[0].control}",
         )]
     wrong = [f for f in findings if not f.correctable]
     if wrong:
@@ -103,12 +102,11 @@ def advise(
             + (f" If that is clean: {others}." if others else "")
             + f" A correction would hide it, and pay for it in variance or bias: {size}",
         )]
-    if tokens.sequences < SEQUENCES or len(tokens) < TOKENS:
+    too_few = few(tokens)
+    if too_few:
         return [Advice(
             "The dump is too small to say anything",
-            f"{tokens.sequences} sequences and {len(tokens)} tokens, where {SEQUENCES} and"
-            f" {TOKENS:,} are the least from which errors can be told; a dump of 8,192 tokens is"
-            " enough for most causes",
+            f"{too_few}; a dump of 8,192 tokens is enough for most causes",
         )]
     advice = [_by_kind(tokens, findings[0], size, samples)]
     if findings[0].pattern not in (NOISE, HEAD) and size.sequence >= STARVED:

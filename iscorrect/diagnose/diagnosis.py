@@ -33,6 +33,7 @@ from iscorrect.diagnose.fields import (
 from iscorrect.diagnose.findings import Cause, Finding
 from iscorrect.diagnose.noise import beyond_bound, heavy_tail, noise, unearned
 from iscorrect.diagnose.sampling import hidden_sampler, penalty, temperature, truncation
+from iscorrect.diagnose.scale import few
 from iscorrect.diagnose.units import by_position, prompt_dependent, some_places, some_sequences
 from iscorrect.diagnose.weights import growing, other_weights, over_time
 from iscorrect.dumps import LogProbDump, Tokens
@@ -72,7 +73,8 @@ def diagnose(
         noise is passed and nothing else was seen.
 
     Raises:
-        InputError: no token counts.
+        InputError: no token counts, none has a finite log-prob on both sides, or the null is too
+            small.
 
     >>> import torch
     >>> _ = torch.manual_seed(0)
@@ -84,17 +86,35 @@ def diagnose(
     ... ))[0].pattern
     'nothing beyond numerical noise'
     """
-    tokens = as_tokens(dump)
+    tokens = as_tokens(dump, "diagnose")
+    if len(tokens) == 0 and tokens.lost:
+        raise input_error(
+            "diagnose", "dump", expected="with counted tokens that both sides have a log-prob for",
+            got=f"{tokens.lost} counted tokens, none with a finite log-prob on both sides",
+            fix="look for the pass that left its log-probs at NaN or −inf",
+        )
     if len(tokens) == 0:
         raise input_error(
             "diagnose", "dump", expected="with counted tokens",
             got=f"{tokens.count} sequences without any",
             fix="dump the tokens that enter the loss, with their mask",
         )
-    return [_missing_only(finding, tokens) for finding in _findings(tokens, null)]
+    floor = None if null is None else _floor(as_tokens(null, "diagnose", "null"))
+    return [_missing_only(finding, tokens) for finding in _findings(tokens, floor)]
 
 
-def _findings(tokens: Tokens, null: LogProbDump | Tokens | None) -> list[Finding]:
+def _floor(null: Tokens) -> float:
+    """The scale of the log-ratios of a null, nats."""
+    too_few = few(null)
+    if too_few:
+        raise input_error(
+            "diagnose", "null", expected="large enough to be measured", got=too_few,
+            fix="score more sequences twice",
+        )
+    return null.typical()
+
+
+def _findings(tokens: Tokens, floor: float | None) -> list[Finding]:
     shifted = misaligned(tokens)
     if shifted:
         return [shifted]
@@ -106,10 +126,12 @@ def _findings(tokens: Tokens, null: LogProbDump | Tokens | None) -> list[Finding
             findings.append(finding)
         if len(tokens) == 0:
             return findings
-    if not tokens.d.any() and tokens.current is not None:  # a bypass; the trainer's is current
-        unlike = np.isfinite(tokens.current) & (tokens.current != tokens.old)
-        if unlike.mean() > 0.5:
-            return [*findings, noise(tokens, None), *_findings(_bypassed(tokens), null)]
+    if not tokens.d.any():
+        findings.append(noise(tokens, None))
+        if tokens.current is not None:  # a bypass; the trainer's is current
+            unlike = np.isfinite(tokens.current) & (tokens.current != tokens.old)
+            if unlike.mean() > 0.5:
+                return findings + _findings(_bypassed(tokens), floor)
     explained = next(filter(None, (explain(tokens) for explain in EXPLAIN)), None)
     findings += [explained] if explained else hidden_sampler(tokens)
     findings += two_passes(tokens) + stored_in_16_bits(tokens)
@@ -118,7 +140,7 @@ def _findings(tokens: Tokens, null: LogProbDump | Tokens | None) -> list[Finding
         return findings + heads
     # A rounded head is part of what is called noise; it comes first where it is much of it.
     much = [head for head in heads if head.statistic > 0.05]
-    return much + [noise(tokens, null)] + [head for head in heads if head not in much]
+    return much + [noise(tokens, floor)] + [head for head in heads if head not in much]
 
 
 def _bypassed(tokens: Tokens) -> Tokens:

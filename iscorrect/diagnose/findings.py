@@ -46,3 +46,46 @@ class Finding:
     def cause(self) -> str:
         """The name of the likeliest cause."""
         return self.causes[0].name
+
+
+PATTERNS = (
+    "log-probs match at another position",
+    "one value in many places",
+    "log-probs above 0",
+    "candidates that contradict the sampled token",
+    "entropy that contradicts the log-probs",
+    "varentropy that contradicts entropy and log-probs",
+    "log_probs and old_log_probs that differ",
+    "runs that surprise both sides",
+    "sequences that part at a token",
+    "single tokens that the trainer finds impossible",
+    "mismatch grows with the steps",
+    "mismatch grows over the first steps and stays",
+    "mismatch grows with the age of the weights",
+    "one step apart from the others",
+    *(f"one {unit} apart from the rest" for unit in ("version", "engine", "turn")),
+    "mismatch depends on the place in a packed row",
+    "log ρ in proportion to log p",
+    "rollout_log_probs that do not follow the sampled token",
+    "mean ratio below 1",
+    "tokens that came before are less likely to the engine",
+    "mismatch depends on the prompt",
+    "mismatch at the beginning of answers",
+    "mismatch depends on the position",
+    *(f"some {units} apart from the rest" for units in (
+        "sequences", "engines", "versions", "steps", "groups",
+    )),
+    "log ρ repeats with the token",
+    "rare large differences",
+    "rare large differences of one sign",
+    "more high ratios than a probability allows",
+    "mean ratio other than 1",
+    "a part of the log-probs is equal to the bit",
+    "tokens from a distribution that neither side reports",
+    "logits on a 16-bit grid",
+    "values on a 16-bit grid",
+    "log-probs of both sides are the same numbers",
+    "larger than 16-bit rounding, without a pattern",
+    "nothing beyond numerical noise",
+)
+"""All that a finding may be called."""

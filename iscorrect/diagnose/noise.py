@@ -8,11 +8,11 @@ import numpy as np
 import torch
 
 from iscorrect.diagnose import causes
+from iscorrect.diagnose.fields import stored_in_16_bits
 from iscorrect.diagnose.findings import Finding
 from iscorrect.diagnose.scale import doubtless
-from iscorrect.dumps import Estimate, LogProbDump, Tokens
+from iscorrect.dumps import Estimate, Tokens
 from iscorrect.dumps.names import Array
-from iscorrect.dumps.tokens import as_tokens
 from iscorrect.loss.pareto import pareto_tail
 
 NOISE = "nothing beyond numerical noise"
@@ -21,6 +21,8 @@ UNEXPLAINED = "larger than 16-bit rounding, without a pattern"
 
 SCALES = {"float32": (0.0, 3e-4), "float16": (3e-4, 1e-2), "bfloat16": (1e-2, 3e-1)}
 """Typical differences of log-odds between kernels that round to each format."""
+
+NEAR = 3e-6  # nats
 
 PARTS = 16  # of the sequences, each left out once for the error of the scale
 
@@ -139,12 +141,15 @@ def _partly_equal(tokens: Tokens) -> Finding | None:
     """Tokens that agree to the bit amid tokens that do not, where p is far from 1."""
     open_ = np.maximum(tokens.rollout, tokens.old) < math.log(0.9)
     d = tokens.d[open_]
-    if len(d) < 64 or tokens.typical() < 1e-3:
-        return None
     equal = d == 0
-    if float(equal.mean()) < 0.05 or float(equal.mean()) > 0.999:
+    if len(d) < 64 or float(equal.mean()) < 0.05 or equal.all():
         return None
-    usual = float(np.median(np.abs(d[~equal])))
+    apart = np.abs(d[~equal])
+    usual = float(np.median(apart))
+    # Kernels that round alike agree to a few units of float32 too; copies have no such neighbours.
+    near = int((apart <= NEAR).sum())
+    if usual < 1e-3 or near > 0.1 * int(equal.sum()) or len(stored_in_16_bits(tokens)) == 2:
+        return None
     return Finding(
         "a part of the log-probs is equal to the bit",
         f"{float(equal.mean()):.1%} of tokens with p < 0.9 are equal on both sides, the others"
@@ -153,30 +158,34 @@ def _partly_equal(tokens: Tokens) -> Finding | None:
     )
 
 
-def noise(tokens: Tokens, null: LogProbDump | Tokens | None) -> Finding:
-    """The scale of what is left, with its interval."""
+def noise(tokens: Tokens, floor: float | None) -> Finding:
+    """The scale of what is left, with its interval; what a null leaves is called noise."""
     if not tokens.d.any():
         return Finding(
             IDENTICAL,
             f"all {len(tokens)} pairs of log-probs are equal, so nothing is measured",
             (causes.COPIED, causes.BITWISE), 0.0,
         )
-    scale = Estimate(tokens.logit_noise(), _error_of_scale(tokens))
+    apart = tokens if tokens.logit_noise() > 0 else tokens.where(tokens.d != 0)
+    scale = Estimate(apart.logit_noise(), _error_of_scale(apart))
     low, high = max(scale.value - 2 * scale.error, 0.0), scale.value + 2 * scale.error
     evidence = (
         f"log-odds typically differ by {scale.value:.2g} ({low:.2g} to {high:.2g}), log-probs by"
-        f" {tokens.typical():.2g}"
+        f" {apart.typical():.2g}"
     )
-    if null is not None:
-        floor = as_tokens(null).typical()
+    if len(apart) < len(tokens):
+        evidence += f" on the {len(apart) / len(tokens):.1%} of tokens that differ at all"
+    if floor is not None:
         evidence += f", those of the null by {floor:.2g}"
-        if tokens.typical() <= 1.5 * floor:
+        if apart.typical() <= 1.5 * floor:
             return Finding(
                 NOISE, evidence, (causes.ROUNDING,), scale.value, scale.error, correctable=True,
             )
-    if scale.value >= SCALES["bfloat16"][1]:
+    least, most = SCALES["bfloat16"]
+    if scale.value >= most:
         return Finding(
-            UNEXPLAINED, f"{evidence}, where bfloat16 kernels make the former 0.01 to 0.2",
+            UNEXPLAINED,
+            f"{evidence}, where bfloat16 kernels make the former {least:g} to {most:g}",
             (causes.LARGER, causes.DEFINITION, causes.STALE_WEIGHTS), scale.value, scale.error,
         )
     kernels = " or ".join(

@@ -10,11 +10,25 @@ from iscorrect.dumps import Estimate, Tokens
 from iscorrect.dumps.names import Array
 from iscorrect.dumps.tokens import OF_SEQUENCE
 
+SEQUENCES, TOKENS = 8, 1024
+"""Fewer sequences have no error of their own; fewer tokens leave most causes unseen."""
+
 
 def doubtless(estimate: Estimate, tokens: Tokens) -> bool:
     """Beyond 4.5 standard errors, and more where few sequences say how large those are."""
     s = tokens.sequences
     return s >= 8 and abs(estimate.z) > 4.5 * (1 + 8 / s)
+
+
+def few(tokens: Tokens) -> str:
+    """How many there are and how many there must be, in words; "" where there are enough."""
+    s, n = tokens.sequences, len(tokens)
+    if s >= SEQUENCES and n >= TOKENS:
+        return ""
+    return (
+        f"{s} sequences and {n} tokens, where {SEQUENCES} and {TOKENS:,} are the least from which"
+        " errors can be told"
+    )
 
 
 def relative(d: Array, log_p: Array) -> Array:

@@ -11,6 +11,9 @@ import numpy as np
 from iscorrect.dumps import LogProbDump, Tokens
 from iscorrect.dumps.names import Array
 from iscorrect.dumps.tokens import as_tokens
+from iscorrect.errors import check_number
+
+KINDS = ("token", "pair", "position", "version", "context")
 
 CERTAIN = 0.98
 """Probability from which on too little is at stake to see an error of the log-odds."""
@@ -73,6 +76,9 @@ def shared_error(
     Returns:
         By kind of class; one that the dump does not know, or in which nothing repeats, is absent.
 
+    Raises:
+        InputError: no permutation, no token to look at, or a negative seed.
+
     References:
         Searle, Casella, McCulloch, Variance Components (1992), §3.6, for the estimate.
 
@@ -86,7 +92,10 @@ def shared_error(
     >>> found["token"].share > 0.9, found["token"].p_value < 0.01
     (True, True)
     """
-    tokens = _some(as_tokens(dump), most)
+    for name, number, least in (("permutations", permutations, 1), ("most", most, 1),
+                                ("seed", seed, 0)):
+        check_number("shared_error", name, number, "a whole number", least=least, whole=True)
+    tokens = _some(as_tokens(dump, "shared_error"), most)
     p = np.exp((tokens.old + tokens.rollout) / 2)
     open_ = p < CERTAIN
     if np.count_nonzero(open_) < FEWEST:

@@ -15,6 +15,7 @@ from torch import Tensor
 from iscorrect.dumps.dump import UNITS, LogProbDump
 from iscorrect.dumps.names import Array, common_names
 from iscorrect.dumps.rows import to_numpy
+from iscorrect.errors import describe, input_error
 
 
 class Estimate(NamedTuple):
@@ -267,8 +268,19 @@ OF_TOKEN = (
 OF_SEQUENCE = ("step", "group")
 
 
-def as_tokens(dump: LogProbDump | Tokens) -> Tokens:
-    """The tokens of a dump; tokens as they are."""
+def as_tokens(
+    dump: LogProbDump | Tokens, caller: str = "Tokens", argument: str = "dump"
+) -> Tokens:
+    """The tokens of a dump; tokens as they are.
+
+    Raises:
+        InputError: neither, such as a path.
+    """
+    if not isinstance(dump, (LogProbDump, Tokens)):
+        raise input_error(
+            caller, argument, expected="a LogProbDump or its Tokens", got=describe(dump),
+            fix="read a file with iscorrect.dumps.read_dump",
+        )
     return dump if isinstance(dump, Tokens) else Tokens.of(dump)
 
 

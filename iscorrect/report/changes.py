@@ -38,7 +38,10 @@ INTERVALS = (
     " without a difference, one is expected to show one."
 )
 
-PAIRED = "Both dumps hold the same sequences, and so the intervals are of differences in pairs."
+PAIRED = (
+    "Both dumps hold the same sequences, and so the intervals over all tokens are of differences in"
+    " pairs; those of places are as if the dumps were independent, and too wide."
+)
 
 APART = "As if the two dumps were independent: intervals are too wide where they share sequences."
 
@@ -140,11 +143,13 @@ class Changes:
         return cls(before, after, metrics, places, paired)
 
     def numbers(self) -> dict[str, float]:
-        """Differences and the ends of their intervals, by flat name."""
-        found: dict[str, float] = {}
+        """Differences and the ends of their intervals, by flat name; NaN where not measured."""
+        ends = ("", "/low", "/high")
+        found = {f"{name}/change{end}": math.nan for name in COMPARED for end in ends}
         for change in self.metrics:
-            ends = {"": change.difference, "/low": change.low, "/high": change.high}
-            found |= {f"{change.name}/change{end}": x for end, x in ends.items()}
+            values = change.difference, change.low, change.high
+            names = (f"{change.name}/change{end}" for end in ends)
+            found |= dict(zip(names, values, strict=True))
         return found
 
     def to_json(self) -> dict[str, Any]:
@@ -206,7 +211,7 @@ def page(changes: Changes) -> Page:
             ),
             Section(Table("Where", ("k3 of", *header), [
                 _row(visible(x.name), x) for x in changes.places
-            ]), notes=[APART]),
+            ])),
         ],
         foot="The dumps are compared over all their tokens.",
     )

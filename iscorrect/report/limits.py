@@ -7,10 +7,13 @@ import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from iscorrect.diagnose import NOISE, Finding
+from iscorrect.diagnose import NOISE, Cause, Finding, causes
+from iscorrect.diagnose.findings import PATTERNS
+from iscorrect.diagnose.scale import few
+from iscorrect.diagnose.shared import KINDS
 from iscorrect.errors import check_choice, input_error
 from iscorrect.report.gather import Report
-from iscorrect.report.sums import GROWTH
+from iscorrect.report.sums import CANDIDATES, GROWTH, UPDATE
 
 COMPARISONS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt,
@@ -19,6 +22,12 @@ COMPARISONS: dict[str, Callable[[float, float], bool]] = {
 FINDING = r"\s*finding(?::(.*\S))?\s*"
 
 COMPARISON = r"\s*(\S(?:.*?\S)?)\s*(>=|<=|>|<)\s*(\S+)\s*"
+
+OPTIONAL = (
+    *GROWTH, *UPDATE, *CANDIDATES,
+    *(f"shared/{kind}{of}" for kind in KINDS for of in ("", "/null", "/p_value")),
+)
+"""Numbers that a report has only of dumps that hold what they need."""
 
 CORRECTION = r"(.+?)/((?:is|mismatch|batch)/.+)"
 
@@ -46,18 +55,32 @@ def broken(
         more: numbers beside the report's, by flat name.
 
     Raises:
-        InputError: a condition that cannot be read, or an unknown name.
+        InputError: a condition that cannot be read, an unknown name, or a text that is in no
+            pattern's or cause's name.
     """
-    numbers = dict.fromkeys(GROWTH, math.nan) | report.metrics | dict(more or {})
+    numbers = dict.fromkeys(OPTIONAL, math.nan) | report.metrics | dict(more or {})
     for name, values in report.corrections.items():
         numbers |= {f"{name}/{metric}": x for metric, x in values.items()}
     held = []
     for condition in conditions:
         if found := re.fullmatch(FINDING, condition):
-            held += [f"{condition} ({text})" for text in _named(report.findings, found[1] or "")]
+            text = found[1] or ""
+            _check_text(text)
+            named = list(_named(report.findings, text)) or [few(report.sample)]
+            held += [f"{condition} ({name})" for name in named if name]
         else:
             held += check_thresholds([condition], numbers)
     return held
+
+
+def _check_text(text: str) -> None:
+    """Raise unless some finding may have a text in its pattern or in a cause."""
+    names = [*PATTERNS, *(x.name for x in vars(causes).values() if isinstance(x, Cause))]
+    if not any(text.lower() in name.lower() for name in names):
+        raise input_error(
+            "report", "fail-if", expected="finding:TEXT with a part of a pattern's or cause's name",
+            got=repr(text), fix="pass --fail-if finding:stale, or see docs/diagnosis.md for names",
+        )
 
 
 def _named(findings: Sequence[Finding], text: str) -> Iterator[str]:
