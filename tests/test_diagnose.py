@@ -169,6 +169,12 @@ class TestClean:
         assert patterns(dump)[0] == "a part of the log-probs is equal to the bit"
         assert "No correction" not in advise(dump, samples=64, length=128)[0].action
 
+    def test_what_differs_amid_copies_is_no_heavy_tail(self):
+        out = roll_out(noise=0.5)
+        kept = np.random.default_rng(0).random(out["old_log_probs"].shape) < 0.9
+        out["old_log_probs"] = np.where(kept, out["rollout_log_probs"], out["old_log_probs"])
+        assert patterns(dump_of(out)) == ["a part of the log-probs is equal to the bit"]
+
     def test_a_scale_is_that_of_the_tokens_that_differ(self):
         out = roll_out(noise=1e-4)
         kept = np.random.default_rng(0).random(out["old_log_probs"].shape) < 0.8

@@ -31,7 +31,7 @@ def heavy_tail(tokens: Tokens) -> Finding | None:
     """Rare large differences amid small ones, not all of them upwards."""
     out, limit = _far(tokens)
     n = int(out.sum())
-    if n < max(5, 1e-3 * len(tokens)) or _upwards(tokens.d[out]):
+    if n < max(5, 1e-3 * len(tokens)) or _upwards(tokens.d[out]) or _partly_equal(tokens):
         return None
     d = tokens.d
     k = float(pareto_tail(torch.from_numpy(d)[None], torch.ones(1, len(d)) > 0).k)
