@@ -176,7 +176,7 @@ class TestCommand:
             write_dump(some_dump(len(name), noise=noise), tmp_path / f"{name}.npz")
         return [str(tmp_path / "after.npz"), "--against", str(tmp_path / "before.npz")]
 
-    @pytest.mark.parametrize("name", ["nope", "nope.npz", "nope.pkl"])
+    @pytest.mark.parametrize("name", ["nope", "nope.npz", "nope.csv"])
     def test_a_dump_that_is_not_there_is_said_not_to_be(self, paths, capsys, name):
         assert main(["report", paths[0], "--against", name]) == 2
         assert f"got {name}, which is not there" in capsys.readouterr().err

@@ -151,27 +151,25 @@ def _natural(path: Path) -> list[tuple[int, str]]:
 def _check_file(path: Path) -> None:
     if str(path) == "-":
         return
-    if not path.exists():
-        raise input_error(
-            "read_dump", "path", expected="a file or a directory",
-            got=f"{visible(path)}, which is not there", fix="check the path",
-        )
     if path.suffix in (".pkl", ".pickle"):
         raise input_error(
             "read_dump", "path", expected="one of " + ", ".join(READERS),
             got=f"{visible(path)}, a pickle, which runs code when it is read",
             fix="load it where you trust it and save it with iscorrect.dumps.write_dump",
         )
+    there = path.exists()
     if path.suffix not in READERS:
         raise input_error(
-            "read_dump", "path", expected="one of " + ", ".join(READERS), got=visible(path),
-            fix="save it with iscorrect.dumps.write_dump",
+            "read_dump", "path", expected="a directory, or one of " + ", ".join(READERS),
+            got=visible(path) if there else f"{visible(path)}, which is not there",
+            fix="save it with iscorrect.dumps.write_dump" if there else "check the path",
         )
     if not path.is_file():
         raise input_error(
             "read_dump", "path", expected="a file or a directory",
-            got=f"{visible(path)}, which is a pipe or a device",
-            fix="write it to a file first, or pass - for standard input",
+            got=f"{visible(path)}, which is {'a pipe or a device' if there else 'not there'}",
+            fix="write it to a file first, or pass - for standard input" if there
+            else "check the path",
         )
 
 
