@@ -174,6 +174,10 @@ class TestClean:
         kept = np.random.default_rng(0).random(out["old_log_probs"].shape) < 0.9
         out["old_log_probs"] = np.where(kept, out["rollout_log_probs"], out["old_log_probs"])
         assert patterns(dump_of(out)) == ["a part of the log-probs is equal to the bit"]
+        rollout = out["rollout_log_probs"] - 2  # far from 1, so that ratios may be of any mean
+        noise = np.where(kept, 0, np.random.default_rng(1).normal(0, 0.5, rollout.shape))
+        out["rollout_log_probs"], out["old_log_probs"] = rollout, rollout + noise.clip(-1.9, 1.9)
+        assert patterns(dump_of(out)) == ["a part of the log-probs is equal to the bit"]
 
     def test_a_scale_is_that_of_the_tokens_that_differ(self):
         out = roll_out(noise=1e-4)

@@ -68,7 +68,7 @@ HEAVY_TAIL = "rare large differences"
 
 def unearned(tokens: Tokens) -> Finding | None:
     """The first test of noise that fails, whether or not its failure has a name."""
-    for test in (_one_sided, _mean_ratio, _partly_equal):
+    for test in (_one_sided, _partly_equal, _mean_ratio):
         finding = test(tokens)
         if finding:
             return finding
