@@ -2,6 +2,7 @@
 
 import logging
 import math
+from fractions import Fraction
 from functools import partial
 from importlib.util import find_spec
 
@@ -89,6 +90,16 @@ def test_a_growth_of_a_per_cent_a_step_is_seen_before_it_is_threefold(factor, by
     assert np.mean([alarm.kind == "drift" for alarm in seen]) > 0.5
 
 
+@pytest.mark.parametrize("noise", [0, 0.05])
+@pytest.mark.parametrize(("factor", "by"), [(1.01, 1.6), (1.05, 2.3), (1.2, 4), (1.5, 8)])
+def test_a_growth_after_calm_steps_is_seen_however_steep_it_is(factor, by, noise):
+    rng, grown = np.random.default_rng(0), factor ** np.maximum(np.arange(400) - 99, 0)
+    for _ in range(5):
+        first, *_ = alarms_of(1e-4 * (grown * np.exp(noise * rng.standard_normal(400)))[:170])
+        assert first.step >= 100
+        assert grown[first.step] < by
+
+
 def test_one_wild_step_is_no_alarm():
     rng = np.random.default_rng(0)
     y = 1e-3 * np.exp(0.1 * rng.standard_normal(100))
@@ -140,6 +151,57 @@ def test_what_is_not_finite_is_an_alarm_at_once_and_no_part_of_the_past():
     assert monitor.update(22, {KL: 1e-3}) == []
 
 
+def test_nan_at_every_step_is_one_alarm_and_again_one_after_a_number():
+    values = [1e-3] * 3 + [math.nan] * 5 + [1e-3] + [math.nan] * 5
+    assert [alarm.step for alarm in alarms_of(values)] == [3, 9]
+
+
+@pytest.mark.parametrize("nothing", [{"batch/tokens": 0.0}, {"is/nonfinite": 1.0}])
+def test_the_zeros_of_a_batch_in_which_nothing_was_measured_are_no_values(nothing):
+    monitor = ic.Monitor({KL: "rise", "ess": "fall"})
+    for step in range(60):
+        measured = step % 2
+        metrics = {KL: 1e-3, "batch/tokens": 9.0} if measured else {KL: 0.0, **nothing}
+        assert monitor.update(step, metrics | {"ess": 0.9}) == []
+    (alarm,) = [a for s in range(60, 70) for a in monitor.update(s, {KL: 1e-2, "ess": 0.9})]
+    assert (alarm.before, alarm.now) == (1e-3, 1e-2)
+
+
+def test_metrics_of_a_loss_without_a_counted_token_are_no_values():
+    batch = make_batch(0)
+    _, metrics = ic.PolicyLoss()(
+        batch.log_probs, rollout_log_probs=batch.rollout_log_probs, advantages=batch.advantages,
+        mask=torch.zeros_like(batch.mask),
+    )
+    monitor = ic.Monitor()
+    for step in range(30):
+        found = metrics if step > 15 else {"mismatch/ess/sequence": 0.9, KL: 1e-3}
+        assert monitor.update(step, found) == []
+
+
+def test_what_is_said_of_before_and_now_are_medians_of_values_that_occurred():
+    (fallen,) = alarms_of([0.9] * 20 + [0.0] * 20, bad="fall")
+    assert (fallen.before, fallen.now) == (0.9, 0)
+    (risen,) = alarms_of([0.0] * 20 + [1e-3] * 20)
+    assert (risen.before, risen.now) == (0, 1e-3)
+
+
+@pytest.mark.parametrize("number", [
+    np.float32, np.float64, np.float16, np.array, lambda y: np.array([y]), Fraction, torch.tensor,
+    lambda y: torch.tensor([y]),
+])
+def test_numbers_of_every_kind_are_taken(number):
+    values = [number(1.0)] * 20 + [number(8.0)] * 4
+    assert [alarm.since for alarm in alarms_of(values)] == [20]
+    assert alarms_of([np.int64(1)] * 20 + [np.int64(8)] * 4)[0].now == 8
+
+
+def test_what_rounding_took_below_zero_is_zero():
+    assert alarms_of([-1e-9, 1e-3] * 20) == alarms_of([0.0, 1e-3] * 20)
+    (alarm,) = alarms_of([torch.tensor(-1e-9)] * 20 + [1e-3] * 20)
+    assert alarm.before == 0
+
+
 def test_a_metric_that_is_missing_or_always_zero_says_nothing():
     monitor = ic.Monitor({KL: "rise"})
     assert [monitor.update(step, {"loss": -1.0}) for step in range(9)] == [[]] * 9
@@ -151,6 +213,15 @@ def test_a_metric_that_is_missing_or_always_zero_says_nothing():
     (lambda: ic.Monitor({KL: "up"}), "one of 'rise', 'fall'"),
     (lambda: ic.Monitor({"loss": "rise"}).update(0, {"loss": -1.0}), "never negative"),
     (lambda: ic.Monitor().update(0, {KL: "high"}), "never negative"),
+    (lambda: ic.Monitor().update(0, {KL: None}), "never negative"),
+    (lambda: ic.Monitor().update(0, {KL: True}), "never negative"),
+    (lambda: ic.Monitor().update(0, {KL: torch.ones(2)}), "never negative"),
+    (lambda: ic.Monitor().update(0, {KL: np.float32(-2e-6)}), "never negative"),
+    (lambda: ic.Monitor().update(0, None), "Metrics, or a dict of numbers"),
+    (lambda: ic.Monitor([KL]), "a dict of at least one metric"),
+    (lambda: ic.Monitor(None), "at least one metric"),
+    (lambda: ic.Monitor(notify=print), "a sequence of callables"),
+    (lambda: ic.Monitor(notify=[3]), "a sequence of callables"),
 ])
 def test_what_it_cannot_watch_is_refused(make, said):
     with pytest.raises(ic.InputError, match=said):

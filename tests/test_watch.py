@@ -108,6 +108,118 @@ def test_a_file_that_still_grows_is_not_read(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out == "steps: 2, alarms: 0\n"
 
 
+def happening(monkeypatch, *events):
+    """One event after each look at the folder, two quiet looks, then an interruption."""
+    left = [*events, None, None]
+
+    def meanwhile(_):
+        if not left:
+            raise KeyboardInterrupt
+        event = left.pop(0)
+        if event is not None:
+            event()
+
+    monkeypatch.setattr(watch.time, "sleep", meanwhile)
+
+
+def test_it_waits_while_a_folder_has_no_dump(tmp_path, capsys, monkeypatch):
+    (tmp_path / "README.md").write_text("what this is")
+    (tmp_path / ".0f3a").write_bytes(b"PK")  # a DumpWriter's, unfinished
+    happening(monkeypatch, None, lambda: fill(tmp_path, [0.02] * 3))
+    assert main(["watch", str(tmp_path)]) == 0
+    assert capsys.readouterr() == ("steps: 3, alarms: 0\n", "interrupted\n")
+
+
+@pytest.mark.parametrize(("scale", "code"), [(0.02, 2), (0.2, 1)])
+def test_a_file_that_cannot_be_read_is_said_and_the_others_are_read(tmp_path, capsys, scale, code):
+    fill(tmp_path, [0.02] * 30 + [scale] * 8)
+    bad = sorted(tmp_path.iterdir())[3]
+    bad.write_bytes(bad.read_bytes()[:400])
+    assert main(["watch", str(tmp_path), "--idle", "0"]) == code
+    said = capsys.readouterr()
+    (line,) = said.err.splitlines()
+    assert bad.name in line
+    assert re.search(r"steps: 37, alarms: \d, files that could not be read: 1\n$", said.out)
+
+
+def test_a_file_that_could_not_be_read_is_read_when_it_was_written_again(
+    tmp_path, capsys, monkeypatch
+):
+    fill(tmp_path, [0.02] * 3)
+    *_, last = sorted(tmp_path.iterdir())
+    whole = last.read_bytes()
+    last.write_bytes(whole[:400])
+    happening(monkeypatch, None, None, lambda: last.write_bytes(whole))
+    assert main(["watch", str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert said.out == "steps: 3, alarms: 0\n"
+    assert "cannot be read" in said.err
+
+
+def test_files_that_go_away_end_nothing(tmp_path, capsys, monkeypatch):
+    fill(tmp_path, [0.02] * 20 + [0.3] * 8)
+    *_, last = sorted(tmp_path.iterdir())
+    read = watch.stream_dump
+
+    def emptied():
+        for path in tmp_path.iterdir():
+            path.unlink()
+
+    monkeypatch.setattr(
+        watch, "stream_dump", lambda path: (last.unlink(missing_ok=True), read(path))[1]
+    )
+    happening(monkeypatch, None, None, emptied)
+    assert main(["watch", str(tmp_path)]) == 1
+    said = capsys.readouterr()
+    assert "steps: 27, " in said.out
+    assert "which is not there" in said.err
+
+
+def test_a_file_that_grows_after_it_was_read_is_said_once(tmp_path, capsys, monkeypatch):
+    fill(tmp_path / "whole", [0.02] * 4, suffix=".jsonl")
+    first, *others = [path.read_bytes() for path in sorted((tmp_path / "whole").iterdir())]
+    growing = tmp_path / "dump.jsonl"
+    growing.write_bytes(first)
+
+    def grow(piece):
+        with growing.open("ab") as file:
+            file.write(piece)
+
+    quiet = [None, None]
+    happening(
+        monkeypatch, *quiet, lambda: grow(others[0]), *quiet, lambda: grow(others[1]), *quiet
+    )
+    assert main(["watch", str(growing)]) == 0
+    said = capsys.readouterr()
+    assert said.out == "steps: 1, alarms: 0\n"
+    assert said.err.count("changed after it was read: what came since is left out") == 1
+
+
+@pytest.mark.parametrize(("changed", "name"), [
+    ({"old_log_probs": torch.full((8, 40), -torch.inf)}, "mismatch/ is not measured"),
+    ({"mask": torch.zeros(8, 40, dtype=torch.bool)}, "mismatch/ is not measured"),
+    ({"old_log_probs": torch.tensor([-torch.inf] + [-3.0] * 39).expand(8, 40)},
+     "mismatch/ess/sequence is not measured"),
+])
+def test_a_step_in_which_nothing_was_measured_is_said_once_and_is_no_value(
+    tmp_path, capsys, changed, name
+):
+    dump = {
+        "mask": torch.ones(8, 40, dtype=torch.bool), "old_log_probs": torch.full((8, 40), -3.01),
+        "rollout_log_probs": torch.full((8, 40), -3.0),
+    }
+    writer = DumpWriter(tmp_path)
+    for step in range(40):
+        nothing = changed if step >= 30 else {}
+        writer.write(step=step, **(dump | nothing))
+    main(["watch", str(tmp_path), "--idle", "0"])
+    said = capsys.readouterr()
+    assert said.out.count("mismatch/ess/sequence is 0") == 0
+    (line,) = said.err.splitlines()
+    assert line.startswith("step 30 has no ")
+    assert name in line
+
+
 @pytest.mark.parametrize(("make", "message"), [
     (lambda folder: folder / "nowhere", "a folder or a file that exists"),
     (lambda folder: folder, "a directory with"),

@@ -6,6 +6,7 @@ import argparse
 import math
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ import torch
 from iscorrect.cli.arguments import seconds
 from iscorrect.cli.terminal import say, tell
 from iscorrect.dumps import LogProbDump, dump_files, stream_dump
-from iscorrect.errors import input_error
+from iscorrect.errors import InputError, input_error
 from iscorrect.loop.monitor import Monitor
 from iscorrect.loss.metrics import Metrics
 from iscorrect.loss.presets import uncorrected
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """0, or 1 where there was an alarm."""
+    """1 where there was an alarm, else 2 where a file could not be read, else 0."""
     if not options.dumps.exists():
         raise input_error(
             "watch", "dumps", expected="a folder or a file that exists",
@@ -44,27 +45,27 @@ def run(options: argparse.Namespace) -> int:
     run = _Run()
     try:
         for path in _arriving(options.dumps, options.idle):
-            run.take(path)
+            run.come(path)
     except KeyboardInterrupt:
         tell("interrupted")
     run.finish()
     if not run.steps:
         dump_files(options.dumps)  # says what is wrong with a folder without dumps
-    say(f"steps: {run.steps:,}, alarms: {run.alarms:,}")
-    return 1 if run.alarms else 0
+    unread = f", files that could not be read: {len(run.unread):,}" if run.unread else ""
+    say(f"steps: {run.steps:,}, alarms: {run.alarms:,}{unread}")
+    return 1 if run.alarms else 2 if run.unread else 0
 
 
 def _arriving(folder: Path, idle: float) -> Iterator[Path]:
-    """Files one after the other, when they have come and stopped growing."""
-    taken: set[Path] = set()
+    """Files one after the other, when they have come or changed, and stopped growing."""
+    taken: dict[Path, tuple[int, int]] = {}
     sizes: dict[Path, tuple[int, int]] = {}
     last = time.monotonic()
     while True:
-        found = _files(folder)
-        now = {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in found}
-        for path in found:
-            if path not in taken and (idle == 0 or sizes.get(path) == now[path]):
-                taken.add(path)
+        now = _files(folder)
+        for path, size in now.items():
+            if taken.get(path) != size and (idle == 0 or sizes.get(path) == size):
+                taken[path] = size
                 last = time.monotonic()
                 yield path
         if now != sizes:
@@ -75,10 +76,18 @@ def _arriving(folder: Path, idle: float) -> Iterator[Path]:
         time.sleep(min(LOOK, idle))
 
 
-def _files(folder: Path) -> list[Path]:
-    if folder.is_dir() and not any(folder.iterdir()):
-        return []  # the job has not written yet
-    return dump_files(folder)
+def _files(folder: Path) -> dict[Path, tuple[int, int]]:
+    """The dumps that are there, with their sizes in bytes and the times they were written."""
+    found = {}
+    try:
+        for path in dump_files(folder):
+            with suppress(FileNotFoundError):  # it went away meanwhile
+                status = path.stat()
+                found[path] = status.st_size, status.st_mtime_ns
+    except InputError:
+        if folder.is_file():
+            raise  # no later look makes a dump of it
+    return found
 
 
 class _Run:
@@ -87,18 +96,40 @@ class _Run:
     def __init__(self) -> None:
         self.monitor = Monitor(notify=[lambda alarm: say(str(alarm))])
         self.steps = self.alarms = self.files = 0
+        self.unread: set[Path] = set()
+        self._read: set[Path] = set()
+        self._grown: set[Path] = set()
+        self._told: set[str] = set()
         self._open: dict[int, Metrics] = {}
         self._over = -1
 
+    def come(self, path: Path) -> None:
+        """Read a file, unless it was read before."""
+        if path not in self._read:
+            self.take(path)
+        elif path not in self._grown:
+            self._grown.add(path)
+            tell(f"{visible(path)} changed after it was read: what came since is left out")
+
     def take(self, path: Path) -> None:
-        """Read a file; one without steps is a step."""
-        for piece in stream_dump(path):
-            for step, metrics in _by_step(piece, self.files):
-                if step <= self._over:
-                    tell(f"{visible(path)} came after step {self._over} was over: step {step} is"
-                         " left out")
-                    continue
-                self._open[step] = self._open[step] + metrics if step in self._open else metrics
+        """Read a file, all of it or nothing; one without steps is a step."""
+        found: dict[int, Metrics] = {}
+        try:
+            for piece in stream_dump(path):
+                for step, metrics in _by_step(piece, self.files):
+                    found[step] = found[step] + metrics if step in found else metrics
+        except (InputError, OSError) as error:
+            tell(" ".join(str(error).splitlines()))
+            self.unread.add(path)
+            return
+        self.unread.discard(path)
+        self._read.add(path)
+        for step, metrics in found.items():
+            if step <= self._over:
+                tell(f"{visible(path)} came after step {self._over} was over: step {step} is"
+                     " left out")
+                continue
+            self._open[step] = self._open[step] + metrics if step in self._open else metrics
         self.files += 1
         self._close(max(self._open, default=0))
 
@@ -109,9 +140,26 @@ class _Run:
     def _close(self, end: int) -> None:
         """Show the monitor the steps before one."""
         for step in sorted(step for step in self._open if step < end):
-            self.alarms += len(self.monitor.update(step, self._open.pop(step).to_floats()))
+            metrics = self._open.pop(step)
+            self.alarms += len(self.monitor.update(step, self._measured(step, metrics)))
             self.steps += 1
             self._over = step
+
+    def _measured(self, step: int, metrics: Metrics) -> dict[str, float]:
+        """The metrics of a step without those that it has no values for."""
+        floats = metrics.to_floats()
+        for name, counted, lacking in (
+            ("mismatch/", "finite", "no counted token with both log-probs"),
+            ("mismatch/ess/sequence", "whole_sequences", "no sequence with all its log-probs"),
+        ):
+            if not metrics.sums[counted]:
+                floats = {key: y for key, y in floats.items() if not key.startswith(name)}
+                if lacking not in self._told:
+                    tell(f"step {step} has {lacking}: {name} is not measured there, nor in later"
+                         " steps like it")
+                self._told.add(lacking)
+                break
+        return floats
 
 
 def _by_step(dump: LogProbDump, number: int) -> Iterator[tuple[int, Metrics]]:

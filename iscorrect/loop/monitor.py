@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
@@ -11,7 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from torch import Tensor
 
-from iscorrect.errors import check_choice, check_number, input_error
+from iscorrect.errors import check_choice, check_number, describe, input_error
 from iscorrect.loss.metrics import Metrics
 
 Bad = Literal["rise", "fall"]
@@ -34,6 +35,9 @@ SCALE, SCALE_STEPS = 0.3, 12
 MEMORY, MEMORY_STEPS = 0.4, 12
 """The correlation of the noise with that of the step before, likewise."""
 
+ROUNDING = 1e-6
+"""What a metric that is never negative may lie below zero."""
+
 SLACK, LARGEST, THRESHOLD = 1.25, 3.5, 10.0
 
 
@@ -47,8 +51,8 @@ class Alarm:
         kind: "jump", at its new level from the beginning; "drift", by and by; "not finite", NaN or
             infinite.
         since: the step from which on it was beyond its past, as far as can be told.
-        before: its typical value in the baseline, NaN where there was none.
-        now: its typical value since then.
+        before: its median in the baseline, NaN where there was none.
+        now: its median since then; of a drift, in the later half of it.
 
     >>> print(Alarm("mismatch/kl_k3", 120, "jump", 116, 4e-4, 2e-3))
     step 120: mismatch/kl_k3 is 2.0e-03 since step 116, 4.0e-04 before (jump)
@@ -82,11 +86,15 @@ class Monitor:
     A cumulative sum (CUSUM) whose baseline is the run itself, so that it needs no threshold of the
     metric. Noise that remembers makes long excursions, so the sum has to be larger by κ; no single
     step is enough for an alarm, so that heavy tails are none. As long as the run has told little,
-    s is held near 0.3 and φ near 0.4. φ comes from the differences of successive steps, which a
-    drift leaves alone.
+    s is held near 0.3 and φ near 0.4. φ comes from the differences of successive steps, which
+    a slow drift leaves alone; where S is too small for an alarm, it is tried again with those of
+    the steps since j less their median, which a steep drift leaves alone too.
 
     Nothing is said in the first six steps. After an alarm the metric's past begins anew.
-    A zero counts as half the least positive value.
+    A zero counts as half the least positive value, and so does what rounding took below zero, by
+    less than 10⁻⁶. NaN and infinities are no part of the past; of many alike in a row the first is
+    an alarm. Where no token was measured (``batch/tokens`` is 0, or ``is/nonfinite`` 1), the zeros
+    of ``mismatch/…`` are none of its values and are left out.
 
     Args:
         watch: names of metrics that are never negative, and whether their "rise" or "fall" is bad.
@@ -94,7 +102,8 @@ class Monitor:
             :func:`to_tensorboard`, or any callable.
 
     Raises:
-        InputError: no metric, or another word than "rise" or "fall".
+        InputError: no mapping or an empty one, another word than "rise" or "fall", or a ``notify``
+            that is no sequence of callables.
 
     References:
         Page, "Continuous inspection schemes" (1954); Hawkins, "Self-starting CUSUM charts" (1987).
@@ -108,15 +117,22 @@ class Monitor:
     def __init__(
         self, watch: Mapping[str, Bad] = WATCHED, *, notify: Sequence[Notify] = ()
     ) -> None:
-        if not watch:
+        if not isinstance(watch, Mapping) or not watch:
             raise input_error(
-                "Monitor", "watch", expected="at least one metric", got="none",
+                "Monitor", "watch", expected="a dict of at least one metric",
+                got=describe(watch) if watch else "none",
                 fix="pass watch={'mismatch/kl_k3': 'rise'}, or leave it out",
+            )
+        if not isinstance(notify, Sequence) or not all(map(callable, notify)):
+            raise input_error(
+                "Monitor", "notify", expected="a sequence of callables", got=repr(notify),
+                fix="pass notify=[print], or leave it out",
             )
         for name, bad in watch.items():
             check_choice("Monitor", f"watch[{name!r}]", bad, get_args(Bad))
         self.watch, self.notify = dict(watch), tuple(notify)
         self._past: dict[str, list[tuple[int, float]]] = {name: [] for name in watch}
+        self._not_finite: dict[str, str] = {}
 
     def update(self, step: int, metrics: Metrics | Mapping[str, float | Tensor]) -> list[Alarm]:
         """Take in the metrics of a step.
@@ -130,10 +146,19 @@ class Monitor:
             The alarms of this step.
 
         Raises:
-            InputError: a watched metric is negative, or no number.
+            InputError: a watched metric is negative, or no number; ``metrics`` is no mapping.
         """
-        watched = {name: metrics[name] for name in self.watch if name in metrics}
-        found = [self._take(step, name, _number(name, y)) for name, y in watched.items()]
+        if not isinstance(metrics, Mapping):
+            raise input_error(
+                "Monitor", "metrics", expected="Metrics, or a dict of numbers",
+                got=describe(metrics), fix="pass the second thing that the loss returns",
+            )
+        unmeasured = "mismatch/" if _nothing_measured(metrics) else ()
+        watched = {
+            name: _number(name, metrics[name]) for name in self.watch
+            if name in metrics and not name.startswith(unmeasured)
+        }
+        found = [self._take(step, name, y) for name, y in watched.items()]
         alarms = [alarm for alarm in found if alarm is not None]
         for alarm in alarms:
             for notify in self.notify:
@@ -141,8 +166,10 @@ class Monitor:
         return alarms
 
     def _take(self, step: int, name: str, y: float) -> Alarm | None:
+        said = self._not_finite.pop(name, None)
         if not math.isfinite(y):
-            return Alarm(name, step, "not finite", step, math.nan, y)
+            self._not_finite[name] = str(y)
+            return None if said == str(y) else Alarm(name, step, "not finite", step, math.nan, y)
         past = self._past[name]
         past.append((step, y))
         seen = excursion(np.array([y for _, y in past]), self.watch[name])
@@ -159,8 +186,8 @@ class Excursion(NamedTuple):
     Attributes:
         kind: "jump" or "drift".
         steps: how many they are.
-        before: the typical value of the baseline.
-        now: that of these steps; of a drift, of the last of them.
+        before: the median of the baseline.
+        now: that of these steps; of a drift, of the later half of them.
     """
 
     kind: Kind
@@ -187,22 +214,28 @@ def excursion(y: np.ndarray[Any, np.dtype[np.float64]], bad: Bad) -> Excursion |
     n, mean = len(past), past.mean()
     spread = SCALE_STEPS * SCALE**2 + ((past - mean) ** 2).sum()
     scale = math.sqrt(spread / (SCALE_STEPS + n - 1) * (1 + 1 / n))  # that of a value less the mean
-    memory = _memory(np.diff(x[-MOST:]))
-    kappa = (1 + memory) / (1 - memory)
     z = (x[n:][-WINDOW:] - mean) / scale
-    sums = (np.minimum(z, LARGEST * kappa) - SLACK)[::-1].cumsum()
-    if sums.max() <= THRESHOLD * kappa:
+    differences = np.diff(x[-MOST:])
+    steps, over = _furthest(z, _memory(differences))
+    if over <= 0 and steps > 2:  # all steps of a steep drift go one way, as those of noise that remembers do
+        differences[-steps:] -= np.median(differences[-steps:])
+        steps, over = _furthest(z, _memory(differences))
+    if over <= 0:
         return None
-    steps = int(sums.argmax()) + 1
     z = z[-steps:]
     half = steps // 2
     drifts = half > 2 and z[half:].mean() - z[:half].mean() > z.mean() / 4
-    level = z[half:].mean() if drifts else z.mean()
-    sign = 1 if bad == "rise" else -1
     return Excursion(
-        "drift" if drifts else "jump", steps, math.exp(sign * mean),
-        math.exp(sign * (mean + scale * level)),
+        "drift" if drifts else "jump", steps, float(np.median(y[:n])),
+        float(np.median(y[-steps:][half if drifts else 0 :])),
     )
+
+
+def _furthest(z: np.ndarray[Any, np.dtype[np.float64]], memory: float) -> tuple[int, float]:
+    """The number of last steps whose sum S is largest, and by how much it is over 10 κ."""
+    kappa = (1 + memory) / (1 - memory)
+    sums = (np.minimum(z, LARGEST * kappa) - SLACK)[::-1].cumsum()
+    return int(sums.argmax()) + 1, float(sums.max() - THRESHOLD * kappa)
 
 
 def _memory(differences: np.ndarray[Any, np.dtype[np.float64]]) -> float:
@@ -220,10 +253,20 @@ def _memory(differences: np.ndarray[Any, np.dtype[np.float64]]) -> float:
     return min(held, 0.97)
 
 
-def _number(name: str, y: float | Tensor) -> float:
-    value = y.item() if isinstance(y, Tensor) else y
-    if isinstance(value, float) and not math.isfinite(value):
-        return value
+def _nothing_measured(metrics: Mapping[str, Any]) -> bool:
+    """Whether metrics of a loss are those of a batch in which no token had both log-probs."""
+    return bool(metrics.get("batch/tokens") == 0 or metrics.get("is/nonfinite") == 1)
+
+
+def _number(name: str, y: object) -> float:
+    one = isinstance(y, Tensor | np.ndarray | np.generic) and math.prod(y.shape) == 1
+    value: Any = y.item() if one else y  # type: ignore[attr-defined]
+    if isinstance(value, numbers.Real) and type(value) is not bool:
+        value = float(value)
+        if not math.isfinite(value):
+            return value
+        if -ROUNDING < value < 0:
+            return 0.0
     check_number("Monitor", name, value, "a metric that is never negative", least=0)
     return float(value)
 
