@@ -217,7 +217,7 @@ def excursion(y: np.ndarray[Any, np.dtype[np.float64]], bad: Bad) -> Excursion |
     z = (x[n:][-WINDOW:] - mean) / scale
     differences = np.diff(x[-MOST:])
     steps, over = _furthest(z, _memory(differences))
-    if over <= 0 and steps > 2:  # all steps of a steep drift go one way, as those of noise that remembers do
+    if over <= 0 and steps > 2:  # a steep drift goes one way, as noise that remembers does
         differences[-steps:] -= np.median(differences[-steps:])
         steps, over = _furthest(z, _memory(differences))
     if over <= 0:
@@ -261,12 +261,13 @@ def _nothing_measured(metrics: Mapping[str, Any]) -> bool:
 def _number(name: str, y: object) -> float:
     one = isinstance(y, Tensor | np.ndarray | np.generic) and math.prod(y.shape) == 1
     value: Any = y.item() if one else y  # type: ignore[attr-defined]
-    if isinstance(value, numbers.Real) and type(value) is not bool:
-        value = float(value)
-        if not math.isfinite(value):
-            return value
-        if -ROUNDING < value < 0:
+    if not isinstance(value, bool) and isinstance(value, numbers.Real):
+        number = float(value)
+        if not math.isfinite(number):
+            return number
+        if -ROUNDING < number < 0:
             return 0.0
+        value = number
     check_number("Monitor", name, value, "a metric that is never negative", least=0)
     return float(value)
 
