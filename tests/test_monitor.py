@@ -100,6 +100,12 @@ def test_a_growth_after_calm_steps_is_seen_however_steep_it_is(factor, by, noise
         assert grown[first.step] < by
 
 
+@pytest.mark.parametrize(("factor", "by"), [(1.01, 2), (1.05, 3), (1.2, 6), (1.5, 40)])
+def test_a_growth_from_the_first_step_without_noise_is_seen(factor, by):
+    first, *_ = alarms_of(1e-4 * factor ** np.arange(120))
+    assert factor**first.step < by
+
+
 def test_one_wild_step_is_no_alarm():
     rng = np.random.default_rng(0)
     y = 1e-3 * np.exp(0.1 * rng.standard_normal(100))

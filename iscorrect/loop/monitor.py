@@ -87,8 +87,8 @@ class Monitor:
     metric. Noise that remembers makes long excursions, so the sum has to be larger by κ; no single
     step is enough for an alarm, so that heavy tails are none. As long as the run has told little,
     s is held near 0.3 and φ near 0.4. φ comes from the differences of successive steps, which
-    a slow drift leaves alone; where S is too small for an alarm, it is tried again with those of
-    the steps since j less their median, which a steep drift leaves alone too.
+    a slow drift leaves alone; where S is too small for an alarm, it is tried again with those
+    before j and those since j less their medians, which a steep drift leaves alone too.
 
     Nothing is said in the first six steps. After an alarm the metric's past begins anew.
     A zero counts as half the least positive value, and so does what rounding took below zero, by
@@ -218,7 +218,8 @@ def excursion(y: np.ndarray[Any, np.dtype[np.float64]], bad: Bad) -> Excursion |
     differences = np.diff(x[-MOST:])
     steps, over = _furthest(z, _memory(differences))
     if over <= 0 and steps > 2:  # a steep drift goes one way, as noise that remembers does
-        differences[-steps:] -= np.median(differences[-steps:])
+        for part in np.split(differences, [-steps]):  # views: the trend of each is taken away
+            part -= np.median(part)
         steps, over = _furthest(z, _memory(differences))
     if over <= 0:
         return None
