@@ -218,8 +218,8 @@ def excursion(y: np.ndarray[Any, np.dtype[np.float64]], bad: Bad) -> Excursion |
     differences = np.diff(x[-MOST:])
     steps, over = _furthest(z, _memory(differences))
     if over <= 0 and steps > 2:  # a steep drift goes one way, as noise that remembers does
-        for part in np.split(differences, [-steps]):  # views: the trend of each is taken away
-            part -= np.median(part)
+        differences[:-steps] -= np.median(differences[:-steps])
+        differences[-steps:] -= np.median(differences[-steps:])
         steps, over = _furthest(z, _memory(differences))
     if over <= 0:
         return None
