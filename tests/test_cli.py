@@ -266,5 +266,5 @@ def test_only_main_turns_errors_into_exit_codes():
             ast.unparse(node.type) for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
             if isinstance(node, ast.ExceptHandler) and node.type is not None
         ]
-        # a threshold that a preset refuses is not part of a sweep
-        assert ("InputError" in caught) == (path.stem in ("main", "audit")), path
+        # a threshold that a preset refuses is not part of a sweep, and watch waits for files
+        assert ("InputError" in caught) == (path.stem in ("main", "audit", "watch")), path
