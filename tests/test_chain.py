@@ -72,7 +72,10 @@ def by_recursion(world, arm, policy, engine):
 
 
 @pytest.mark.parametrize("name", WORLDS)
-@pytest.mark.parametrize("arm", TOKEN_LOCAL)
+@pytest.mark.parametrize("arm", [
+    x if x in ("uncorrected", "token-tis") else pytest.param(x, marks=pytest.mark.slow)
+    for x in TOKEN_LOCAL
+])
 def test_sixteen_tokens_are_as_every_sequence_of_them_says(name, arm):
     world = WORLDS[name](length=16, task=3, **SMALL)
     if world.dense and arm in SIGNED:

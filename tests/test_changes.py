@@ -30,6 +30,7 @@ def compared(before, after):
     return Changes.of(*reports)
 
 
+@pytest.mark.slow
 def test_dumps_of_one_stack_differ_no_more_often_than_the_interval_says():
     found = [
         x.verdict != "no difference beyond chance"
@@ -97,6 +98,7 @@ def test_the_same_sequences_are_compared_in_pairs_in_any_order_and_pieces(ids):
     assert again.metrics[0].low == pytest.approx(k1.low, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_paired_intervals_cover_what_they_say():
     missed = 0
     for seed in range(60):
