@@ -235,3 +235,22 @@ def test_targets_outside_the_mask_may_be_anything():
     assert log_probs_from_logits(logits, target, mask=mask, support=kept)[mask].isfinite().all()
     with pytest.raises(InputError, match="like `target`"):
         log_probs_from_logits(logits, target, mask=mask[:1])
+
+
+@pytest.mark.parametrize("as_rows", [False, True])
+def test_a_support_is_taken_under_vmap(as_rows):
+    logits, target = make(3, N, dtype=torch.float64)
+    support = torch.stack([target, (target + 1) % V], -1)
+    kept = [Support(x.flatten(), torch.arange(0, 2 * N + 1, 2)) for x in support]
+    if as_rows:
+        # offsets say how many ids there are, so that they are the same for all
+        def one(z, y, ids):
+            return log_probs_from_logits(z, y, support=kept[0]._replace(ids=ids))
+
+        mapped = torch.vmap(one)(logits, target, torch.stack([x.ids for x in kept]))
+    else:
+        mapped = torch.vmap(lambda z, y, s: log_probs_from_logits(z, y, support=s))(
+            logits, target, support
+        )
+    expected = log_probs_from_logits(logits, target, support=support)
+    torch.testing.assert_close(mapped, expected)

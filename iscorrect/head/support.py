@@ -45,9 +45,11 @@ def check_target(
 def check_ids(caller: str, name: str, ids: Tensor, vocabulary: int) -> None:
     """Raise on a token id that the vocabulary does not have, where a look costs nothing.
 
-    On a GPU it would make the host wait; there such a token's log-prob is NaN.
+    On a GPU it would make the host wait, and in a graph or under vmap there is no value to look
+    at; there such a token's log-prob is NaN.
     """
-    if ids.device.type != "cpu" or torch.compiler.is_compiling() or type(ids) is not Tensor:
+    values = type(ids) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(ids)
+    if ids.device.type != "cpu" or torch.compiler.is_compiling() or not values:
         return
     outside = (ids < 0) | (ids >= vocabulary)
     if bool(outside.any()):
