@@ -20,7 +20,7 @@ from benchmarks.lab.chain.arms import ARMS, Arm
 from benchmarks.lab.chain.engines import Engine, plain
 from benchmarks.lab.chain.learner import Learner, State, View, state_of
 from benchmarks.lab.chain.policy import Parameters, warm_start
-from benchmarks.lab.chain.records import append, known, note, numbers, rows
+from benchmarks.lab.chain.records import append, due, numbers, rows
 from benchmarks.lab.chain.world import WORLDS, World, sample
 from iscorrect import group_advantages
 
@@ -180,16 +180,12 @@ def record(run: Run, steps: int) -> dict[str, str]:
 
 def carry_out(runs: Sequence[Run], path: Path, steps: int) -> None:
     """Do what is not on record, and say how far it is."""
-    done = known(path, Run._fields)
-    due = [run for run in runs if tuple(map(str, run)) not in done]
-    print(f"{len(runs) - len(due)} of {len(runs)} runs are on record", flush=True)
-    if due:
-        note(path)
-    for i, run in enumerate(due, 1):
+    left = due(runs, path)
+    for i, run in enumerate(left, 1):
         began = time.process_time()
         found = record(run, steps)
         append(path, {**run._asdict(), **found})
-        print(f"{i}/{len(due)} {' '.join(map(str, run))}: end {found['end']}, lowest "
+        print(f"{i}/{len(left)} {' '.join(map(str, run))}: end {found['end']}, lowest "
               f"{found['lowest']}, {time.process_time() - began:.1f} s", flush=True)
 
 

@@ -21,7 +21,7 @@ from benchmarks.lab.chain.arms import ARMS, SIGNED, TOKEN_LOCAL, slopes
 from benchmarks.lab.chain.engines import BITS, ENGINES, LAGS
 from benchmarks.lab.chain.learner import Learner, Optimizer, State, View, state_of
 from benchmarks.lab.chain.policy import Parameters, warm_start
-from benchmarks.lab.chain.records import append, known, note, numbers
+from benchmarks.lab.chain.records import append, due, numbers
 from benchmarks.lab.chain.world import WORLDS, World, credit
 
 STEPS = 100
@@ -157,14 +157,10 @@ def main(arguments: Sequence[str]) -> None:
         and (not given.arms or run.arm in given.arms)
     ]
     path = given.records / "exact.csv"
-    done = known(path, Run._fields)
-    due = [run for run in runs if tuple(map(str, run)) not in done]
-    print(f"{len(runs) - len(due)} of {len(runs)} runs are on record", flush=True)
-    if due:
-        note(path)
-    for i, run in enumerate(due, 1):
+    left = due(runs, path)
+    for i, run in enumerate(left, 1):
         began = time.process_time()
         states = [*learn(run, given.steps)]
         append(path, {**run._asdict(), "steps": given.steps, **numbers(states)})
-        print(f"{i}/{len(due)} {' '.join(map(str, run))}: J(π) {states[-1].j_policy:.3f}, "
+        print(f"{i}/{len(left)} {' '.join(map(str, run))}: J(π) {states[-1].j_policy:.3f}, "
               f"{time.process_time() - began:.1f} s", flush=True)

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,6 +18,16 @@ from benchmarks.lab.chain.learner import State
 def known(path: Path, key: Sequence[str]) -> set[tuple[str, ...]]:
     """The keys that are on record."""
     return {tuple(row[name] for name in key) for row in rows(path)}
+
+
+def due(runs: Sequence[Any], path: Path) -> list[Any]:
+    """Of runs, named tuples, those that are not on record; says how many are."""
+    done = known(path, runs[0]._fields) if runs else set()
+    left = [run for run in runs if tuple(map(str, run)) not in done]
+    print(f"{len(runs) - len(left)} of {len(runs)} runs are on record", flush=True)
+    if left:
+        note(path)
+    return left
 
 
 def rows(path: Path) -> list[dict[str, str]]:

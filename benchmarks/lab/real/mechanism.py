@@ -6,7 +6,6 @@ float32; only weights are rounded.
 
 from __future__ import annotations
 
-import csv
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from benchmarks.lab.real import senders
 from benchmarks.lab.real.learner import Learner, Schedule, apart, conditions
 from benchmarks.lab.real.model import open_model
 from benchmarks.lab.real.packed import Answers, log_probs, sample
+from benchmarks.lab.real.records import keep
 from benchmarks.lab.real.senders import Send, Weights, send, some
 from benchmarks.lab.real.sums import LONGEST
 from iscorrect import uncorrected
@@ -31,20 +31,7 @@ LOOKED_AT = (1, 2, 4, 8)
 def main(folder: Path, records: Path, schedule: Schedule, seed: int) -> None:
     """One trajectory; a row for each format and kind of tensor at each step that is looked at."""
     record = records / f"{schedule.grid}-{schedule.learning_rate:g}-{seed}.csv"
-    if record.exists():
-        return
-    part = record.with_suffix(".part")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    with part.open("w", newline="", encoding="utf-8") as file:
-        writer = None
-        for row in follow(folder, schedule, seed):
-            if writer is None:
-                writer = csv.DictWriter(file, list(row), lineterminator="\n")
-                writer.writeheader()
-            writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
-            file.flush()
-    record.with_suffix(".json").write_text(conditions(schedule, seed), encoding="utf-8")
-    part.replace(record)
+    keep(record, follow(folder, schedule, seed), lambda: conditions(schedule, seed))
 
 
 def follow(folder: Path, schedule: Schedule, seed: int) -> Iterator[dict[str, object]]:

@@ -19,6 +19,7 @@ from benchmarks.lab.real import senders
 from benchmarks.lab.real.learner import Learner, Schedule, conditions
 from benchmarks.lab.real.model import open_model
 from benchmarks.lab.real.packed import Answers, sample
+from benchmarks.lab.real.records import keep
 from benchmarks.lab.real.senders import Send, Weights, some
 from benchmarks.lab.real.sums import LONGEST
 from benchmarks.lab.reinforce import NotSynchronisedError, magnitude
@@ -127,21 +128,10 @@ def open_engine(folder: Path, arm: Arm, schedule: Schedule, longest: int) -> Eng
 def main(folder: Path, records: Path, arm: Arm, schedule: Schedule, seed: int) -> None:
     """One run; its record takes its name only when it is complete."""
     record = records / f"{arm.name}-every{schedule.every}-{schedule.learning_rate:g}-{seed}.csv"
-    if record.exists():
-        return
-    part = record.with_suffix(".part")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    with part.open("w", newline="", encoding="utf-8") as file:
-        writer = None
-        for step in train(folder, arm, schedule, seed):
-            if writer is None:
-                writer = csv.DictWriter(file, list(step), lineterminator="\n")
-                writer.writeheader()
-            writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in step.items()})
-            file.flush()
-    note = conditions(schedule, seed, arm=asdict(arm))
-    record.with_suffix(".json").write_text(note, encoding="utf-8")
-    part.replace(record)
+    keep(
+        record, train(folder, arm, schedule, seed),
+        lambda: conditions(schedule, seed, arm=asdict(arm)),
+    )
 
 
 def train(

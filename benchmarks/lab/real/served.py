@@ -7,7 +7,6 @@ and policy draw from one generator, so a seed fixes the prompts of a trajectory 
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 from benchmarks.lab.real.learner import Learner, Schedule, conditions, mismatch
 from benchmarks.lab.real.mechanism import LOOKED_AT, score
 from benchmarks.lab.real.packed import sample
+from benchmarks.lab.real.records import keep
 from benchmarks.lab.real.reinforce import Arm, open_engine
 from benchmarks.lab.real.sums import LONGEST
 from iscorrect import uncorrected
@@ -26,21 +26,10 @@ WAYS = {"bf16": ("nearest", "stochastic", "feedback"), "fp16": ("nearest", "stoc
 def main(folder: Path, records: Path, engine: str, schedule: Schedule, seed: int) -> None:
     """One trajectory and an engine; a row for each way to send at each step that is looked at."""
     record = records / f"{engine}-{schedule.grid}-{schedule.learning_rate:g}-{seed}.csv"
-    if record.exists():
-        return
-    part = record.with_suffix(".part")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    with part.open("w", newline="", encoding="utf-8") as file:
-        writer = None
-        for row in follow(folder, Arm(engine), schedule, seed):
-            if writer is None:
-                writer = csv.DictWriter(file, list(row), lineterminator="\n")
-                writer.writeheader()
-            writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
-            file.flush()
-    note = conditions(schedule, seed, arm=asdict(Arm(engine)))
-    record.with_suffix(".json").write_text(note, encoding="utf-8")
-    part.replace(record)
+    keep(
+        record, follow(folder, Arm(engine), schedule, seed),
+        lambda: conditions(schedule, seed, arm=asdict(Arm(engine))),
+    )
 
 
 def follow(
