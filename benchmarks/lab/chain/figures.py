@@ -105,13 +105,12 @@ def by_lag(records: Path) -> plt.Figure:
     lags = sorted({lag for _, lag, _ in cells})
     arms = [arm for arm in behind.MEANT if any(key[2] == arm for key in cells)]
     for column, rate in zip(panels.T, rates, strict=True):
-        for i, arm in enumerate(arms):
-            for lag in lags:
-                runs = cells.get((rate, lag, arm))
-                if not runs:
-                    continue
-                x = lags.index(lag) + (i - (len(arms) - 1) / 2) * 0.085
-                point(column, x, runs, COLOURS[arm])
+        for place, lag in enumerate(lags):
+            there = [arm for arm in arms if (rate, lag, arm) in cells]
+            for i, arm in enumerate(there):
+                x = place + (i - (len(there) - 1) / 2) * 0.085
+                point(column, x, cells[rate, lag, arm], COLOURS[arm])
+        for arm in arms:
             column[0].plot([], [], "o", color=COLOURS[arm], label=arm)
         column[0].set_title(f"learning rate {rate:g}")
         column[1].set_xticks(range(len(lags)), list(map(str, lags)))
