@@ -85,7 +85,7 @@ def lengths(records: Path) -> plt.Figure:
                 end, _, step = outcome(row)
                 steps[i, j] = len(curve(row, "j_policy")) if step is None else step
                 ax.text(j, i, f"never\n{end:.2f}" if step is None else str(step), ha="center",
-                        va="center", fontsize=8)
+                        va="center", fontsize=8, color="white" if step is None else "black")
         image = ax.imshow(steps, vmin=30, vmax=110, cmap="YlOrRd", aspect="auto")
         ax.set_title(f"{kind}, {arm}", fontsize=10)
         ax.set_xticks(range(len(sizes)), list(map(str, sizes)))
@@ -138,7 +138,8 @@ def point(column: np.ndarray, x: float, runs: Rows, colour: str) -> None:
 def kinds(records: Path) -> plt.Figure:
     """The batch from which the bias shows, against the size of the mismatch."""
     found = [row for row in rows(records / "bias.csv") if row["length"] == "256"]
-    figure, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, ax = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    ax.margins(x=0.2)
     top = 3 * max((float(row["n_star"]) for row in found if row["n_star"]), default=1.0)
     for row in found:
         kl = float(row["kl"])
