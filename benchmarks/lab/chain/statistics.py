@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import comb, sqrt
 
-NORMAL = 1.959963984540054
-"""The 97.5 % quantile."""
+from scipy import stats
 
 
 def wilson(count: int, of: int) -> tuple[float, float]:
@@ -15,10 +13,8 @@ def wilson(count: int, of: int) -> tuple[float, float]:
     >>> [round(x, 3) for x in wilson(0, 3)]
     [0.0, 0.561]
     """
-    share, spread = count / of, NORMAL**2 / of
-    middle = share + spread / 2
-    reach = sqrt(spread * (share * (1 - share) + spread / 4))
-    return max(0.0, (middle - reach) / (1 + spread)), min(1.0, (middle + reach) / (1 + spread))
+    low, high = stats.binomtest(count, of).proportion_ci(method="wilson")
+    return float(low), float(high)
 
 
 def interval(count: int, of: int) -> str:
@@ -32,19 +28,12 @@ def interval(count: int, of: int) -> str:
 
 
 def fisher(a: int, of_a: int, b: int, of_b: int) -> float:
-    """Two-sided p of equal shares: the chance of tables that are no likelier than this one.
+    """Fisher's two-sided p of equal shares.
 
     >>> round(fisher(14, 34, 0, 34), 5)
     2e-05
     """
-    both = a + b
-
-    def chance(x: int) -> int:
-        return comb(of_a, x) * comb(of_b, both - x)
-
-    tables = range(max(0, both - of_b), min(both, of_a) + 1)
-    seen = chance(a)
-    return sum(chance(x) for x in tables if chance(x) <= seen) / comb(of_a + of_b, both)
+    return float(stats.fisher_exact([[a, of_a - a], [b, of_b - b]]).pvalue)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

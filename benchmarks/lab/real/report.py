@@ -15,6 +15,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
+from scipy import stats
 
 from benchmarks.lab.report import markdown, pretty
 from iscorrect import k3
@@ -27,8 +28,6 @@ PAGES = (
 )
 PICTURES = ROOT / "docs" / "lab"
 MARKED = re.compile(r"(<!-- real:(\w+) -->\n).*?(<!-- /real -->)", re.DOTALL)
-T = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
-"""Student's 97.5 % point for the mean of so many values."""
 Row = dict[str, str]
 
 
@@ -57,7 +56,13 @@ def mean(values: Sequence[float]) -> str:
     middle = statistics.fmean(values)
     if len(values) < 3:
         return pretty(middle)
-    return f"{middle:.3g} ± {T[len(values)] * statistics.stdev(values) / sqrt(len(values)):.1g}"
+    return f"{middle:.3g} ± {half_width(values):.1g}"
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Of Student's 95 % interval of the mean."""
+    point = float(stats.t.ppf(0.975, len(values) - 1))
+    return point * statistics.stdev(values) / sqrt(len(values))
 
 
 def geometric(values: Sequence[float]) -> str:
@@ -66,7 +71,7 @@ def geometric(values: Sequence[float]) -> str:
     middle = statistics.fmean(logs)
     if len(values) < 3:
         return short(exp(middle))
-    half = T[len(values)] * statistics.stdev(logs) / sqrt(len(values))
+    half = half_width(logs)
     return f"{short(exp(middle))} ({short(exp(middle - half))} to {short(exp(middle + half))})"
 
 
