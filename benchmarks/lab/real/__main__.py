@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
     learning.add_argument("--rounding", choices=reinforce.ROUNDINGS, default="nearest")
     learning.add_argument("--kind", choices=["vllm", "simulated"], default="vllm")
     learning.add_argument("--every", type=int, default=1, help="steps from one send to the next")
-    learning.add_argument("--steps", type=int, default=30)
+    learning.add_argument("--steps", type=int, default=24)
     told = commands.add_parser("report", help="tables and figures from the records")
     told.add_argument("--records", type=Path, default=LAB / "records" / "real")
 

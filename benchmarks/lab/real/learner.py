@@ -34,13 +34,13 @@ class Schedule:
         grid: of the first weights.
     """
 
-    steps: int = 30
+    steps: int = 24
     learning_rate: float = 2e-5
     warmup: int = 3
     prompts: int = 4
     answers: int = 8
     every: int = 1
-    judged: int = 5
+    judged: int = 4
     grid: str = "bf16-grid"
 
 
