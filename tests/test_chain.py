@@ -73,7 +73,7 @@ def by_recursion(world, arm, policy, engine):
 
 @pytest.mark.parametrize("name", WORLDS)
 @pytest.mark.parametrize("arm", [
-    x if x in ("uncorrected", "token-tis") else pytest.param(x, marks=pytest.mark.slow)
+    x if x == "token-tis" else pytest.param(x, marks=pytest.mark.slow)
     for x in TOKEN_LOCAL
 ])
 def test_sixteen_tokens_are_as_every_sequence_of_them_says(name, arm):
@@ -218,6 +218,7 @@ def test_designs_name_known_engines_and_arms_once():
     assert behind.UNTOUCHED not in {run.task for run in sampled}
 
 
+@pytest.mark.slow
 def test_what_is_on_record_is_not_run_again(tmp_path, capsys):
     arguments = ["--records", str(tmp_path), "--length", "64", "--steps", "3",
                  "--engines", "exact", "activations-7", "--arms", "uncorrected", "token-tis"]
@@ -232,6 +233,7 @@ def test_what_is_on_record_is_not_run_again(tmp_path, capsys):
     assert all(len(records.curve(row, name)) == 4 for row in rows for name in learner.State._fields)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arm", "end"), [("uncorrected", 0.7764), ("token-tis", 0.8028)])
 def test_ends_are_pinned_and_have_the_same_digits_again(arm, end):
     run = exact.Run("chain", 16, 10, "adam", "int3", arm)

@@ -61,7 +61,10 @@ def fails(check, *arguments, **options):
     return str(error.value)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [
+    x if x in ("token-tis", "sequence-mis") else pytest.param(x, marks=pytest.mark.slow)
+    for x in PRESETS
+])
 def test_every_preset_passes_the_checks_that_hold_for_all(preset):
     loss_fn = PolicyLoss(correction=PRESETS[preset]())
     check_invariant_to_padding(loss_fn)
@@ -326,6 +329,7 @@ def test_every_preset_has_its_own_weights_and_pushes_the_right_way(preset):
     check_sign(PolicyLoss(correction=correction))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("correction", [token_is(), token_tis(), sequence_tis()])
 def test_truncation_is_monotone_and_masking_is_not(correction):
     check_monotone(PolicyLoss(correction=correction))

@@ -91,6 +91,7 @@ def test_without_bias_no_batch_is_large_enough():
     assert found == (math.inf, math.inf, math.inf, 0, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", SHOWN)
 def test_on_the_chain_it_is_the_exact_one_within_its_error(engine):
     world = World(length=32, prompts=2, task=3)

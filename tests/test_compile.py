@@ -188,8 +188,11 @@ def test_the_head_is_one_node_of_a_graph(options, trained, support):
     torch.testing.assert_close(found[1], found[0])
 
 
-@pytest.mark.parametrize("trained", [True, False])
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("trained", "packed"),
+    [(True, True), *(pytest.param(*case, marks=pytest.mark.slow)
+                     for case in ((True, False), (False, True), (False, False)))],
+)
 def test_the_loss_of_hidden_states_is_one_graph(trained, packed):
     batch, hidden, weight, bias, target = head_problem()
     loss_fn = PolicyLoss(correction=ic.sequence_tis(), objective=ic.PPOClip())
@@ -256,8 +259,15 @@ def test_a_compiled_loss_reports_the_k3_and_makes_the_cap_of_an_eager_one():
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("name", ["uncorrected", "token-tis", "sequence-mis"])
-@pytest.mark.parametrize("objective", ["reinforce", "dual-ppo-clip"])
+@pytest.mark.parametrize(
+    ("name", "objective"),
+    [("token-tis", "dual-ppo-clip"), *(
+        pytest.param(name, objective, marks=pytest.mark.slow)
+        for name in ("uncorrected", "token-tis", "sequence-mis")
+        for objective in ("reinforce", "dual-ppo-clip")
+        if (name, objective) != ("token-tis", "dual-ppo-clip")
+    )],
+)
 def test_an_exported_loss_takes_other_shapes(name, objective):
     loss_fn = PolicyLoss(
         correction=CORRECTIONS[name], objective=OBJECTIVES[objective],

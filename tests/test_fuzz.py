@@ -9,8 +9,6 @@ from hypothesis import strategies as st
 from tests.fuzz import __main__ as command, _search
 
 CASES = sorted(_search.FOUND.glob("*.json"))
-PROCESSES = {"ranks"}
-"""Areas that start processes."""
 
 
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
@@ -19,10 +17,8 @@ def test_a_case_that_failed_once_is_right(path):
     area.check(json.loads(path.read_text(encoding="utf-8")))
 
 
-@pytest.mark.parametrize(
-    "area",
-    [pytest.param(a, marks=pytest.mark.slow if a in PROCESSES else ()) for a in command.AREAS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("area", command.AREAS)
 def test_an_area_finds_nothing_in_a_second(area, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["fuzz", "--area", area, "--seconds", "1", "--seed", "7"])
     assert command.main() == 0

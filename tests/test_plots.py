@@ -43,7 +43,10 @@ def test_a_figure_draws_on_its_own_and_on_given_axes(name):
 
 
 @pytest.mark.parametrize("name", FIGURES)
-@pytest.mark.parametrize("change", ["one token", "no mismatch", "certain", "huge"])
+@pytest.mark.parametrize("change", [
+    "one token", *(pytest.param(x, marks=pytest.mark.slow)
+                   for x in ("no mismatch", "certain", "huge"))
+])
 def test_a_figure_survives_extreme_dumps(name, change):
     dump = some_dump()
     if change == "one token":

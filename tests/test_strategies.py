@@ -105,6 +105,7 @@ BRANCHES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", [padded_batches(), batches()], ids=["padded", "any"])
 def test_every_branch_of_a_loss_is_reached_many_times_in_three_hundred_examples(strategy):
     reached = dict.fromkeys(BRANCHES, 0)
