@@ -14,7 +14,7 @@ import os
 import sys
 
 CASES = ("overhead", "linear", "emulated", "memory", "head", "fp16_switch", "predicted",
-         "threads", "monitor")
+         "threads", "newest", "monitor")
 
 
 def main() -> None:

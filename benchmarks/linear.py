@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -147,7 +147,10 @@ def products(problem: Problem) -> Callable[[], object]:
     return step
 
 
-def every_peer(name: str, problem: Problem, setting: Setting) -> Workload:
+def every_peer(
+    name: str, problem: Problem, setting: Setting,
+    packages: Mapping[str, str] = peers.PACKAGES,
+) -> Workload:
     n, d = problem.hidden.shape[1:]
     v = len(problem.weight)
     workload = Workload(
@@ -159,7 +162,7 @@ def every_peer(name: str, problem: Problem, setting: Setting) -> Workload:
     runs = {"iscorrect, one pass": ours(problem)}
     versions = {"iscorrect, one pass": "iscorrect"}
     missing = {}
-    for provider, package in peers.PACKAGES.items():
+    for provider, package in packages.items():
         try:
             step = theirs(problem, peers.load(provider, setting.device))
             agree(runs["iscorrect, one pass"], step, problem)

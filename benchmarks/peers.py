@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks.harness import installed
+
 LogProbs = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(hidden "n d", weight "v d", target "n") -> log-probs "n", differentiable in the first two."""
 
@@ -50,8 +52,12 @@ def load(name: str, device: str) -> LogProbs:
         raise UnavailableError("needs a GPU")
     try:
         return LOADERS[name]()
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if installed((PACKAGES | GPU_ONLY)[name]):
+            raise UnavailableError(f"needs {error.name}") from error
         raise UnavailableError("not installed") from error
+    except ImportError as error:
+        raise UnavailableError(str(error)) from error
 
 
 def materialised(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:

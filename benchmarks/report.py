@@ -12,7 +12,7 @@ from benchmarks.harness import RECORDS
 
 ROOT = Path(__file__).parents[1]
 GPU_ONLY = {"gpu"}
-CPU_ONLY = {"emulated", "predicted", "threads", "monitor"}
+CPU_ONLY = {"emulated", "predicted", "threads", "newest", "monitor"}
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "monitor.md")
 MARKED = re.compile(
     r"(<!-- benchmark:(?P<case>\w+)(?:/(?P<workload>[\w-]+))? -->\n).*?(<!-- /benchmark -->)",

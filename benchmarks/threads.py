@@ -1,18 +1,19 @@
-"""The head with one thread and with all, where others use the cores and where one more does."""
+"""With one thread and with all, on cores as they are and with one of them busy."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 
-from benchmarks import peers
-from benchmarks.harness import Setting, Workload, interleave, summary
+from benchmarks import overhead, peers
+from benchmarks.harness import Setting, Workload, installed, interleave, summary
 from benchmarks.linear import make, ours, theirs
 
 PEERS = (
@@ -23,20 +24,19 @@ PEERS = (
 
 def run(setting: Setting) -> Iterator[Workload]:
     setting = replace(setting, rounds=min(setting.rounds, 5), threads=os.cpu_count() or 1)
-    yield measure("as-it-is", setting)
+    yield head("head", setting)
+    yield correction("correction", setting)
     with a_busy_core():
-        yield measure("one-core-more-busy", setting)
+        yield head("head, a busy core", setting)
+        yield correction("correction, a busy core", setting)
 
 
-def measure(name: str, setting: Setting) -> Workload:
-    n, v, d = (64, 512, 64) if setting.small else (1024, 16_384, 1024)
-    load = os.getloadavg()[0]
+def head(name: str, setting: Setting) -> Workload:
+    n, v, d = (64, 512, 64) if setting.small else (1024, 32_768, 1024)
     workload = Workload(
         name,
         f"{n} tokens, vocabulary {v}, width {d}, float32, every token counting: loss with "
-        f"token-TIS weights and both gradients. {setting.threads} cores, which others use too: "
-        f"{load:.1f} programs wanted to run on average when it began. Wall clock, interleaved; "
-        "ratio to the materialising head with all threads in the same round.",
+        f"token-TIS weights and both gradients. {around(setting, 'the materialising head')}",
     )
     problem = make(1, n, v=v, d=d)
     steps, packages = {"iscorrect": ours(problem)}, {"iscorrect": "iscorrect"}
@@ -46,16 +46,53 @@ def measure(name: str, setting: Setting) -> Workload:
             packages[provider] = peers.PACKAGES[provider]
         except peers.UnavailableError as why:
             workload.add(provider, peers.PACKAGES[provider], **{"wall, ms": str(why)})
-    runs = {
+    return timed(workload, steps, packages, "materialised", setting)
+
+
+def correction(name: str, setting: Setting) -> Workload:
+    b, t = (8, 64) if setting.small else (512, 4096)
+    batch = overhead.make_batch(b, t, setting.device, old=False)
+    workload = Workload(
+        name,
+        f"{b} × {t} tokens in ragged rows, policy gradient, token-TIS: loss, gradient of the "
+        f"log-probs, all metrics as floats. {around(setting, 'straightforward torch')}",
+    )
+    providers = {
+        "iscorrect": overhead.ours(batch), "iscorrect, torch.compile": overhead.compiled(batch),
+        "straightforward torch": overhead.straightforward,
+    }
+    packages = {"iscorrect": "iscorrect", "iscorrect, torch.compile": "iscorrect",
+                "straightforward torch": "torch", "verl": "verl"}
+    if installed("verl"):
+        providers["verl"] = overhead.verl(batch)
+    else:
+        workload.add("verl", "verl", **{"wall, ms": "not installed"})
+    steps = {
+        provider: partial(overhead.backward, step, batch) for provider, step in providers.items()
+    }
+    return timed(workload, steps, packages, "straightforward torch", setting)
+
+
+def around(setting: Setting, reference: str) -> str:
+    return (
+        f"{setting.threads} cores, on which {os.getloadavg()[0]:.1f} programs wanted to run on "
+        f"average when it began. Wall clock, interleaved; ratio to {reference} with all threads "
+        "in the same round."
+    )
+
+
+def timed(
+    workload: Workload, steps: Mapping[str, Callable[[], object]], packages: Mapping[str, str],
+    reference: str, setting: Setting,
+) -> Workload:
+    """Every step with one thread and with all."""
+    times = interleave({
         f"{provider}, {threads} thread(s)": with_threads(threads, step)
         for provider, step in steps.items() for threads in (1, setting.threads)
-    }
-    reference = f"materialised, {setting.threads} thread(s)"
-    times = interleave(runs, setting)
-    for provider, taken in times.items():
-        values = summary(taken, times[reference], "wall")
-        package = packages[provider.rsplit(", ", 1)[0]]
-        workload.add(provider, package, **values)
+    }, setting)
+    for name, taken in times.items():
+        values = summary(taken, times[f"{reference}, {setting.threads} thread(s)"], "wall")
+        workload.add(name, packages[name.rsplit(", ", 1)[0]], **values)
     return workload
 
 
