@@ -1,6 +1,7 @@
 """The lab's code for a real language model, on a tiny one; two steps with vLLM where it is."""
 
 import importlib.util
+import math
 
 import pytest
 
@@ -12,6 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.lab.real import (
+    coherence,
     learner,
     mechanism,
     offline,
@@ -183,13 +185,58 @@ def test_the_report_fills_every_table(folder, tmp_path, monkeypatch):
     page = tmp_path / "page.md"
     page.write_text("".join(f"<!-- real:{name} -->\n<!-- /real -->\n" for name in report.TABLES))
     report.main(tmp_path, [page], tmp_path)
-    assert page.read_text().count("No record of `python -m benchmarks.lab.real") == 7
+    assert page.read_text().count("No record of `python -m benchmarks.lab.real") == len(report.TABLES)
     monkeypatch.setattr(mechanism, "LOOKED_AT", (1, 2))
     mechanism.main(folder, tmp_path / "mechanism", learner.Schedule(learning_rate=1e-4), 0)
     arm = reinforce.Arm("bf16", kind="simulated")
     reinforce.main(folder, tmp_path / "reinforce", arm, learner.Schedule(steps=2, judged=2), 0)
     report.main(tmp_path, [page], tmp_path)
     text = page.read_text()
-    assert text.count("No record") == 2 and text.count("|---|") == 5
+    assert text.count("No record") == 4 and text.count("|---|") == 7
     pictures = {path.name for path in tmp_path.glob("*.png")}
     assert pictures == {"real-arrival.png", "real-learning.png"}
+
+
+@pytest.mark.usefixtures("half_are_right")
+def test_coarse_and_old_weights_have_a_kl_and_exact_ones_have_none(folder, monkeypatch):
+    monkeypatch.setattr(
+        coherence, "open_engine", lambda folder, arm, schedule, longest: reinforce.Simulated(
+            folder, schedule)
+    )
+    schedule = learner.Schedule(learning_rate=1e-3, prompts=2, answers=4)
+    kinds = {
+        "exact": coherence.Kind("fp32", updates=1),
+        "int3": coherence.Kind("fp32", quantised="int3"),
+        "behind": coherence.Kind("fp32", updates=1, behind=1),
+    }
+    rows = {name: next(coherence.measure(folder, kind, schedule, 0, batches=5))
+            for name, kind in kinds.items()}
+    assert abs(rows["exact"]["kl"]) < 1e-6 < min(rows["int3"]["kl"], rows["behind"]["kl"])
+    assert abs(rows["exact"]["share"]) < 1e-9
+    assert all(row["low"] <= row["n_star"] <= row["high"] for row in rows.values())
+
+
+def test_errors_of_their_own_grow_as_a_random_walk_and_shared_ones_as_a_line():
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.ones(400, 256, dtype=torch.bool)
+    own = torch.randn(400, 256, generator=generator, dtype=torch.float64)
+    assert report.growth(own, mask) == pytest.approx(1, abs=0.1)
+    assert report.growth(own[:, :1].expand(-1, 256), mask) == pytest.approx(2, abs=0.01)
+    assert math.isnan(report.growth(own[:, :16], mask[:, :16]))
+
+
+def test_planned_differences_are_paired_by_seed(tmp_path):
+    folder = tmp_path / "reinforce"
+    folder.mkdir()
+    rights = {"bf16": (0.2, 0.4, 0.3), "bf16-stochastic": (0.5, 0.6, 0.55), "fp16": (0.5, 0.7)}
+    for engine, values in rights.items():
+        for seed, right in enumerate(values):
+            (folder / f"vllm-{engine}-uncorrected-every1-2e-05-{seed}.csv").write_text(
+                f"step,sampled,greedy\n0,0.9,0.9\n4,{right},{right}\n8,,\n12,{right},{right}\n"
+            )
+    text = report.contrasts(tmp_path)
+    lines = [line.split("|")[2:6] for line in text.splitlines() if " − " in line]
+    assert [line[0].strip() for line in lines] == ["3", "2", "0", "0"]
+    assert lines[0][1].strip().startswith("0.25 ±") and lines[1][1].strip() == "0.3"
+    p, held = map(float, lines[0][3].split(", "))
+    assert held == pytest.approx(4 * p, rel=0.1)

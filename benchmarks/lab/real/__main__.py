@@ -11,7 +11,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from benchmarks.lab.policy import DTYPES
-from benchmarks.lab.real import mechanism, model, offline, reinforce, report, served
+from benchmarks.lab.real import coherence, mechanism, model, offline, reinforce, report, served
 from benchmarks.lab.real.learner import Schedule
 
 LAB = Path(__file__).parents[1]
@@ -35,6 +35,10 @@ def main(arguments: list[str] | None = None) -> None:
     serving = commands.add_parser(
         "served", parents=[common], help="a trajectory whose weights are sent to vLLM")
     serving.add_argument("--engine", choices=list(served.WAYS), default="bf16")
+    shared = commands.add_parser(
+        "coherence", parents=[common], help="from which batch on an engine's mismatch shows")
+    shared.add_argument("--kinds", nargs="*", choices=list(coherence.KINDS),
+                        default=list(coherence.KINDS))
     compared = commands.add_parser(
         "offline", parents=[common], help="one set of tokens in pairs of precisions")
     compared.add_argument("--rollouts", nargs="*", choices=list(DTYPES), default=["bf16", "fp16"])
@@ -66,6 +70,9 @@ def main(arguments: list[str] | None = None) -> None:
     for seed in given.seeds:
         if given.command == "mechanism":
             mechanism.main(given.models, given.records / "mechanism", schedule, seed)
+        elif given.command == "coherence":
+            for kind in given.kinds:
+                coherence.main(given.models, given.records / "coherence", kind, schedule, seed)
         elif given.command == "served":
             served.main(given.models, given.records / "served", given.engine, schedule, seed)
         else:

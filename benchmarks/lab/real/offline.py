@@ -17,7 +17,7 @@ from benchmarks.lab.real.model import ask, open_model, open_tokenizer
 from iscorrect import linear_log_probs
 from iscorrect.dumps import LogProbDump, write_dump
 
-PROMPTS, LONGEST = 32, 96
+PROMPTS, LONGEST = 24, 1024
 
 
 class Answer(NamedTuple):
@@ -59,7 +59,7 @@ def drawn_apart(folder: Path, dtype: str, seeds: list[int]) -> list[list[Answer]
 def draw(folder: Path, dtype: str, seeds: list[int]) -> list[list[Answer]]:
     """Answers of an engine to the prompts of each seed."""
     torch.set_num_threads(1)
-    engine = engines.Vllm(folder / "bf16-grid", Precision(dtype), max_length=256)
+    engine = engines.Vllm(folder / "bf16-grid", Precision(dtype), max_length=LONGEST + 64)
     tokenizer = open_tokenizer(folder)
     found = []
     for seed in seeds:

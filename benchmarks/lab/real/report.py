@@ -7,16 +7,19 @@ import json
 import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from math import exp, log, sqrt
+from math import exp, inf, log, nan, sqrt
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 
+import torch
 from matplotlib import pyplot as plt
 from scipy import stats
+from torch import Tensor
 
+from benchmarks.lab.chain.statistics import holm
 from benchmarks.lab.report import markdown, pretty
 from iscorrect import k3
 from iscorrect.dumps import read_dump
@@ -297,22 +300,62 @@ def summary(records: Path) -> str:
 
 
 def offline(records: Path) -> str:
-    """Every pair: the mismatch of tokens and of answers."""
-    found: dict[tuple[str, str], list[dict[str, float]]] = {}
+    """Every pair: the mismatch of tokens and of answers, planned seeds and the first look apart."""
+    planned: dict[bool, Pairs] = {True: {}, False: {}}
     for path in sorted((records / "offline").glob("*.npz")):
-        rollout, trainer, _ = path.stem.split("-", 2)
-        dump = read_dump(path)
-        mask = dump.mask
-        d = (dump.old_log_probs.double() - dump.rollout_log_probs.double()).where(mask, 0)
-        found.setdefault((rollout, trainer), []).append({
-            "tokens": int(mask.sum()), "mean": d[mask].abs().mean().item(),
-            "sigma": d[mask].std().item(), "kl": k3(d)[mask].mean().item(),
-            "answer": d.sum(1).std().item(),
-        })
-    if not found:
+        rollout, trainer, seed = path.stem.split("-", 2)
+        pair = planned[seed.isdigit()].setdefault((rollout, trainer), [])
+        pair.append(of_dump(path))
+    parts = [pairs_table(found) for found in planned.values() if found]
+    note = (
+        "\nΔ = log π − log μ in nats; KL is k3, nats per token. *Growth* is the power of t with"
+        " which the variance of an answer's log-ratio after t tokens grows: 1 where errors of"
+        " tokens are independent, 2 where an answer shares its error. *Drift* is how much mean |Δ|"
+        " rises in 1,000 tokens of an answer.\n"
+    )
+    if not parts:
         return "No record of `python -m benchmarks.lab.real offline`.\n"
+    return "\n".join(parts) + note
+
+
+Pairs = dict[tuple[str, str], list[dict[str, float]]]
+"""By rollout and trainer, what each seed's dump says."""
+
+
+def of_dump(path: Path) -> dict[str, float]:
+    dump = read_dump(path)
+    mask = dump.mask
+    d = (dump.old_log_probs.double() - dump.rollout_log_probs.double()).where(mask, 0)
+    places = torch.arange(mask.shape[1]).expand_as(mask)[mask].double()
+    size = d.abs()[mask]
+    drift = ((places - places.mean()) * (size - size.mean())).sum()
+    return {
+        "tokens": int(mask.sum()), "longest": int(mask.sum(1).max()), "mean": size.mean().item(),
+        "sigma": d[mask].std().item(), "kl": k3(d)[mask].mean().item(),
+        "answer": d.sum(1).std().item(), "growth": growth(d, mask),
+        "drift": (1000 * drift / (places - places.mean()).square().sum()).item(),
+    }
+
+
+def growth(d: Tensor, mask: Tensor, fewest: int = 12) -> float:
+    """The power of t in the variance of Σ_{s≤t} Δ_s, over answers "b t" that are so long.
+
+    A line through logarithms at t = 8, 16, 32, … as long as ``fewest`` answers reach t; NaN where
+    that is at fewer than three t.
+    """
+    lengths, sums, points = mask.sum(1), d.cumsum(1), []
+    t = 8
+    while (lengths >= t).sum() >= fewest:
+        points.append((log(t), log(sums[lengths >= t, t - 1].var().item())))
+        t *= 2
+    if len(points) < 3:
+        return nan
+    return float(stats.linregress(*zip(*points, strict=True)).slope)
+
+
+def pairs_table(found: Pairs) -> str:
     head = ["rollout / trainer", "seeds", "tokens", r"mean \|Δ\|", "σ", "KL",
-            "σ of an answer's log-ratio", "KL over FP16 / FP16's"]
+            "σ of an answer's log-ratio", "growth", "drift", "KL over FP16 / FP16's"]
     least = [x["kl"] for x in found.get(("fp16", "fp16"), [])]
     table = []
     for (rollout, trainer), seeds in sorted(
@@ -323,10 +366,26 @@ def offline(records: Path) -> str:
             least) == len(kls) else ""
         table.append([
             f"{rollout} / {trainer}", str(len(seeds)), f"{sum(x['tokens'] for x in seeds):,.0f}",
-            *(mean([x[column] for x in seeds]) for column in ("mean", "sigma")),
-            geometric(kls), mean([x["answer"] for x in seeds]), ratio,
+            *(mean([x[column] for x in seeds]) for column in ("mean", "sigma")), geometric(kls),
+            *(mean([x[column] for x in seeds]) for column in ("answer", "growth", "drift")), ratio,
         ])
-    return markdown(head, table) + "\nΔ = log π − log μ in nats; KL is k3, nats per token.\n"
+    longest = max(x["longest"] for seeds in found.values() for x in seeds)
+    return markdown(head, table) + f"\nAnswers of up to {longest:.0f} tokens. {order(found)}\n"
+
+
+CLAIMED = (("fp16", "fp16"), ("bf16", "fp16"), ("fp16", "bf16"), ("bf16", "bf16"))
+
+
+def order(found: Pairs) -> str:
+    """Whether the published order of the four 16-bit pairs holds, seed by seed."""
+    if not set(CLAIMED) <= found.keys():
+        return ""
+    seeds = list(zip(*([x["kl"] for x in found[pair]] for pair in CLAIMED), strict=True))
+    same = sum(list(kls) == sorted(kls) for kls in seeds)
+    return (
+        "The published order of the four 16-bit pairs, FP16 / FP16, BF16 / FP16, FP16 / BF16,"
+        f" BF16 / BF16, holds in {same} of {number_of(seeds)}."
+    )
 
 
 # learning
@@ -341,35 +400,142 @@ def runs(records: Path) -> dict[str, list[list[Row]]]:
 
 
 def learning(records: Path) -> str:
-    """Every arm: KL and reward by step."""
+    """Every arm: how it learned, and its mismatch."""
     arms = runs(records)
     if not arms:
         return "No record of `python -m benchmarks.lab.real reinforce`.\n"
-    head = ["arm", "seeds", "steps", "KL: first, largest, last", "arrives: least, last",
-            "ESS of sequences, least", "reward of the engine, last 5",
-            "policy, greedy: first, last", "policy, T = 1: first, last", "CPU s a step"]
-    table = []
+    learned, apart = [], []
     for arm, seeds in arms.items():
-        def of(column: str, run: list[Row]) -> list[float]:
-            return [float(row[column]) for row in run if row[column]]
-
-        def by_seed(pick: Callable[[list[float]], float], column: str, seeds=seeds) -> str:
-            return mean([pick(of(column, run)) for run in seeds])
-
-        table.append([
-            arm, str(len(seeds)), seeds[0][-1]["step"],
-            ", ".join(by_seed(pick, "kl") for pick in (lambda x: x[0], max, lambda x: x[-1])),
-            ", ".join(by_seed(pick, "arrival") for pick in (min, lambda x: x[-1])),
-            by_seed(min, "ess_sequence"),
-            by_seed(lambda x: statistics.fmean(x[-5:]), "reward"),
-            *(", ".join(by_seed(pick, column) for pick in (lambda x: x[0], lambda x: x[-1]))
-              for column in ("greedy", "sampled")),
-            by_seed(statistics.median, "cpu_s"),
+        learned.append([
+            named(arm), str(len(seeds)), mean([area(run, "sampled") for run in seeds]),
+            mean([area(run, "greedy") for run in seeds]),
+            mean([numbers(run, "sampled")[-1] for run in seeds]),
+            mean([lowest(run) for run in seeds]),
+            ", ".join(sorted((first_at(run, 0.8) for run in seeds), key=lambda x: (x == "never",
+                      len(x), x))),
+            mean([statistics.fmean(numbers(run, "reward")[-5:]) for run in seeds]),
         ])
+        apart.append([
+            named(arm), *(geometric([pick(numbers(run, "kl")) for run in seeds])
+                          for pick in (lambda x: x[0], max, lambda x: x[-1])),
+            *(mean([min(numbers(run, column)) for run in seeds])
+              for column in ("ess_token", "ess_sequence")),
+            *(mean([pick(numbers(run, "arrival")) for run in seeds])
+              for pick in (min, lambda x: x[-1])),
+            mean([numbers(run, "arrival_all")[-1] for run in seeds]),
+            mean([statistics.median(numbers(run, "gradient_norm")) for run in seeds]),
+            mean([statistics.median(numbers(run, "cpu_s")) for run in seeds]),
+        ])
+    steps = next(iter(arms.values()))[0][-1]["step"]
     notes = [json.loads(path.read_text(encoding="utf-8"))
              for path in sorted((records / "reinforce").glob("*.json"))]
     where = "; ".join(dict.fromkeys(f"{x['processor']}, torch {x['torch']}" for x in notes))
-    return markdown(head, table) + f"\n{where}.\n"
+    return (
+        markdown(
+            ["engine, correction", "seeds", "right at T = 1, over the run", "greedily",
+             "at the end", "lowest after step 8", "80 % at step", "engine's reward, last 5 steps"],
+            learned,
+        ) + f"\nShares of right answers of the policy itself; {steps} steps.\n\n"
+        + markdown(
+            ["engine, correction", "KL: first", "largest", "last", "ESS of tokens, least",
+             "of sequences, least", "arrives, least", "last", "of all updates together",
+             "gradient norm, median", "CPU s a step"], apart,
+        ) + f"\nKL is k3 of KL(μ‖π), nats per token. {where}.\n"
+    )
+
+
+def numbers(run: list[Row], column: str) -> list[float]:
+    """A column where it was measured."""
+    return [float(row[column]) for row in run if row[column]]
+
+
+def area(run: list[Row], column: str) -> float:
+    """The mean over the judged steps but the first, which no update precedes."""
+    return statistics.fmean(float(row[column]) for row in run if row[column] and row["step"] != "0")
+
+
+def lowest(run: list[Row]) -> float:
+    return min((float(row["sampled"]) for row in run if row["sampled"] and int(row["step"]) > 8),
+               default=nan)
+
+
+def first_at(run: list[Row], share: float) -> str:
+    """The first judged step at which so many answers at T = 1 are right."""
+    return next((row["step"] for row in run if row["sampled"] and float(row["sampled"]) >= share),
+                "never")
+
+
+def named(arm: str) -> str:
+    """An arm's file name, as words."""
+    kind, rest = arm.split("-", 1)
+    what, _, schedule = rest.partition("-every")
+    every, rate = schedule.split("-", 1)
+    words = [what.replace("-", ", ", 1) if "-" in what else what]
+    words += [] if kind == "vllm" else ["simulated"]
+    words += [] if every == "1" else [f"sent every {every} steps"]
+    words += [] if rate == "2e-05" else [f"learning rate {rate}"]
+    return ", ".join(words)
+
+
+CONTRASTS = (
+    ("vllm-bf16-stochastic-uncorrected", "vllm-bf16-uncorrected"),
+    ("vllm-fp16-uncorrected", "vllm-bf16-uncorrected"),
+    ("vllm-bf16-token-tis-cap=2", "vllm-bf16-uncorrected"),
+    ("vllm-bf16-stochastic-uncorrected", "vllm-fp32-uncorrected"),
+)
+"""Those of the plan."""
+
+
+def contrasts(records: Path) -> str:
+    """The planned differences between arms, paired by seed, with Holm's p over them."""
+    arms = {}
+    for path in sorted((records / "reinforce").glob("*-every1-2e-05-*.csv")):
+        arm, seed = path.stem.rsplit("-every1-2e-05-", 1)
+        arms.setdefault(arm, {})[seed] = rows_of(path)
+    rows, ps = [], {}
+    for a, b in CONTRASTS:
+        both = sorted(arms.get(a, {}).keys() & arms.get(b, {}).keys())
+        of = {
+            column: [area(arms[a][seed], column) - area(arms[b][seed], column) for seed in both]
+            for column in ("sampled", "greedy")
+        }
+        if len(both) >= 3:
+            ps[len(rows)] = float(stats.ttest_1samp(of["sampled"], 0).pvalue)
+        names = (named(f"{x}-every1-2e-05") for x in (a, b))
+        rows.append([" − ".join(names), str(len(both)),
+                     *(mean(x) if x else "" for x in of.values()), ""])
+    adjusted = holm([ps.get(i, 1.0) for i in range(len(CONTRASTS))])
+    for i, p in ps.items():
+        rows[i][-1] = f"{p:.2g}, {adjusted[i]:.2g}"
+    if not arms:
+        return "No record of `python -m benchmarks.lab.real reinforce`.\n"
+    return markdown(
+        ["difference", "seeds", "right at T = 1, over the run", "greedily",
+         "p at T = 1; Holm's over the four"], rows,
+    ) + "\nPaired by seed, Student's t.\n"
+
+
+def shared(records: Path) -> str:
+    """n* of every kind of engine."""
+    found = sorted(
+        ((path.stem.rsplit("-", 1)[0], row) for path in (records / "coherence").glob("*.csv")
+         for row in rows_of(path)), key=lambda item: float(item[1]["kl"]),
+    )
+    if not found:
+        return "No record of `python -m benchmarks.lab.real coherence`.\n"
+    table = [
+        [kind, f"{float(row['kl']):.2g}", beyond(row["n_star"]), beyond(row["low"]),
+         beyond(row["high"]), f"{float(row['share']):.2g} ± {2 * float(row['error']):.1g}"]
+        for kind, row in found
+    ]
+    first = found[0][1]
+    return markdown(
+        ["engine", "KL per answer", "n*", "at least", "at most", "1/n* ± 2 standard errors"], table
+    ) + f"\n{first['engine']}; {first['batches']} batches of {first['sequences']} answers.\n"
+
+
+def beyond(x: str) -> str:
+    return "∞" if float(x) == inf else short(float(x))
 
 
 def learning_figure(records: Path) -> plt.Figure:
@@ -393,5 +559,6 @@ def learning_figure(records: Path) -> plt.Figure:
 
 TABLES: dict[str, Callable[[Path], str]] = {
     "arrival": arrival, "rests": rests, "factors": factors, "kinds": kinds, "serving": serving,
-    "offline": offline, "learning": learning, "summary": summary,
+    "offline": offline, "learning": learning, "contrasts": contrasts, "shared": shared,
+    "summary": summary,
 }
