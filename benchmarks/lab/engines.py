@@ -65,9 +65,13 @@ def default_kind() -> str:
 
 
 class Vllm:
-    """vLLM in this process."""
+    """vLLM in this process.
 
-    def __init__(self, path: Path, precision: Precision, max_length: int):
+    Args:
+        options: of ``vllm.LLM``, in place of what it is given here.
+    """
+
+    def __init__(self, path: Path, precision: Precision, max_length: int, **options: object):
         os.environ |= {
             "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCH_COMPILE_DISABLE": "1",
@@ -78,13 +82,13 @@ class Vllm:
         # Its oneDNN products repack the weights, after which none can be loaded.
         vllm._custom_ops._supports_onednn = False
         self.name = f"vLLM {vllm.__version__}"
-        self._llm = vllm.LLM(
-            str(path), dtype=str(precision.torch_dtype).removeprefix("torch."), seed=0,
-            hf_overrides={"head_dtype": "float32"} if precision.fp32_head else {},
-            enforce_eager=True, max_model_len=max_length, max_num_seqs=256,
-            logprobs_mode="processed_logprobs", enable_prefix_caching=False,
-            skip_tokenizer_init=True, **self._room(),
-        )
+        self._llm = vllm.LLM(str(path), **{
+            "dtype": str(precision.torch_dtype).removeprefix("torch."), "seed": 0,
+            "hf_overrides": {"head_dtype": "float32"} if precision.fp32_head else {},
+            "enforce_eager": True, "max_model_len": max_length, "max_num_seqs": 256,
+            "logprobs_mode": "processed_logprobs", "enable_prefix_caching": False,
+            "skip_tokenizer_init": True, **self._room(), **options,
+        })
         self._sampling = vllm.SamplingParams
         worker = self._llm.llm_engine.model_executor.driver_worker.worker
         self._model: nn.Module = worker.model_runner.model
@@ -94,12 +98,15 @@ class Vllm:
         return {"gpu_memory_utilization": 0.4} if DEVICE.type == "cuda" else {}
 
     def generate(
-        self, prompts: Tensor | list[list[int]], max_tokens: int, stop: int | None
+        self, prompts: Tensor | list[list[int]], max_tokens: int, stop: int | None,
+        **options: object,
     ) -> Rollouts:
-        sampling = self._sampling(
-            max_tokens=max_tokens, temperature=1.0, logprobs=0, detokenize=False,
-            ignore_eos=stop is None, stop_token_ids=[] if stop is None else [stop],
-        )
+        """Answers; ``options`` are sampling parameters in place of temperature 1."""
+        sampling = self._sampling(**{
+            "max_tokens": max_tokens, "temperature": 1.0, "logprobs": 0, "detokenize": False,
+            "ignore_eos": stop is None, "stop_token_ids": [] if stop is None else [stop],
+            **options,
+        })
         rows = prompts.tolist() if isinstance(prompts, Tensor) else prompts
         requests = [{"prompt_token_ids": ids} for ids in rows]
         answers = [r.outputs[0] for r in self._llm.generate(requests, sampling, use_tqdm=False)]

@@ -10,8 +10,18 @@ from pathlib import Path
 # before torch is imported: its thread pools are sized on loading
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from benchmarks.diagnose import RECORDS
 from benchmarks.lab.policy import DTYPES
-from benchmarks.lab.real import coherence, mechanism, model, offline, reinforce, report, served
+from benchmarks.lab.real import (
+    coherence,
+    faults,
+    mechanism,
+    model,
+    offline,
+    reinforce,
+    report,
+    served,
+)
 from benchmarks.lab.real.learner import Schedule
 
 LAB = Path(__file__).parents[1]
@@ -44,6 +54,8 @@ def main(arguments: list[str] | None = None) -> None:
     compared.add_argument("--rollouts", nargs="*", choices=list(DTYPES), default=["bf16", "fp16"])
     compared.add_argument("--trainers", nargs="*", choices=list(DTYPES), default=["bf16", "fp16"])
 
+    named = commands.add_parser("faults", help="is the diagnosis right on this model and vLLM")
+    named.add_argument("--models", type=Path, default=LAB / "models" / "smollm2")
     learning = commands.add_parser(
         "reinforce", parents=[common], help="one arm: an engine, a correction, a way to send")
     learning.add_argument("--engine", choices=list(DTYPES), default="bf16")
@@ -61,6 +73,9 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if given.command == "report":
         report.main(given.records, report.PAGES, report.PICTURES)
+        return
+    if given.command == "faults":
+        faults.main(given.models, RECORDS / "real.csv")
         return
     if given.command == "offline":
         offline.main(given.models, given.records / "offline", given.seeds, given.rollouts,
