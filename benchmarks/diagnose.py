@@ -653,6 +653,26 @@ def tables() -> Iterator[tuple[str, str]]:
         *(f"| {r['cause']}, {r['strength']} | {r['models']} | {_share(r, 'first')} |"
           f" {_share(r, 'named')} | {r['instead']} |" for r in missed),
     ])
+    yield "real", real_table(RECORDS / "real.csv")
+
+
+def real_table(record: Path) -> str:
+    """How faults on the real model are named."""
+    if not record.exists():
+        return "No record of `python -m benchmarks.lab.real faults`."
+    rows = read(record)
+    of_faults = [r for r in rows if r["cause"] != "numerical noise"]
+    first, named = (
+        sum(int(r[k]) for r in of_faults) / sum(int(r["draws"]) for r in of_faults)
+        for k in ("first", "named")
+    )
+    return "\n".join([
+        f"{len(of_faults)} faults: {first:.1%} of the draws right first, {named:.1%} named.", "",
+        "| fault | strength | tokens | first | named | first instead |",
+        "|---|---|---|---|---|---|",
+        *(f"| {r['cause']} | {r['strength']} | {int(r['tokens']):,} | {_share(r, 'first')} |"
+          f" {_share(r, 'named')} | {r['instead']} |" for r in rows),
+    ])
 
 
 def _share(row: dict[str, str] | None, of: str) -> str:

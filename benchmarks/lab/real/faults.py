@@ -27,10 +27,11 @@ from benchmarks.lab.real.learner import Learner, Schedule
 from benchmarks.lab.real.model import ask, open_model, open_tokenizer, weights
 from benchmarks.lab.real.offline import Answer, questions
 from benchmarks.lab.rounding import ROUNDINGS
-from iscorrect.diagnose import NOISE, diagnose
+from iscorrect.diagnose import diagnose
 from iscorrect.dumps import LogProbDump, read_dump, write_dump
 
 PROMPTS, LONGEST, DRAWS, UPDATES = 64, 96, 12, 2
+CLEAN = "numerical noise"
 State = Mapping[str, Tensor]
 
 
@@ -80,8 +81,8 @@ class Fault:
 
 def faults(tokenizer) -> Iterator[Fault]:
     """What goes wrong, where, and by which name the diagnosis has it."""
-    yield Fault(NOISE, "clean")
-    yield Fault(NOISE, "clean, after two updates", Served(weights="newer"), Scored(weights="newer"))
+    yield Fault(CLEAN, "clean")
+    yield Fault(CLEAN, "clean, after two updates", Served(weights="newer"), Scored(weights="newer"))
     honest = "temperature: engine divides its logits, trainer does not"
     yield Fault(honest, "τ = 0.9", Served({"temperature": 0.9}))
     yield Fault("temperature: trainer divides its logits, engine does not", "τ = 0.9",
@@ -111,7 +112,7 @@ def faults(tokenizer) -> Iterator[Fault]:
     yield Fault("wrong prompt template", "no system prompt",
                 scored=Scored(prompt=lambda ids: ids[system - 3:]))
     yield Fault("wrong prompt template", "no template",
-                scored=Scored(prompt=lambda ids: ids[system:-4]))
+                scored=Scored(prompt=lambda ids: ids[system:-5]))
     yield Fault("different tokens from a position on", "answers tokenised again",
                 scored=Scored(ids=lambda ids: tokenizer.encode(tokenizer.decode(ids))))
     yield Fault("another model definition, by position", "rotary base 10,000 for 100,000",
