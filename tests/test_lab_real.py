@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.lab.real import (
     coherence,
+    faults,
     learner,
     mechanism,
     offline,
@@ -185,7 +186,8 @@ def test_the_report_fills_every_table(folder, tmp_path, monkeypatch):
     page = tmp_path / "page.md"
     page.write_text("".join(f"<!-- real:{name} -->\n<!-- /real -->\n" for name in report.TABLES))
     report.main(tmp_path, [page], tmp_path)
-    assert page.read_text().count("No record of `python -m benchmarks.lab.real") == len(report.TABLES)
+    none = page.read_text().count("No record of `python -m benchmarks.lab.real")
+    assert none == len(report.TABLES)
     monkeypatch.setattr(mechanism, "LOOKED_AT", (1, 2))
     mechanism.main(folder, tmp_path / "mechanism", learner.Schedule(learning_rate=1e-4), 0)
     arm = reinforce.Arm("bf16", kind="simulated")
@@ -240,3 +242,56 @@ def test_planned_differences_are_paired_by_seed(tmp_path):
     assert lines[0][1].strip().startswith("0.25 ±") and lines[1][1].strip() == "0.3"
     p, held = map(float, lines[0][3].split(", "))
     assert held == pytest.approx(4 * p, rel=0.1)
+
+
+def test_a_faulty_trainer_scores_the_engines_tokens_as_it_sees_them(folder):
+    answers = [offline.Answer([14, 1, 2], [3, 4, 5, 6], [-1.0, -2.0, -3.0, -4.0]),
+               offline.Answer([14, 3, 4], [7, 15], [-1.0, -2.0])]
+    dump = faults.score(folder, faults.Scored(), answers)
+    assert dump.mask.sum(1).tolist() == [4, 2]
+    assert dump.token_ids[1, :2].tolist() == [7, 15]
+    model = learner.open_model(folder, dtype=torch.bfloat16)
+    every = model(torch.tensor([[14, 3, 4, 7, 15]])).logits[0, 2:4].float().log_softmax(-1)
+    expected = every.gather(-1, torch.tensor([[7], [15]]))[:, 0]
+    assert torch.allclose(dump.old_log_probs[1, :2], expected, atol=0.1)
+    assert torch.allclose(dump.entropy[1, :2], -(every.exp() * every).sum(-1), atol=0.1)
+    hot = faults.score(folder, faults.Scored(temperature=1.5), answers)
+    assert (hot.entropy > dump.entropy)[dump.mask].all()
+    shorter = faults.score(folder, faults.Scored(ids=lambda ids: ids[1:]), answers)
+    assert shorter.mask.sum(1).tolist() == [3, 1]
+    assert shorter.rollout_log_probs[0, :3].tolist() == [-1.0, -2.0, -3.0]
+    other = faults.score(folder, faults.Scored(prompt=lambda ids: ids[:1]), answers)
+    assert not torch.allclose(other.old_log_probs[dump.mask], dump.old_log_probs[dump.mask])
+
+
+def test_every_fourth_answer_is_of_the_engine_that_was_not_sent_to():
+    def dump(value, length):
+        return offline.LogProbDump(
+            rollout_log_probs=torch.full((8, length), value), old_log_probs=torch.zeros(8, length),
+            mask=torch.ones(8, length, dtype=torch.bool),
+        )
+
+    both = faults.mixed(dump(-1.0, 3), dump(-2.0, 5))
+    assert both.rollout_log_probs[:, 0].tolist() == [-2, -1, -1, -1] * 2
+    assert both.mask.sum(1).tolist() == [5, 3, 3, 3] * 2
+    assert (both.engine[::4] == 0).all() and (both.engine[:, 0] > 0).sum() == 6
+
+
+def test_faults_are_counted_by_how_they_are_named(folder, tmp_path, capsys):
+    generator = torch.Generator().manual_seed(0)
+    old = -torch.rand(40, 64, generator=generator) - 0.1
+    clean = offline.LogProbDump(
+        rollout_log_probs=old + 0.01 * torch.randn(40, 64, generator=generator), old_log_probs=old,
+        mask=torch.ones(40, 64, dtype=torch.bool),
+    )
+    record = tmp_path / "real.csv"
+    copied = "one side copied from the other"
+    for i, (cause, dump) in enumerate({
+        faults.CLEAN: clean, copied: faults.replace(clean, old_log_probs=clean.rollout_log_probs),
+    }.items()):
+        faults.count(i, cause, "planted", faults.grouped(dump), record)
+    rows = faults.benchmark.read(record)
+    assert [(row["cause"], row["first"], row["named"]) for row in rows] == [
+        (faults.CLEAN, "12", "12"), (copied, "12", "12")
+    ]
+    assert "1 faults: 100.0% of the draws right first" in faults.benchmark.real_table(record)
