@@ -69,7 +69,7 @@ def test_the_example_trains_three_steps_logs_metrics_and_dumps(tmp_path, engine)
     assert report.returncode in (0, 1), report.stderr[-3000:]
     assert f"24 sequences · {dump.num_tokens} tokens" in report.stdout
     assert "nats per token" in report.stdout
-    record("TRL", f"examples/trl_grpo.py and its report, {engine}", distribution="trl")
+    record("TRL", f"examples/trl_grpo.py with {engine} and its report", distribution="trl")
 
 
 # what docs/trainers/trl.md says, with a look at what the engine holds afterwards
