@@ -35,6 +35,7 @@ from iscorrect.fp16.sending import (
     Sent as Sent,
     round_with_feedback as round_with_feedback,
     stochastic_round as stochastic_round,
+    stochastic_round_weights as stochastic_round_weights,
 )
 from iscorrect.head.fused import (
     fp32_head_loss as fp32_head_loss,

@@ -12,7 +12,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 import iscorrect.fp16.checkpoints
-from iscorrect import InputError, round_with_feedback, stochastic_round, weight_arrival
+from iscorrect import (
+    InputError,
+    round_with_feedback,
+    stochastic_round,
+    stochastic_round_weights,
+    weight_arrival,
+)
 from iscorrect.cli.main import main
 from iscorrect.fp16.arrival import UpdateWatch, arrived, to_grid
 from iscorrect.fp16.checkpoints import boxes
@@ -396,6 +402,55 @@ def test_a_seeded_generator_sends_what_did_not_change_as_it_was():
     ends = weight_arrival({"w": w}, {"w": w + 8e-6}).total.moved
     share = arrived("w", w, w + 8e-6, sent_before=later[0], sent_after=later[4]).share
     assert ends == 10_000 and share == pytest.approx(1.0, abs=0.3)
+
+
+def test_ranks_and_sends_have_the_same_draws_whatever_else_is_sent():
+    torch.manual_seed(0)
+    weights = {name: torch.randn(1000) for name in "abc"}
+    first = dict(stochastic_round_weights(weights.items(), torch.bfloat16))
+    other_rank = dict(stochastic_round_weights([("c", weights["c"])], torch.bfloat16))
+    assert torch.equal(first["c"], other_rank["c"])
+    again = dict(stochastic_round_weights([("d", weights["c"])], torch.bfloat16))
+    other_seed = dict(stochastic_round_weights(weights.items(), torch.bfloat16, seed=1))
+    assert not torch.equal(again["d"], first["c"]) and not torch.equal(other_seed["c"], first["c"])
+
+
+def test_weights_arrive_through_the_stream():
+    torch.manual_seed(0)
+    w = (0.05 * torch.randn(20_000)).bfloat16().float()
+    update = 2e-5 * torch.randn(20_000).sign()
+
+    def sent(x):
+        (_, found), = stochastic_round_weights([("w", x)], torch.bfloat16)
+        return found.float()
+
+    share = arrived("w", w, w + update, sent_before=sent(w), sent_after=sent(w + update)).share
+    nearest = weight_arrival({"w": w}, {"w": w + update}).total.share
+    assert nearest < 0.2 and share == pytest.approx(1, abs=0.1)
+
+
+def test_what_needs_no_rounding_passes_and_narrow_weights_are_widened():
+    given = {
+        "kept": torch.ones(3, dtype=torch.bfloat16), "ids": torch.arange(3),
+        "half": torch.full((1000,), 1 + 2**-9, dtype=torch.float16),
+    }
+    sent = dict(stochastic_round_weights(given.items(), torch.bfloat16))
+    assert sent["kept"] is given["kept"] and sent["ids"] is given["ids"]
+    assert sent["half"].dtype == torch.bfloat16
+    assert sent["half"].float().mean().item() == pytest.approx(1 + 2**-9, abs=5e-4)
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    (dict(dtype=torch.float32), "`dtype`"), (dict(dtype=torch.bfloat16, seed=0.5), "`seed`"),
+])
+def test_a_stream_is_refused_before_anything_is_sent(given, message):
+    with pytest.raises(InputError, match=message):
+        stochastic_round_weights([("w", torch.ones(2))], **given)
+
+
+def test_what_is_no_tensor_is_named():
+    with pytest.raises(InputError, match="under 'w'"):
+        list(stochastic_round_weights([("w", 1.0)], torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

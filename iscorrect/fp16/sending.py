@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -26,9 +28,7 @@ def stochastic_round(
     of at most (hi − lo)² / 4, between one and three times that of rounding to nearest where x lies
     anywhere.
 
-    With a generator that is seeded alike before every send (each tensor in the same order), an
-    entry meets the same draw every time: it changes once as it passes its own threshold, and what
-    did not change is sent as it was.
+    :func:`stochastic_round_weights` does it to a whole model, alike on all ranks.
 
     Args:
         x: float32 or wider, of any shape; the trainer's weights.
@@ -113,6 +113,55 @@ def _where(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """``torch.where``, also of FP8, by the bits."""
     integers, _ = BITS[a.dtype.itemsize]
     return torch.where(condition, a.view(integers), b.view(integers)).view(a.dtype)
+
+
+def stochastic_round_weights(
+    weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype, *, seed: int = 0
+) -> Iterator[tuple[str, Tensor]]:
+    """Round a trainer's weights stochastically on their way to an engine.
+
+        name, w  →  name, stochastic_round(w, dtype), with draws of seed and name
+
+    Ranks that hold copies of a tensor send copies, and an entry meets the same draw at every send:
+    it changes once as it passes its own threshold, and what did not change is sent as it was. For
+    new draws pass another seed, on all ranks the same.
+
+    Args:
+        weights: names and whole tensors, as trainers hand them to their engine's loader. Tensors of
+            16 bits are widened; those of ``dtype`` or of integers pass as they are.
+        dtype: of the engine: 16-bit or FP8.
+        seed: of the draws.
+
+    Raises:
+        InputError: at the call, a dtype or seed of another kind; for a pair, what is no tensor.
+
+    >>> sent = dict(stochastic_round_weights([("w", torch.full((1000,), 1.001))], torch.bfloat16))
+    >>> sent["w"].dtype, sorted({*sent["w"].tolist()})
+    (torch.bfloat16, [1.0, 1.0078125])
+    """
+    check_scaling("stochastic_round_weights", dtype, "none")
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise input_error(
+            "stochastic_round_weights", "seed", expected="a whole number", got=repr(seed),
+            fix="pass seed as an int, on all ranks the same",
+        )
+
+    def rounded(name: str, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise input_error(
+                "stochastic_round_weights", "weights", expected="pairs of a name and a tensor",
+                got=f"{describe(x)} under {name!r}", fix="pass model.named_parameters()",
+            )
+        if x.dtype == dtype or not x.is_floating_point():
+            return x
+        wide = x if x.element_size() >= 4 else x.float()
+        generator = torch.Generator(x.device).manual_seed(zlib.crc32(name.encode(), seed & MASK))
+        return stochastic_round(wide, dtype, generator=generator)
+
+    return ((name, rounded(name, x)) for name, x in weights)
+
+
+MASK = 0xFFFFFFFF  # the start value of a CRC has 32 bits
 
 
 class Sent(NamedTuple):

@@ -81,7 +81,7 @@ vllm._custom_ops._supports_onednn = False
 import torch
 from tiny_trl import arguments, dataset, reward
 from trl import GRPOTrainer
-from iscorrect import stochastic_round, token_tis
+from iscorrect import stochastic_round_weights, token_tis
 from iscorrect.adapters.trl import CorrectedGRPO
 
 class Trainer(CorrectedGRPO, GRPOTrainer): ...
@@ -97,9 +97,7 @@ trainer = Trainer(
 )
 generation = trainer.vllm_generation
 masters = generation._iter_named_params
-generation._iter_named_params = lambda: (
-    (name, stochastic_round(w.float(), torch.bfloat16)) for name, w in masters()
-)
+generation._iter_named_params = lambda: stochastic_round_weights(masters(), torch.bfloat16)
 trainer.train()
 generation.sync_weights()
 model = generation.llm.llm_engine.model_executor.driver_worker.model_runner.model

@@ -89,8 +89,8 @@ def prepare(folder):
     ]).to_parquet(folder / "data.parquet")
     (folder / "reward.py").write_text(REWARD)
     page = (ROOT / "docs" / "trainers" / "verl.md").read_text()
-    code = re.search(r"```python\n(.*?)```", page, flags=re.S).group(1)
-    (folder / "my_corrections.py").write_text(code)
+    code = re.findall(r"```python\n(.*?)```", page, flags=re.S)
+    (folder / "my_corrections.py").write_text("\n".join(code))
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +151,15 @@ def test_its_weights_are_those_of_the_formula(run):
         torch.testing.assert_close(weights.double().sort().values, expected.sort().values)
         assert line["is/weight/mean"] == pytest.approx(expected.mean().item(), rel=1e-5)
         assert line["is/bounded"] == pytest.approx((d.exp() > CAP).double().mean().item())
+
+
+@pytest.mark.slow
+def test_the_engine_is_sent_stochastically_rounded_weights(run):
+    sends = [json.loads(path.read_text()) for path in sorted(run.glob("sent_*.json"))]
+    assert len(sends) >= 3
+    for send in sends[1:]:  # the first weights may be those of a BF16 checkpoint
+        assert send["dtypes"] == ["torch.bfloat16"]
+        assert send["differ"] > 100 and send["farthest"] <= 2**-7
 
 
 @pytest.mark.slow
