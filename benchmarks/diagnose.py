@@ -657,21 +657,34 @@ def tables() -> Iterator[tuple[str, str]]:
 
 
 def real_table(record: Path) -> str:
-    """How faults on the real model are named."""
+    """How faults on the real model are named, by the seed of the prompts."""
     if not record.exists():
         return "No record of `python -m benchmarks.lab.real faults`."
     rows = read(record)
-    of_faults = [r for r in rows if r["cause"] != "numerical noise"]
-    first, named = (
-        sum(int(r[k]) for r in of_faults) / sum(int(r["draws"]) for r in of_faults)
-        for k in ("first", "named")
-    )
+    whose = list(dict.fromkeys(r["models"] for r in rows))
+    cells: dict[tuple[str, str], dict[str, dict[str, str]]] = {}
+    for r in rows:
+        cells.setdefault((r["cause"], r["strength"]), {})[r["models"]] = r
+    sums = []
+    for name in whose:
+        of = [r for r in rows if r["models"] == name and r["cause"] != "numerical noise"]
+        first, named = (
+            sum(int(r[k]) for r in of) / sum(int(r["draws"]) for r in of)
+            for k in ("first", "named")
+        )
+        sums.append(f"{name}: {len(of)} faults, {first:.1%} of the draws right first, {named:.1%}"
+                    " named.")
+    head = ["fault", "strength"]
+    for name in whose:
+        head += [f"{name}: first", "named", "first instead"]
     return "\n".join([
-        f"{len(of_faults)} faults: {first:.1%} of the draws right first, {named:.1%} named.", "",
-        "| fault | strength | tokens | first | named | first instead |",
-        "|---|---|---|---|---|---|",
-        *(f"| {r['cause']} | {r['strength']} | {int(r['tokens']):,} | {_share(r, 'first')} |"
-          f" {_share(r, 'named')} | {r['instead']} |" for r in rows),
+        *sums, "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|",
+        *("| " + " | ".join([cause, strength, *(
+            cell for name in whose for cell in (
+                _share(of.get(name), "first"), _share(of.get(name), "named"),
+                of[name]["instead"] if name in of else "",
+            )
+        )]) + " |" for (cause, strength), of in cells.items()),
     ])
 
 

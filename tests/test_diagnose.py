@@ -89,6 +89,25 @@ def patterns(dump, **kwargs):
     return [finding.pattern for finding in diagnose(dump, **kwargs)]
 
 
+def of_contexts(engine, seed=0, noise=0.04):
+    """Tokens of contexts that are more or less certain, and never come twice.
+
+    ``engine`` makes its logits "b t v" of the trainer's, given random numbers.
+    """
+    rng = np.random.default_rng(seed)
+    shape = SEQUENCES, LENGTH, VOCABULARY
+    logits = rng.normal(size=shape) * rng.uniform(0.5, 5, (*shape[:2], 1))
+    told = log_softmax(engine(logits, rng))
+    token = np.argmax(told + rng.gumbel(size=shape), -1)[..., None]
+    trainer = log_softmax(logits + noise * rng.normal(size=shape))
+    return LogProbDump(
+        rollout_log_probs=torch.from_numpy(np.take_along_axis(told, token, -1)[..., 0]),
+        old_log_probs=torch.from_numpy(np.take_along_axis(trainer, token, -1)[..., 0]),
+        mask=torch.ones(shape[:2], dtype=torch.bool), token_ids=torch.from_numpy(token[..., 0]),
+        entropy=torch.from_numpy(-(np.exp(trainer) * trainer).sum(-1)),
+    )
+
+
 def top_p(mass):
     def sampler(logits, seen):
         p = np.exp(log_softmax(logits))
@@ -302,6 +321,24 @@ class TestSampling:
         assert first.cause == "top-p/top-k truncation"
         assert abs(1 + first.statistic - out["mass"].mean()) < 4 * first.error + 1e-3
 
+    def test_a_mass_that_follows_confidence_is_no_temperature(self):
+        def min_p(logits, _):
+            p = np.exp(log_softmax(logits))
+            return np.where(p < 0.2 * p.max(-1, keepdims=True), -np.inf, logits)
+
+        found = {x.pattern: x.cause for x in diagnose(of_contexts(min_p))}
+        assert found["mean ratio below 1"] == known.TRUNCATION.name
+        assert "log ρ in proportion to log p" not in found
+
+    def test_words_that_are_never_sampled_are_missing_mass_however_much_of_it(self):
+        def banned(logits, _):
+            return np.where(np.arange(VOCABULARY) < 12, -np.inf, logits)
+
+        dump = of_contexts(banned)
+        assert (dump.old_log_probs - dump.rollout_log_probs).std() > 0.5
+        (finding,) = diagnose(dump)
+        assert finding.pattern == "mean ratio below 1" and known.GRAMMAR in finding.causes
+
     @pytest.mark.parametrize("penalty", [1.03, 1.2])
     def test_repetition_penalty_needs_token_ids(self, penalty):
         out = roll_out(sampler=penalised(penalty), noise=0.02)
@@ -406,6 +443,26 @@ class TestWeights:
         out["old_log_probs"] += flips * rng.normal(size=flips.shape)
         out["old_log_probs"] = np.minimum(out["old_log_probs"], -1e-4)
         assert causes(dump_of(out)) == ["heavy tail, as from MoE routing"]
+
+
+    def test_coarse_weights_that_flatten_everything_are_no_temperature(self):
+        dump = of_contexts(lambda x, rng: 0.75 * x + 1.2 * rng.normal(size=x.shape))
+        (finding,) = diagnose(dump)
+        assert finding.pattern == UNEXPLAINED and known.QUANTISED in finding.causes
+
+    @pytest.mark.parametrize(
+        ("first", "likeliest"),
+        [(2.0, known.WRONG_PROMPT), (1.2, known.QUANTISED), (0.5, known.POSITIONS)],
+    )
+    def test_a_tail_amid_more_than_rounding_is_not_routing_first(self, first, likeliest):
+        def engine(logits, rng):
+            apart = 0.25 * np.exp(1.2 * rng.normal(size=(*logits.shape[:2], 1)))
+            apart[:, :4] *= first
+            return logits + apart * rng.normal(size=logits.shape)
+
+        finding, *_ = diagnose(of_contexts(engine))
+        assert finding.pattern == HEAVY_TAIL and not finding.correctable
+        assert finding.cause == likeliest.name and finding.causes[-1].name == known.ROUTING.name
 
 
 class TestStorage:

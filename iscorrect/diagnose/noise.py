@@ -8,9 +8,10 @@ import numpy as np
 import torch
 
 from iscorrect.diagnose import causes
+from iscorrect.diagnose.causes import Cause
 from iscorrect.diagnose.fields import stored_in_16_bits
 from iscorrect.diagnose.findings import Finding
-from iscorrect.diagnose.scale import doubtless
+from iscorrect.diagnose.scale import doubtless, levels
 from iscorrect.dumps import Estimate, Tokens
 from iscorrect.dumps.names import Array
 from iscorrect.loss.pareto import pareto_tail
@@ -40,9 +41,27 @@ def heavy_tail(tokens: Tokens) -> Finding | None:
         HEAVY_TAIL,
         f"{n} tokens ({n / len(d):.2%}) differ by more than {limit:.2g} nats,"
         f" {int((d[out] > 0).sum())} of them upwards, amid noise of {tokens.typical():.2g}{index}",
-        (causes.ROUTING, causes.QUANTISED, causes.WRONG_TOKENS, causes.CORRUPTED),
-        n / len(d), correctable=True,
+        _of_the_tail(tokens), n / len(d), correctable=_rounding(tokens),
     )
+
+
+def _rounding(tokens: Tokens) -> bool:
+    """Whether the bulk of the tokens differ by no more than 16-bit kernels make them."""
+    return tokens.logit_noise() < SCALES["bfloat16"][1] / 2
+
+
+def _of_the_tail(tokens: Tokens) -> tuple[Cause, ...]:
+    """What makes rare large differences: amid those of rounding, or amid larger ones."""
+    if _rounding(tokens):
+        return causes.ROUTING, causes.QUANTISED, causes.WRONG_TOKENS, causes.CORRUPTED
+    seen, x = levels(tokens)
+    (first,), _ = seen.regress(x, (seen.position < 4).astype(float))
+    rest = causes.DEFINITION, causes.STALE_WEIGHTS, causes.ROUTING
+    if doubtless(first, seen) and first.value > math.log(1.5):
+        return causes.WRONG_PROMPT, causes.QUANTISED, causes.POSITIONS, *rest
+    if first.value < 0:
+        return causes.POSITIONS, causes.QUANTISED, causes.WRONG_PROMPT, *rest
+    return causes.QUANTISED, causes.WRONG_PROMPT, causes.POSITIONS, *rest
 
 
 def _far(tokens: Tokens) -> tuple[Array, float]:
@@ -186,7 +205,8 @@ def noise(tokens: Tokens, floor: float | None) -> Finding:
         return Finding(
             UNEXPLAINED,
             f"{evidence}, where bfloat16 kernels make the former {least:g} to {most:g}",
-            (causes.LARGER, causes.DEFINITION, causes.STALE_WEIGHTS), scale.value, scale.error,
+            (causes.LARGER, causes.QUANTISED, causes.DEFINITION, causes.STALE_WEIGHTS),
+            scale.value, scale.error,
         )
     kernels = " or ".join(
         name for name, (least, most) in SCALES.items() if low < most and high >= least

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from iscorrect.diagnose import causes
 from iscorrect.diagnose.findings import Finding
+from iscorrect.diagnose.noise import SCALES
 from iscorrect.diagnose.scale import doubtless
 from iscorrect.dumps import Tokens
 from iscorrect.dumps.names import Array
@@ -16,6 +19,9 @@ def temperature(tokens: Tokens) -> Finding | None:
     excess = -tokens.gap if tokens.gap is not None else tokens.old - tokens.old.mean()
     (slope,), explained = tokens.regress(tokens.d, excess)
     if not doubtless(slope, tokens) or abs(slope.value) < 0.01 or explained < 0.2:
+        return None
+    rest = math.sqrt(max(1 - explained, 0)) * float(tokens.d.std())
+    if (explained < 0.5 and rest > 0.3) or _missing_mass(tokens):  # 16 bits leave less
         return None
     if tokens.seen is not None and _share_explained_by_repeats(tokens) > explained:
         return None
@@ -72,7 +78,7 @@ def _share_explained_by_repeats(tokens: Tokens) -> float:
 def truncation(tokens: Tokens) -> Finding | None:
     """E ρ = 1 for an engine that reports what it samples from, but Z for a support of mass Z."""
     d = tokens.d
-    if float(d.std()) > 0.5:
+    if float(d.std()) > 0.5 and not _missing_mass(tokens):
         return None
     excess = tokens.mean(np.expm1(d))
     if not doubtless(excess, tokens) or excess.value > -2e-3:
@@ -85,6 +91,16 @@ def truncation(tokens: Tokens) -> Finding | None:
         f" to {1 + excess.value:.1%} of the trainer's mass{certain}",
         (causes.TRUNCATION, causes.GRAMMAR, causes.CANDIDATE), excess.value, excess.error,
     )
+
+
+def _missing_mass(tokens: Tokens) -> bool:
+    """Whether ρ falls short of 1 by far more than it exceeds it: E (ρ − 1) < −E |ρ − 1| / 2.
+
+    Where both sides can sample the same tokens the two balance, E ρ = 1. A few large ratios may
+    be missing from a small sample, so they count as e³ at most.
+    """
+    beyond = np.expm1(np.minimum(tokens.d, 3))
+    return float(beyond.mean()) < -0.5 * float(np.abs(beyond).mean())
 
 
 def penalty(tokens: Tokens) -> Finding | None:
@@ -108,6 +124,8 @@ def hidden_sampler(tokens: Tokens) -> list[Finding]:
         return []
     gap = tokens.mean(tokens.gap)
     if not doubtless(gap, tokens) or abs(gap.value) < 0.01:
+        return []
+    if tokens.logit_noise() >= SCALES["bfloat16"][1]:  # one side may well report what was sampled
         return []
     varentropy = float(np.square(tokens.gap).mean())
     tau = 1 / (1 - gap.value / varentropy)

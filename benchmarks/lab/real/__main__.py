@@ -54,8 +54,8 @@ def main(arguments: list[str] | None = None) -> None:
     compared.add_argument("--rollouts", nargs="*", choices=list(DTYPES), default=["bf16", "fp16"])
     compared.add_argument("--trainers", nargs="*", choices=list(DTYPES), default=["bf16", "fp16"])
 
-    named = commands.add_parser("faults", help="is the diagnosis right on this model and vLLM")
-    named.add_argument("--models", type=Path, default=LAB / "models" / "smollm2")
+    commands.add_parser(
+        "faults", parents=[common], help="is the diagnosis right on this model and vLLM")
     learning = commands.add_parser(
         "reinforce", parents=[common], help="one arm: an engine, a correction, a way to send")
     learning.add_argument("--engine", choices=list(DTYPES), default="bf16")
@@ -75,7 +75,8 @@ def main(arguments: list[str] | None = None) -> None:
         report.main(given.records, report.PAGES, report.PICTURES)
         return
     if given.command == "faults":
-        faults.main(given.models, RECORDS / "real.csv")
+        for seed in given.seeds:
+            faults.main(given.models, RECORDS / "real.csv", seed)
         return
     if given.command == "offline":
         offline.main(given.models, given.records / "offline", given.seeds, given.rollouts,

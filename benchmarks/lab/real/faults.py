@@ -30,7 +30,7 @@ from benchmarks.lab.rounding import ROUNDINGS
 from iscorrect.diagnose import diagnose
 from iscorrect.dumps import LogProbDump, read_dump, write_dump
 
-PROMPTS, LONGEST, DRAWS, UPDATES = 64, 96, 12, 2
+PROMPTS, LONGEST, DRAWS, UPDATES = 64, 96, 12, 8
 CLEAN = "numerical noise"
 State = Mapping[str, Tensor]
 
@@ -120,15 +120,15 @@ def faults(tokenizer) -> Iterator[Fault]:
                                                           "rope_theta": 10_000.0}}))
 
 
-def main(folder: Path, record: Path) -> None:
-    """Make the dumps that are not there, and count how each is named."""
+def main(folder: Path, record: Path, seed: int) -> None:
+    """Make the dumps of a seed's prompts that are not there, and count how each is named."""
     tokenizer = open_tokenizer(folder)
     every = list(faults(tokenizer))
-    dumps = folder / "faults"
+    dumps = folder / f"faults-{seed}"
     dumps.mkdir(exist_ok=True)
     for fault, path in pairs(every, dumps):
         if not path.exists():
-            write_dump(made(folder, fault), path)
+            write_dump(made(folder, fault, seed), path)
             print(path.name, flush=True)
     cases = [(fault.cause, fault.strength, read_dump(path)) for fault, path in pairs(every, dumps)]
     clean, newer = cases[0][2], cases[1][2]
@@ -139,9 +139,8 @@ def main(folder: Path, record: Path) -> None:
         for case in benchmark.of_the_values("real model", [grouped(clean)])
         if case.practical for dump in case.make()
     ]
-    record.unlink(missing_ok=True)
     for i, (cause, strength, dump) in enumerate(cases):
-        count(i, cause, strength, grouped(dump), record)
+        count(1000 * seed + i, cause, strength, grouped(dump), record, f"prompts {seed}")
 
 
 def pairs(every: list[Fault], dumps: Path) -> Iterator[tuple[Fault, Path]]:
@@ -149,7 +148,10 @@ def pairs(every: list[Fault], dumps: Path) -> Iterator[tuple[Fault, Path]]:
         yield fault, dumps / f"{i:02}-{fault.strength.replace(' ', '-').replace('/', '-')}.npz"
 
 
-def count(i: int, cause: str, strength: str, dump: LogProbDump, record: Path) -> None:
+def count(
+    i: int, cause: str, strength: str, dump: LogProbDump, record: Path, whose: str
+) -> None:
+    """How often a cause is named first and at all, in draws that the number i seeds."""
     firsts: Counter[str] = Counter()
     named = 0
     for trial in range(DRAWS):
@@ -158,7 +160,7 @@ def count(i: int, cause: str, strength: str, dump: LogProbDump, record: Path) ->
         named += any(c.name == cause for f in found for c in f.causes)
     others = "; ".join(f"{c} ({n})" for c, n in firsts.most_common() if c != cause)
     benchmark.append(record, benchmark.FAULTS, (
-        "SmolLM2", cause, strength, 1, dump.num_tokens, DRAWS, firsts[cause], named, others,
+        whose, cause, strength, 1, dump.num_tokens, DRAWS, firsts[cause], named, others,
     ))
     print(f"{cause}, {strength}: {firsts[cause]} first, {named} named of {DRAWS}; {others}",
           flush=True)
@@ -183,15 +185,15 @@ def mixed(newer: LogProbDump, stale: LogProbDump) -> LogProbDump:
     return LogProbDump(**taken, engine=(~other).long() * (1 + torch.arange(len(newer)) % 3))
 
 
-def made(folder: Path, fault: Fault) -> LogProbDump:
+def made(folder: Path, fault: Fault, seed: int) -> LogProbDump:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as worker:
-        answers = worker.submit(draw, folder, fault.served).result()
+        answers = worker.submit(draw, folder, fault.served, seed).result()
     return score(folder, fault.scored, answers)
 
 
 def newer_weights(folder: Path) -> State:
     """Those after some updates, made once."""
-    path = folder / "newer.pt"
+    path = folder / f"after-{UPDATES}.pt"
     if not path.exists():
         learner = Learner(folder, Schedule(), seed=0)
         torch.save(dict(after(learner, UPDATES, 0)), path)
@@ -204,10 +206,10 @@ def state(folder: Path, name: str) -> State:
     return ROUNDINGS["none" if name == "first" else name](weights(open_model(folder)))
 
 
-def draw(folder: Path, served: Served) -> list[Answer]:
+def draw(folder: Path, served: Served, seed: int) -> list[Answer]:
     torch.set_num_threads(1)
     tokenizer = open_tokenizer(folder)
-    asked = [ask(tokenizer, question) for question in questions(0, PROMPTS)]
+    asked = [ask(tokenizer, question) for question in questions(seed, PROMPTS)]
     engine = engines.Vllm(
         folder / "bf16-grid", Precision("bf16"), max_length=256, logprobs_mode=served.mode,
         enable_prefix_caching=served.cached, **({"block_size": 32} if served.cached else {}),
@@ -215,7 +217,7 @@ def draw(folder: Path, served: Served) -> list[Answer]:
     if served.cached:
         engine.generate(asked, 1, stop=None)
     engine.load(state(folder, served.weights))
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     out = engine.generate(asked, LONGEST, stop=tokenizer.eos_token_id, **served.sampling)
     engine.close()
     return [
