@@ -8,9 +8,8 @@ import numpy as np
 import torch
 
 from iscorrect.diagnose import causes
-from iscorrect.diagnose.causes import Cause
 from iscorrect.diagnose.fields import stored_in_16_bits
-from iscorrect.diagnose.findings import Finding
+from iscorrect.diagnose.findings import Cause, Finding
 from iscorrect.diagnose.scale import doubtless, levels
 from iscorrect.dumps import Estimate, Tokens
 from iscorrect.dumps.names import Array
