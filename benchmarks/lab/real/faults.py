@@ -82,7 +82,8 @@ class Fault:
 def faults(tokenizer) -> Iterator[Fault]:
     """What goes wrong, where, and by which name the diagnosis has it."""
     yield Fault(CLEAN, "clean")
-    yield Fault(CLEAN, f"clean, after {UPDATES} updates", Served(weights="newer"), Scored(weights="newer"))
+    yield Fault(CLEAN, f"clean, after {UPDATES} updates", Served(weights="newer"),
+                Scored(weights="newer"))
     honest = "temperature: engine divides its logits, trainer does not"
     yield Fault(honest, "τ = 0.9", Served({"temperature": 0.9}))
     yield Fault("temperature: trainer divides its logits, engine does not", "τ = 0.9",
