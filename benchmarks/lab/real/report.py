@@ -484,7 +484,9 @@ def named(arm: str) -> str:
     kind, rest = arm.split("-", 1)
     what, _, schedule = rest.partition("-every")
     every, rate = schedule.split("-", 1)
-    words = [what.replace("-", ", ", 1) if "-" in what else what]
+    engine, correction = what.split("-", 1)
+    way, _, after = correction.partition("-")
+    words = [engine, *([way, after] if way in ("stochastic", "feedback") else [correction])]
     words += [] if kind == "vllm" else ["simulated"]
     words += [] if every == "1" else [f"sent every {every} steps"]
     words += [] if rate == "2e-05" else [f"learning rate {rate}"]
@@ -562,18 +564,20 @@ def learning_figure(records: Path) -> plt.Figure:
     """KL, arrival and rewards by step, a line a run."""
     columns = {"kl": "KL(engine‖policy), nats per token", "arrival": "arrives of the last update",
                "reward": "reward of the engine", "sampled": "reward of the policy, T = 1"}
-    figure, panels = plt.subplots(1, 4, figsize=(15, 3.6), layout="constrained")
+    figure, panels = plt.subplots(1, 4, figsize=(15, 4.2), layout="constrained")
     for (arm, seeds), colour in zip(runs(records).items(), plt.get_cmap("tab10").colors,
                                     strict=False):
         for run in seeds:
             for ax, column in zip(panels, columns, strict=True):
                 points = [(int(r["step"]), float(r[column])) for r in run if r[column]]
-                label = arm if run is seeds[0] else None
+                label = named(arm) if run is seeds[0] else None
                 ax.plot(*zip(*points, strict=True), color=colour, label=label, marker=".")
     for ax, label in zip(panels, columns.values(), strict=True):
         ax.set(xlabel="step", title=label)
     panels[0].set_yscale("log")
-    panels[0].legend(fontsize=7, frameon=False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5,
+                  fontsize=9, frameon=False)
+    figure.suptitle("vLLM, weights sent after every step; a line a run")
     return figure
 
 
