@@ -372,6 +372,13 @@ class TestTokens:
             out[name][::4, 40:52] -= 8
         assert causes(full(out)) == ["environment tokens in the mask"]
 
+    def test_one_unlikely_window_is_no_run_however_often_it_is_drawn(self):
+        out = roll_out(sequences=16)
+        for name in ("old_log_probs", "rollout_log_probs"):
+            out[name][0, 20:29] -= 5.0
+        few = dump_of(out, "entropy")
+        assert patterns(few.rows(torch.tensor([0, 0, 0, 0, *range(1, 16)]))) == [NOISE]
+
     def test_wrong_tokens(self):
         out = roll_out()
         wrong = np.random.default_rng(1).random(out["old_log_probs"].shape) < 0.01
@@ -463,6 +470,18 @@ class TestWeights:
         finding, *_ = diagnose(of_contexts(engine))
         assert finding.pattern == HEAVY_TAIL and not finding.correctable
         assert finding.cause == likeliest.name and finding.causes[-1].name == known.ROUTING.name
+
+
+    def test_a_tail_that_one_engine_has_is_that_engines(self):
+        out = roll_out()
+        rng = np.random.default_rng(1)
+        engine = np.arange(SEQUENCES) % 4
+        flips = (rng.random(out["mass"].shape) < 0.03) & (engine == 2)[:, None]
+        out["old_log_probs"] += flips * rng.normal(size=flips.shape)
+        out["old_log_probs"] = np.minimum(out["old_log_probs"], -1e-4)
+        (finding,) = diagnose(dump_of(out, engine=torch.from_numpy(engine)))
+        assert finding.cause == known.ONE_ENGINE.name and "of engine 2" in finding.evidence
+        assert known.ROUTING.name in [c.name for c in finding.causes]
 
 
 class TestStorage:

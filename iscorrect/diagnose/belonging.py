@@ -163,7 +163,9 @@ def unsampled(tokens: Tokens) -> tuple[Finding | None, Tokens]:
     foreign = np.zeros(len(tokens), dtype=bool)
     for offset in range(8):
         foreign[starts + offset] = True
-    if int(foreign.sum()) < 24:
+    foreign = _in_long_runs(foreign, tokens.row, 12)  # a window of 8 that is beyond is chance
+    _, one_of_each = np.unique(distinct(tokens), return_index=True)
+    if int(foreign[np.isin(tokens.row, one_of_each)].sum()) < 24:
         return None, tokens
     share = float(foreign.mean())
     return Finding(
@@ -173,6 +175,15 @@ def unsampled(tokens: Tokens) -> tuple[Finding | None, Tokens]:
         " nobody sampled them",
         (causes.ENVIRONMENT, causes.PREFILLED), share,
     ), tokens.where(~foreign)
+
+
+def _in_long_runs(chosen: Array, row: Array, least: int) -> Array:
+    """Those of the chosen tokens "n" that lie in runs of so many in one sequence."""
+    joined = np.zeros(len(chosen), dtype=bool)
+    joined[1:] = chosen[1:] & chosen[:-1] & (row[1:] == row[:-1])
+    run = np.cumsum(chosen & ~joined)
+    long: Array = chosen & (np.bincount(run, weights=chosen)[run] >= least)
+    return long
 
 
 def diverging(tokens: Tokens) -> tuple[Finding | None, Tokens]:

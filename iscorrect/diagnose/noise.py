@@ -10,7 +10,7 @@ import torch
 from iscorrect.diagnose import causes
 from iscorrect.diagnose.fields import stored_in_16_bits
 from iscorrect.diagnose.findings import Cause, Finding
-from iscorrect.diagnose.scale import doubtless, levels
+from iscorrect.diagnose.scale import doubtless, levels, of_token
 from iscorrect.dumps import Estimate, Tokens
 from iscorrect.dumps.names import Array
 from iscorrect.loss.pareto import pareto_tail
@@ -36,12 +36,38 @@ def heavy_tail(tokens: Tokens) -> Finding | None:
     d = tokens.d
     k = float(pareto_tail(torch.from_numpy(d)[None], torch.ones(1, len(d)) > 0).k)
     index = f"; Pareto index {k:.2f}" if math.isfinite(k) else ""
+    place, likeliest = _where_most_are(tokens, out)
     return Finding(
         HEAVY_TAIL,
         f"{n} tokens ({n / len(d):.2%}) differ by more than {limit:.2g} nats,"
-        f" {int((d[out] > 0).sum())} of them upwards, amid noise of {tokens.typical():.2g}{index}",
-        _of_the_tail(tokens), n / len(d), correctable=_rounding(tokens),
+        f" {int((d[out] > 0).sum())} of them upwards{place}, amid noise of"
+        f" {tokens.typical():.2g}{index}",
+        (*likeliest, *(c for c in _of_the_tail(tokens) if c not in likeliest)),
+        n / len(d), correctable=_rounding(tokens),
     )
+
+
+def _where_most_are(tokens: Tokens, out: Array) -> tuple[str, tuple[Cause, ...]]:
+    """An engine or version that has far more than its share of some tokens, in words."""
+    for name, likeliest in (("engine", causes.ONE_ENGINE), ("version", causes.STALE_WEIGHTS)):
+        label = of_token(tokens, name)
+        if label is None:
+            continue
+        units, member = np.unique(label, return_inverse=True)
+        count = np.bincount(member, weights=out, minlength=len(units))
+        most = int(count.argmax())
+        n, k, share = int(out.sum()), count[most], float((member == most).mean())
+        if share < 0.5 and k > 0.5 * n and _beyond_chance(n, k / n, share):
+            called = tokens.label(name, int(units[most]))
+            return f", {int(k)} of them of {name} {called}", (likeliest,)
+    return "", ()
+
+
+def _beyond_chance(n: int, share: float, expected: float) -> bool:
+    """Whether Chernoff's bound on the chance of such a share, or a larger one, is below 1e-6."""
+    rest = max(1 - share, 1e-12)
+    distance = share * math.log(share / expected) + rest * math.log(rest / (1 - expected))
+    return n * distance > math.log(1e6)
 
 
 def _rounding(tokens: Tokens) -> bool:
@@ -52,7 +78,8 @@ def _rounding(tokens: Tokens) -> bool:
 def _of_the_tail(tokens: Tokens) -> tuple[Cause, ...]:
     """What makes rare large differences: amid those of rounding, or amid larger ones."""
     if _rounding(tokens):
-        return causes.ROUTING, causes.QUANTISED, causes.WRONG_TOKENS, causes.CORRUPTED
+        return (causes.ROUTING, causes.QUANTISED, causes.STALE_WEIGHTS, causes.WRONG_TOKENS,
+                causes.CORRUPTED)
     seen, x = levels(tokens)
     (first,), _ = seen.regress(x, (seen.position < 4).astype(float))
     rest = causes.DEFINITION, causes.STALE_WEIGHTS, causes.ROUTING
