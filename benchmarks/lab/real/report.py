@@ -59,7 +59,7 @@ def mean(values: Sequence[float]) -> str:
     middle = statistics.fmean(values)
     if len(values) < 3:
         return pretty(middle)
-    return f"{middle:.3g} ± {half_width(values):.1g}"
+    return f"{middle:.3g} ± {short(half_width(values))}"
 
 
 def half_width(values: Sequence[float]) -> float:
