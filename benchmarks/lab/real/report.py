@@ -298,15 +298,16 @@ def summary(records: Path) -> str:
 
 def learned(records: Path) -> str:
     """What the planned differences between ways to send and formats say of learning."""
-    found = {pair: differences(records, *pair) for pair in CONTRASTS[:2]}
+    found = {pair: differences(records, *pair) for pair in CONTRASTS[:3]}
     if any(len(x["sampled"]) < 3 for x in found.values()):
         return "What that does to learning has not been measured on three seeds."
-    stochastic, fp16 = (mean([100 * x for x in of["sampled"]]) for of in found.values())
-    seeds = min(len(x["sampled"]) for x in found.values())
+    stochastic, fp16, tis = (mean([100 * x for x in of["sampled"]]) for of in found.values())
+    seeds = sorted({len(x["sampled"]) for x in found.values()})
     return (
         f"While it learns sums, the policy answers {stochastic} points more of them right with"
-        f" stochastic than with nearest rounding to BF16, and {fp16} points more with FP16 (means"
-        f" over the run, {number_of(range(seeds))})."
+        f" stochastic than with nearest rounding to BF16, {tis} points more with nearest rounding"
+        f" and token-TIS, and {fp16} points more with FP16 (means over the run,"
+        f" {' to '.join(map(str, seeds))} seeds)."
     )
 
 
