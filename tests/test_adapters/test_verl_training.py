@@ -89,8 +89,10 @@ def prepare(folder):
     ]).to_parquet(folder / "data.parquet")
     (folder / "reward.py").write_text(REWARD)
     page = (ROOT / "docs" / "trainers" / "verl.md").read_text()
-    code = re.findall(r"```python\n(.*?)```", page, flags=re.S)
-    (folder / "my_corrections.py").write_text("\n".join(code))
+    code = re.search(r"```python\n(.*?)```", page, flags=re.S).group(1)
+    sends = (ROOT / "docs" / "lab" / "real-model.md").read_text()
+    sends = re.search(r"### In verl.*?```\n(.*?)```", sends, flags=re.S).group(1)
+    (folder / "my_corrections.py").write_text(f"{code}\n{sends}")
 
 
 @pytest.fixture(scope="module")
