@@ -57,17 +57,18 @@ def _where_most_are(tokens: Tokens, out: Array) -> tuple[str, tuple[Cause, ...]]
         count = np.bincount(member, weights=out, minlength=len(units))
         most = int(count.argmax())
         n, k, share = int(out.sum()), count[most], float((member == most).mean())
-        if share < 0.5 and k > 0.5 * n and _beyond_chance(n, k / n, share):
+        if share < 0.5 and k > 0.5 * n and _distance(n, k / n, math.log(share)) > math.log(1e6):
             called = tokens.label(name, int(units[most]))
             return f", {int(k)} of them of {name} {called}", (likeliest,)
     return "", ()
 
 
-def _beyond_chance(n: int, share: float, expected: float) -> bool:
-    """Whether Chernoff's bound on the chance of such a share, or a larger one, is below 1e-6."""
-    rest = max(1 - share, 1e-12)
-    distance = share * math.log(share / expected) + rest * math.log(rest / (1 - expected))
-    return n * distance > math.log(1e6)
+def _distance(n: int, share: float, log_expected: float) -> float:
+    """−log of Chernoff's bound on the chance of such a share of n, where less is expected."""
+    distance = share * (math.log(share) - log_expected)
+    if share < 1:
+        distance += (1 - share) * math.log((1 - share) / (1 - math.exp(log_expected)))
+    return n * distance
 
 
 def _rounding(tokens: Tokens) -> bool:
@@ -104,8 +105,7 @@ def _upwards(d: Array) -> bool:
     share = float((d > 0).mean())
     if share <= 0.5:
         return False
-    rest = max(1 - share, 1e-12)
-    return len(d) * (share * math.log(2 * share) + rest * math.log(2 * rest)) > math.log(1e4)
+    return _distance(len(d), share, math.log(0.5)) > math.log(1e4)
 
 
 HEAVY_TAIL = "rare large differences"
@@ -132,10 +132,7 @@ def beyond_bound(tokens: Tokens) -> Finding | None:
         share, allowed = k / n, math.exp(-c)
         if k == 0 or share <= allowed:
             continue
-        distance = k * (math.log(share) + c)
-        if k < n:
-            distance += (n - k) * math.log((1 - share) / (1 - allowed))
-        if distance > math.log(1e9):
+        if _distance(n, share, -c) > math.log(1e9):
             worst = int(d.argmax())
             whole = bool((tokens.rollout[d >= c] == np.round(tokens.rollout[d >= c])).all())
             sides = (causes.CORRUPTED, causes.SENTINEL)

@@ -155,13 +155,11 @@ def stochastic_round_weights(
         if x.dtype == dtype or not x.is_floating_point():
             return x
         wide = x if x.element_size() >= 4 else x.float()
-        generator = torch.Generator(x.device).manual_seed(zlib.crc32(name.encode(), seed & MASK))
+        draws = zlib.crc32(f"{seed} {name}".encode())
+        generator = torch.Generator(x.device).manual_seed(draws)
         return stochastic_round(wide, dtype, generator=generator)
 
     return ((name, rounded(name, x)) for name, x in weights)
-
-
-MASK = 0xFFFFFFFF  # the start value of a CRC has 32 bits
 
 
 class Sent(NamedTuple):
