@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from products import Products
+from products import Allocated, Products
 
 from iscorrect import (
     ASPO,
@@ -304,6 +304,21 @@ def test_tokens_without_advantage_are_read_again_only_where_they_have_a_derivati
     tokens, (_, _, grads) = multiplied(loss_fn, batch, chunk_size=4)
     assert tokens == n + 2 * busy + 3 * (n - busy)
     torch.testing.assert_close(grads, run(unfused, loss_fn, batch)[2], rtol=1e-10, atol=1e-13)
+
+
+def test_no_hidden_state_is_copied_where_every_token_counts():
+    batch = make()
+    batch.mask[:] = True
+    hidden = torch.randn(B, T, D, dtype=torch.float64, requires_grad=True)
+    target = batch.target.clamp(min=0)
+    batch.rest["advantages"][:] = 1
+    batch.rest["rollout_log_probs"].nan_to_num_(nan=-1.0)
+    with Allocated() as allocated:
+        fused_policy_loss(
+            PolicyLoss(correction=token_tis()), hidden=hidden, weight=batch.weight, target=target,
+            mask=batch.mask, **batch.rest,
+        )
+    assert allocated.of(D) == [B * T]  # the gradient
 
 
 @pytest.mark.parametrize("correction", [token_tis(), sequence_tis()], ids=["token", "sequence"])

@@ -205,29 +205,37 @@ class Reader:
         states = hidden if into.weight is None or power is None else in_unit(hidden, power, into)
         slopes = Slopes(scale, power, idle, hidden, states)
 
-        def work(blocks: Blocks) -> Tensor | None:
-            return self._differentiate(chunk, reading, slopes, blocks, kept, busy, into)
-
-        parts = in_threads(work, self._shares())
+        shares, places = self._shares(), chunk.places()
+        sums: list[Tensor] = []
+        together = isinstance(places, slice) and self.head.group is None
         if into.hidden is not None:
-            sums = sum(x for x in parts if x is not None)
-            assert isinstance(sums, Tensor)
+            # rows that lie together are summed where they belong
+            rows = into.hidden[places] if together else scale.new_zeros(hidden.shape)
+            sums = [rows, *(torch.zeros_like(rows) for _ in shares[1:])]
+
+        def work(i: int) -> None:
+            mine = sums[i] if sums else None
+            self._differentiate(chunk, reading, slopes, shares[i], kept, busy, into, mine)
+
+        in_threads(work, list(range(len(shares))))
+        if sums:
+            for other in sums[1:]:
+                sums[0].add_(other)
             if power is not None:
-                sums.mul_(rearrange(power_of_two(power), "c -> c 1"))
-            self._place(sums, into, chunk.places())
+                sums[0].mul_(rearrange(power_of_two(power), "c -> c 1"))
+            if not together:
+                self._place(sums[0], into, places)
         into.fresh = False
 
     def _differentiate(
         self, chunk: Counted, reading: Reading, slopes: Slopes, blocks: Blocks, kept: Kept | None,
-        busy: Tensor | None, into: Gradients,
-    ) -> Tensor | None:
-        """Add what some of the blocks give to weight and bias; returns the sums for ``hidden``."""
-        sums, power, hidden = None, slopes.power, slopes.hidden
-        if into.hidden is not None:
-            sums = slopes.scale.new_zeros(len(chunk), hidden.shape[1])
+        busy: Tensor | None, into: Gradients, sums: Tensor | None,
+    ) -> None:
+        """Add what some of the blocks give to weight and bias, and to ``sums`` for ``hidden``."""
+        power = slopes.power
         scratch = self._scratch(len(chunk), self._operand)
         if kept is None:
-            values = self._again(chunk, hidden, blocks, scratch)
+            values = self._again(chunk, slopes.hidden, blocks, scratch)
         else:
             values = self._kept(kept, blocks, busy)
         for block, grad in self._derivatives(chunk, reading, slopes, blocks, values, scratch):
@@ -239,7 +247,6 @@ class Reader:
             if into.weight is not None:
                 write = product if into.fresh else add_product
                 write(grad.T, slopes.states, into.weight[block])
-        return sums
 
     def _derivatives(
         self, chunk: Counted, reading: Reading, slopes: Slopes, blocks: Blocks,
@@ -313,13 +320,14 @@ class Reader:
         for part in chunks(len(tokens), step):
             self.differentiate(tokens[part], reading[part], coefficient[part], into)
 
-    def busy(self, coefficient: Tensor) -> Tensor:
-        """Tokens whose coefficient is not 0, on a GPU as many as fill whole tiles.
+    def busy(self, coefficient: Tensor) -> slice | Tensor:
+        """Tokens that are to be differentiated: on a CPU all, since idle ones are left out there.
 
-        The host waits for their number.
+        On a GPU those whose coefficient is not 0, as many as fill whole tiles; the host waits for
+        their number.
         """
         if self.on_cpu:
-            return coefficient.nonzero().squeeze(-1)
+            return slice(None)
         idle = coefficient == 0
         count = len(idle) - int(torch.count_nonzero(idle))
         return idle.int().argsort(stable=True)[: -(-count // TILE) * TILE]
