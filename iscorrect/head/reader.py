@@ -110,8 +110,7 @@ class Reader:
             spread: ask for the moments.
             mean: zeros "c d", where Σ p_j ∂z_j/∂h comes, over this rank's rows but the target's.
         """
-        states = chunk.states()
-        hidden, unknown = self._operands(states), self._unknown(states, chunk)
+        hidden, unknown = self._operands(chunk)
         allowed = Allowed.of(chunk.support, self.head)
         parts = in_threads(
             lambda blocks: self._read(chunk, hidden, allowed, blocks, keep, spread, mean),
@@ -192,7 +191,7 @@ class Reader:
                 return
             chunk, reading, coefficient = chunk[busy], reading[busy], coefficient[busy]
         if kept is None:
-            hidden = self._operands(chunk.states())
+            hidden, _ = self._operands(chunk)
         else:
             hidden = kept.hidden if busy is None else kept.hidden[busy]
         scale, power = coefficient / self.head.temperature, None
@@ -384,17 +383,14 @@ class Reader:
         busy = coefficient.nonzero().squeeze(-1)
         return None if len(busy) == len(coefficient) else busy
 
-    def _unknown(self, states: Tensor, chunk: Counted) -> Tensor:
-        """Tokens whose log-prob is NaN whatever their logits are."""
-        unknown = chunk.outside(self.head.vocabulary)
-        return unknown if self.on_cpu else unknown | ~states.isfinite().all(-1)
-
-    def _operands(self, states: Tensor) -> Tensor:
-        """Hidden states in the dtype of the products."""
+    def _operands(self, chunk: Counted) -> tuple[Tensor, Tensor]:
+        """Hidden states in the dtype of the products, and of which tokens log p is NaN anyway."""
+        states, unknown = chunk.states(), chunk.outside(self.head.vocabulary)
         if not self.on_cpu:
-            finite = rearrange(states.isfinite().all(-1), "c -> c 1")
-            states = torch.where(finite, states, 0)
-        return states if self._native else states.to(self.dtype)
+            finite = torch.linalg.vector_norm(states, torch.inf, dim=-1).isfinite()
+            unknown = unknown | ~finite
+            states = torch.where(rearrange(finite, "c -> c 1"), states, 0)
+        return states if self._native else states.to(self.dtype), unknown
 
     def _shares(self) -> list[Blocks]:
         """The blocks of rows, numbered, in a share for each thread."""

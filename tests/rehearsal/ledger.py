@@ -17,7 +17,10 @@ NO_KERNEL = {
     "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_", "set_",
     "_unsafe_view", "_local_scalar_dense", "is_nonzero", "item",
 }
-ONLY_WRITES = {"copy_", "fill_", "zero_"}
+ONLY_WRITES = {
+    "copy_", "fill_", "zero_", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like",
+    "full_like",
+}
 GATHERS = {"gather", "index", "index_select", "take"}
 SCATTERS = {
     "scatter", "scatter_", "scatter_add", "scatter_add_", "scatter_reduce", "scatter_reduce_",

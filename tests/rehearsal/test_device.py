@@ -62,11 +62,13 @@ def test_the_ledger_counts_bytes_products_and_waits():
         z = torch.mm(a, b, out_dtype=torch.float32)
         z.exp_()
         torch.mul(z, z[:, :1], out=torch.empty(4, 3, dtype=torch.bfloat16, device="cuda"))
-    product, exp, mul = gpu.ledger.kernels
+        z.new_zeros(2)
+    product, exp, mul, zeros = gpu.ledger.kernels
     assert (product.multiplications, product.operands) == (4 * 8 * 3, (torch.bfloat16,) * 2)
     assert exp.bytes == 2 * 4 * 12
     assert mul.bytes == 4 * 12 + 4 * 4 + 2 * 12
-    assert gpu.ledger.bytes_beside_products == exp.bytes + mul.bytes
+    assert zeros.bytes == 2 * 4
+    assert gpu.ledger.bytes_beside_products == exp.bytes + mul.bytes + zeros.bytes
     assert not gpu.ledger.waits
 
 
