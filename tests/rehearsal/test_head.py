@@ -361,6 +361,10 @@ def test_waits_of_the_loss_of_hidden_states(monkeypatch):
     assert waits(tokens, advantages=idle) == 3
     assert waits(sequences, old_log_probs=old) == 3
     assert waits(sequences) == 4
+    ids = torch.zeros(512, dtype=torch.long)
+    support = Support(ids, torch.arange(0, 514, 2))
+    assert waits(tokens, support=support) == 2 + 2
+    assert waits(tokens, support=support, advantages=idle) == 3 + 4
 
 
 @wide_results
