@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import peers
-from benchmarks.harness import Setting, Workload, interleave, summary
+from benchmarks.harness import Setting, Workload, interleave, processor, summary
 from iscorrect import PolicyLoss, sequence_is, token_tis
 from iscorrect.head.fused import fused_policy_loss
 from iscorrect.head.linear import linear_log_probs
@@ -39,8 +39,13 @@ def run(setting: Setting) -> Iterator[Workload]:
     size = {"v": 512, "d": 64} if setting.small else {"v": 32768, "d": 1024}
     n = 64 if setting.small else 1024
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        problem = make(1, n, dtype=dtype, device=setting.device, **size)
         name = str(dtype).removeprefix("torch.")
+        if dtype == torch.float16 and setting.device == "cpu" and "fp16" not in processor("cpu"):
+            workload = Workload(name, "It emulates float16 products, for which see *emulated*.")
+            workload.add("every provider", **{"wall, ms": "not timed on this processor"})
+            yield workload
+            continue
+        problem = make(1, n, dtype=dtype, device=setting.device, **size)
         yield every_peer(name, problem, setting)
     yield shares(n, size, setting)
     yield realistic(size, setting)

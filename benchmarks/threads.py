@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import overhead, peers
 from benchmarks.harness import Setting, Workload, installed, interleave, summary
-from benchmarks.linear import make, ours, theirs
+from benchmarks.linear import Problem, make, ours, theirs
 
 PEERS = (
     "materialised", "F.linear_cross_entropy, chunks of 256", "TRL, chunked", "Liger, chunked",
@@ -24,21 +24,36 @@ PEERS = (
 
 def run(setting: Setting) -> Iterator[Workload]:
     setting = replace(setting, rounds=min(setting.rounds, 5), threads=os.cpu_count() or 1)
-    yield head("head", setting)
-    yield correction("correction", setting)
+    yield from cases("", setting)
     with a_busy_core():
-        yield head("head, a busy core", setting)
-        yield correction("correction, a busy core", setting)
+        yield from cases(", a busy core", setting)
 
 
-def head(name: str, setting: Setting) -> Workload:
-    n, v, d = (64, 512, 64) if setting.small else (1024, 32_768, 1024)
+def cases(beside: str, setting: Setting) -> Iterator[Workload]:
+    v, d = (512, 64) if setting.small else (32_768, 1024)
+    n, rows, t = (64, 10, 16) if setting.small else (1024, 10, 256)
+    every = f"{n} tokens, every one counting"
+    yield head(f"head{beside}", f"{every}, float32", make(1, n, v=v, d=d), setting)
+    yield head(
+        f"head, bfloat16{beside}", f"{every}, bfloat16 hidden states and weights",
+        make(1, n, v=v, d=d, dtype=torch.bfloat16), setting,
+    )
+    yield head(
+        f"group-batch{beside}",
+        f"{rows} × {t} positions in ragged rows, 60 % of them counted, 40 % of the rows and of "
+        "these tokens without advantage, float32",
+        make(rows, t, v=v, d=d, idle=0.4, padding=0.4), setting,
+    )
+    yield correction(f"correction{beside}", setting)
+
+
+def head(name: str, tokens: str, problem: Problem, setting: Setting) -> Workload:
+    v, d = problem.weight.shape
     workload = Workload(
         name,
-        f"{n} tokens, vocabulary {v}, width {d}, float32, every token counting: loss with "
-        f"token-TIS weights and both gradients. {around(setting, 'the materialising head')}",
+        f"{tokens}; vocabulary {v}, width {d}: loss with token-TIS weights and both gradients. "
+        + around(setting, "the materialising head"),
     )
-    problem = make(1, n, v=v, d=d)
     steps, packages = {"iscorrect": ours(problem)}, {"iscorrect": "iscorrect"}
     for provider in PEERS:
         try:
