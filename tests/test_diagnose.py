@@ -89,6 +89,13 @@ def patterns(dump, **kwargs):
     return [finding.pattern for finding in diagnose(dump, **kwargs)]
 
 
+def by_place(noise):
+    """Contexts whose logits the engine has with noise of a size for each place."""
+    noise = np.broadcast_to(noise, (SEQUENCES, LENGTH))[..., None]
+    return of_contexts(lambda x, rng: x + 0.06 * noise * rng.normal(size=x.shape), noise=0)
+
+
+
 def of_contexts(engine, seed=0, noise=0.04):
     """Tokens of contexts that are more or less certain, and never come twice.
 
@@ -482,6 +489,40 @@ class TestWeights:
         (finding,) = diagnose(dump_of(out, engine=torch.from_numpy(engine)))
         assert finding.cause == known.ONE_ENGINE.name and "of engine 2" in finding.evidence
         assert known.ROUTING.name in [c.name for c in finding.causes]
+
+    @pytest.mark.parametrize(
+        ("fall", "likeliest"), [(0.15, known.STALE_WEIGHTS), (0.3, known.WRONG_PROMPT)]
+    )
+    def test_a_mismatch_that_fades_is_of_contexts_and_no_rounding(self, fall, likeliest):
+        finding, *_ = diagnose(by_place((1 + np.arange(LENGTH)) ** -fall))
+        assert finding.pattern == "mismatch fades along answers"
+        assert finding.cause == likeliest.name
+        assert known.SHARED_CACHE.name in [c.name for c in finding.causes]
+
+    def test_a_first_token_apart_and_a_mismatch_that_grows_are_rounding(self):
+        first = np.ones(LENGTH)
+        first[0] = 3
+        for along in (first, (1 + np.arange(LENGTH)) ** 0.15):
+            assert patterns(by_place(along)) == [NOISE]
+
+    def test_an_engine_a_third_further_off_is_told_and_a_turn_is_not(self):
+        apart = np.where(np.arange(SEQUENCES) % 4 == 1, 1.4, 1.0)[:, None]
+        dump = by_place(apart * np.ones(LENGTH))
+        engine = torch.arange(SEQUENCES) % 4
+        finding, *_ = diagnose(LogProbDump(**dump.given(), engine=engine))
+        assert finding.pattern == "one engine apart from the rest"
+        assert "engine 1" in finding.evidence
+        turn = (engine == 1).long()[:, None].expand(dump.mask.shape)
+        assert patterns(LogProbDump(**dump.given(), turn=turn)) == [NOISE]
+
+    def test_stop_tokens_are_named_where_other_zeros_are_certainties(self):
+        out = roll_out()
+        out["rollout_log_probs"][:, -1] = 0
+        for row in range(12):
+            out["rollout_log_probs"][row, 5] = 0
+            out["old_log_probs"][row, 5] = -1.0
+        finding, *_ = diagnose(full(out))
+        assert finding.cause == known.STOP_TOKEN.name
 
 
 class TestStorage:

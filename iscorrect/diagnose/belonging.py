@@ -138,8 +138,8 @@ def _place(tokens: Tokens, filled: Array) -> tuple[str, float, str]:
     in_runs = float((run_lengths(filled, tokens.row)[filled] >= 4).mean())
     if in_runs > 0.7:
         return "runs", in_runs, "in runs of four or more: the engine did not sample them"
-    last = float(ends[filled].mean())
-    if last >= 0.9:
+    last, closed = float(ends[filled].mean()), float(filled[ends].mean())
+    if last >= 0.9 or (last >= 0.5 and closed >= 0.9):
         return "last", last, "the last token of their sequence"
     if tokens.turn is not None:
         closing = ends | np.r_[tokens.turn[1:] != tokens.turn[:-1], True]

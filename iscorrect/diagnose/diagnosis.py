@@ -35,7 +35,7 @@ from iscorrect.diagnose.noise import beyond_bound, heavy_tail, noise, unearned
 from iscorrect.diagnose.sampling import hidden_sampler, penalty, temperature, truncation
 from iscorrect.diagnose.scale import few
 from iscorrect.diagnose.units import by_position, prompt_dependent, some_places, some_sequences
-from iscorrect.diagnose.weights import growing, other_weights, over_time
+from iscorrect.diagnose.weights import fading, growing, other_weights, over_time
 from iscorrect.dumps import LogProbDump, Tokens
 from iscorrect.dumps.tokens import as_tokens
 from iscorrect.errors import input_error
@@ -44,7 +44,7 @@ SEPARATE = (constants, above_zero, candidates, entropy, unsampled, diverging, re
 
 EXPLAIN = (
     growing, over_time, some_places, temperature, truncation, penalty, prompt_dependent,
-    by_position, some_sequences, other_weights, beyond_bound, heavy_tail,
+    by_position, some_sequences, other_weights, beyond_bound, fading, heavy_tail,
     unearned,
 )
 

@@ -71,6 +71,7 @@ PATTERNS = (
     "tokens that came before are less likely to the engine",
     "mismatch depends on the prompt",
     "mismatch at the beginning of answers",
+    "mismatch fades along answers",
     "mismatch depends on the position",
     *(f"some {units} apart from the rest" for units in (
         "sequences", "engines", "versions", "steps", "groups",

@@ -16,6 +16,9 @@ from iscorrect.dumps import Estimate, Tokens
 from iscorrect.dumps.names import Array
 
 TWICE = math.log(2)
+LEAST = {"engine": math.log(1.2)}
+"""How far a unit is from the rest, log |Δ|. Engines get the same kinds of prompts, versions, turns
+and places in a row do not: what is usual of them is no finding below a factor of two."""
 FEW = 16  # tokens from which a level of a sequence is read
 
 OF_SEQUENCE: dict[str, tuple[Cause, ...]] = {
@@ -153,7 +156,7 @@ def some_places(tokens: Tokens) -> Finding | None:
             continue
         for called, here in _parts(tokens, name, label, x):
             effect, usual = _contrast(seen, x, here)
-            if doubtless(effect, seen) and effect.value > TWICE:
+            if doubtless(effect, seen) and effect.value > LEAST.get(name, TWICE):
                 return Finding(
                     f"one {name} apart from the rest" if name != "pack"
                     else "mismatch depends on the place in a packed row",

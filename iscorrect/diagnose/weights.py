@@ -8,13 +8,15 @@ import numpy as np
 
 from iscorrect.diagnose import causes
 from iscorrect.diagnose.findings import Finding
-from iscorrect.diagnose.scale import distinct, doubtless
+from iscorrect.diagnose.scale import distinct, doubtless, levels
 from iscorrect.dumps import Estimate, Tokens
 from iscorrect.dumps.names import Array
 
 OTHER_WEIGHTS = "log ρ repeats with the token"
 WITH_AGE = "mismatch grows with the age of the weights"
 PLATEAU = "mismatch grows over the first steps and stays"
+FADING = 0.08
+"""Of |Δ|, in units of itself, per logarithm of the position."""
 
 
 def growing(tokens: Tokens) -> Finding | None:
@@ -105,6 +107,31 @@ def other_weights(tokens: Tokens) -> Finding | None:
         f" {tokens.logit_noise():.2g}",
         (*likeliest, causes.ADAPTER, causes.DEFINITION, causes.SHARED_CACHE, causes.SWALLOWED),
         repeats.value, repeats.error, correctable=_small(tokens),
+    )
+
+
+def fading(tokens: Tokens) -> Finding | None:
+    """A mismatch that falls along answers: of rounding it does not, for tokens of one confidence.
+
+    What an answer begins with rests on the prompt alone, and later tokens ever more on each other.
+    """
+    seen, x = levels(tokens)
+    along = -np.log1p(seen.position)
+    later = seen.position > 0  # the first token is computed with the prompt, by other kernels
+    if int(later.sum()) < 256:
+        return None
+    (whole,), _ = seen.regress(x, along)
+    (rest,), _ = seen.where(later).regress(x[later], along[later])
+    if not doubtless(whole, seen) or min(whole.value, rest.value) < FADING:
+        return None
+    contexts = causes.STALE_WEIGHTS, causes.SHARED_CACHE
+    return Finding(
+        "mismatch fades along answers",
+        f"|Δ log p| falls by {1 - 2**-rest.value:.0%} whenever the position doubles (log {rest}"
+        " per log of it), beyond what the confidence of the tokens explains",
+        (causes.WRONG_PROMPT, *contexts, causes.QUANTISED) if rest.value > 0.2
+        else (*contexts, causes.WRONG_PROMPT, causes.QUANTISED),
+        rest.value, rest.error, correctable=_small(tokens),
     )
 
 

@@ -173,9 +173,10 @@ def grouped(dump: LogProbDump) -> LogProbDump:
 
 
 def mixed(newer: LogProbDump, stale: LogProbDump) -> LogProbDump:
-    """Every fourth answer from an engine that has not got the updates."""
+    """A quarter of the answers, of all kinds of prompts, from an engine without the updates."""
     length = max(newer.mask.shape[1], stale.mask.shape[1])
-    other = torch.arange(len(newer)) % 4 == 0
+    engine = torch.arange(len(newer)) // 4 % 4
+    other = engine == 0
 
     def both(a: Tensor, b: Tensor) -> Tensor:
         a, b = (torch.nn.functional.pad(x, (0, length - x.shape[1])) for x in (a, b))
@@ -183,7 +184,7 @@ def mixed(newer: LogProbDump, stale: LogProbDump) -> LogProbDump:
 
     taken = {name: both(x, getattr(stale, name)) for name, x in newer.given().items()
              if x.ndim == 2}
-    return LogProbDump(**taken, engine=(~other).long() * (1 + torch.arange(len(newer)) % 3))
+    return LogProbDump(**taken, engine=engine)
 
 
 def made(folder: Path, fault: Fault, seed: int) -> LogProbDump:
