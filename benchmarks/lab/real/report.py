@@ -14,6 +14,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 
+import numpy as np
 import torch
 from matplotlib import pyplot as plt
 from scipy import stats
@@ -562,23 +563,32 @@ def beyond(x: str) -> str:
 
 
 def learning_figure(records: Path) -> plt.Figure:
-    """KL, arrival and rewards by step, a line a run."""
+    """KL, arrival and rewards by step, means over seeds with 95 % intervals."""
     columns = {"kl": "KL(engine‖policy), nats per token", "arrival": "arrives of the last update",
                "reward": "reward of the engine", "sampled": "reward of the policy, T = 1"}
-    figure, panels = plt.subplots(1, 4, figsize=(15, 4.2), layout="constrained")
-    for (arm, seeds), colour in zip(runs(records).items(), plt.get_cmap("tab10").colors,
-                                    strict=False):
-        for run in seeds:
-            for ax, column in zip(panels, columns, strict=True):
-                points = [(int(r["step"]), float(r[column])) for r in run if r[column]]
-                label = named(arm) if run is seeds[0] else None
-                ax.plot(*zip(*points, strict=True), color=colour, label=label, marker=".")
-    for ax, label in zip(panels, columns.values(), strict=True):
+    figure, panels = plt.subplots(2, 2, figsize=(11, 8.5), layout="constrained")
+    arms = {arm: seeds for arm, seeds in runs(records).items() if arm.endswith("every1-2e-05")}
+    for (arm, seeds), colour in zip(arms.items(), plt.get_cmap("tab10").colors, strict=False):
+        for ax, column in zip(panels.flat, columns, strict=True):
+            steps = [int(row["step"]) for row in seeds[0] if row[column]]
+            of = np.array([numbers(run, column) for run in seeds])
+            of = np.log(of) if column == "kl" else of
+            middle, back = of.mean(0), np.exp if column == "kl" else np.asarray
+            ax.plot(steps, back(middle), color=colour, label=named(arm), marker=".")
+            if len(seeds) >= 3:
+                reach = stats.t.ppf(0.975, len(seeds) - 1) * stats.sem(of)
+                ax.fill_between(steps, back(middle - reach), back(middle + reach), color=colour,
+                                alpha=0.15, linewidth=0)
+    for ax, label in zip(panels.flat, columns.values(), strict=True):
         ax.set(xlabel="step", title=label)
-    panels[0].set_yscale("log")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5,
+    panels[0, 0].set_yscale("log")
+    for ax in panels[1]:
+        ax.set_ylim(0, 1.05)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
                   fontsize=9, frameon=False)
-    figure.suptitle("vLLM, weights sent after every step; a line a run")
+    seeds = sorted({len(x) for x in arms.values()})
+    figure.suptitle("vLLM, weights sent after every step, learning rate 2e-5; means over"
+                    f" {' and '.join(map(str, seeds))} seeds and 95 % intervals")
     return figure
 
 
