@@ -39,12 +39,14 @@ from benchmarks.faulty import (
     attention_scaled,
     low_rank,
     min_p,
+    noisy,
     plain,
     prompts_of,
     quantised,
     random_weights,
     repetition_penalty,
     roll_out,
+    scaled_head,
     scored_after,
     stretched,
     tempered,
@@ -335,6 +337,43 @@ def other_histories(lab: Lab, told: bool) -> list[LogProbDump]:
     return dumps
 
 
+def prescribed(dump: LogProbDump, length: int, scored: bool) -> LogProbDump:
+    """Every answer begins with text that the request gave; the engine scores it, or says 0."""
+    g = torch.Generator().manual_seed(5)
+    old, rollout = dump.old_log_probs.clone(), dump.rollout_log_probs.clone()
+    noise = (rollout - old)[:, :length]
+    old[:, :length] = -5 - 5 * torch.rand(len(old), length, generator=g)
+    rollout[:, :length] = old[:, :length] + noise if scored else 0.0
+    return replace(
+        dump, old_log_probs=old, rollout_log_probs=rollout, top_k_ids=None, top_k_log_probs=None
+    )
+
+
+def drafted(lab: Lab, share: float) -> list[LogProbDump]:
+    """Of accepted tokens the engine reports what a small draft model thought of them."""
+    dumps = []
+    for i, (weights, dump) in enumerate(zip(lab.models, lab(Scenario()), strict=True)):
+        prompts = prompts_of(len(dump), torch.Generator().manual_seed(100 + i))
+        assert dump.token_ids is not None
+        tokens = torch.cat([prompts, dump.token_ids], dim=1)
+        draft = scored_after(quantised(3)(weights), tokens[:, :1], tokens[:, 1:], start=0)
+        g = torch.Generator().manual_seed(i)
+        accepted = torch.rand(dump.mask.shape, generator=g) < share
+        dumps.append(replace(
+            dump, top_k_ids=None, top_k_log_probs=None, rollout_log_probs=torch.where(
+                accepted, draft[:, -LENGTH:], dump.rollout_log_probs
+            ),
+        ))
+    return dumps
+
+
+def candidates_of(dump: LogProbDump, lag: int) -> LogProbDump:
+    """Each position lists the candidates of another."""
+    assert dump.top_k_ids is not None and dump.top_k_log_probs is not None
+    return replace(dump, top_k_ids=dump.top_k_ids.roll(lag, 1),
+                   top_k_log_probs=dump.top_k_log_probs.roll(lag, 1))
+
+
 def cases(lab: Lab, real: LogProbDump | None) -> Iterator[Case]:
     """Every cause at several strengths."""
     yield from of_the_sampler(lab)
@@ -342,6 +381,7 @@ def cases(lab: Lab, real: LogProbDump | None) -> Iterator[Case]:
     yield from of_the_tokens(lab)
     healthy = lab(Scenario())
     yield from of_the_fields(healthy)
+    yield from of_rivals(lab, healthy)
     yield from of_the_values("transformer", healthy)
     if real is not None:
         yield from of_the_values("real", [real])
@@ -472,6 +512,34 @@ def of_the_fields(healthy: list[LogProbDump]) -> Iterator[Case]:
         _each, healthy, lambda d: entropy_of(d, torch.zeros_like)), True)
     yield Case("end-of-turn tokens added by the template", "four turns",
                partial(_each, healthy, closed_turns), True)
+
+
+def of_rivals(lab: Lab, healthy: list[LogProbDump]) -> Iterator[Case]:
+    """Causes that a dump cannot tell from others: they are named beside these, with a control."""
+    case = partial(_case, lab)
+    yield case("another scale of the logits", "× 1.1 in the engine",
+               Scenario(engine_weights=scaled_head(1.1)), True)
+    yield case("kernels that differ by more than 16-bit rounding", "logits off by 0.5",
+               Scenario(sampler=noisy(0.5)), True)
+    yield Case("engine and trainer that agree to the bit", "all", partial(
+        _each, healthy, lambda d: replace(d, old_log_probs=d.rollout_log_probs)), True)
+    yield case("a sampler that keeps one token", "top-k = 1", Scenario(sampler=top_k(1)), True)
+    for rate in (5e-5, 2e-4):
+        yield case("log_probs taken after optimizer steps", f"one step, {rate:g} per weight",
+                   Scenario(second_weights=lab.after(rate)), rate == 2e-4)
+    yield Case("sequences preempted and resumed", "1 answer in 4, 4 bits from its 48th token",
+               partial(served_by, lab, Scenario(later_weights=quantised(4), cut=48), 1 / 4), True)
+    yield Case("a part of the batch from elsewhere", "1 answer in 8, other weights",
+               partial(served_by, lab, Scenario(engine_weights=lab.after(1e-3)), 1 / 8), True)
+    yield Case("candidates of another position", "of the next", partial(
+        _each, healthy, lambda d: candidates_of(d, -1)), True)
+    for share in (0.1, 0.7):
+        yield Case("speculative decoding that reports the draft's log-probs",
+                   f"{share:.0%} of tokens", partial(drafted, lab, share), share == 0.7)
+    for scored in (False, True):
+        yield Case("forced or prefilled tokens in the mask",
+                   f"16 tokens, {'scored' if scored else 'zeros'}",
+                   partial(_each, healthy, lambda d, s=scored: prescribed(d, 16, s)), True)
 
 
 def of_the_values(where: str, dumps: list[LogProbDump]) -> Iterator[Case]:

@@ -117,6 +117,16 @@ def tempered(temperature: float) -> Sampler:
     return lambda logits, tokens: logits / temperature
 
 
+def noisy(size: float) -> Sampler:
+    """Logits that are off by other amounts at every token, as of an engine's own kernels."""
+
+    def sampler(logits: Tensor, tokens: Tensor) -> Tensor:
+        g = torch.Generator().manual_seed(tokens.shape[1])
+        return logits + size * torch.randn(logits.shape, generator=g)
+
+    return sampler
+
+
 def top_p(mass: float) -> Sampler:
     def sampler(logits: Tensor, tokens: Tensor) -> Tensor:
         ordered, index = logits.sort(descending=True)
@@ -304,6 +314,11 @@ def stretched(known: int, factor: float) -> Callable[[Weights], Weights]:
         return {**weights, "position": (1 - part) * table[low] + part * table[high]}
 
     return stretch
+
+
+def scaled_head(factor: float) -> Callable[[Weights], Weights]:
+    """Another scale of the logits in the configuration."""
+    return lambda weights: {**weights, "head": factor * weights["head"]}
 
 
 def attention_scaled(factor: float) -> Callable[[Weights], Weights]:

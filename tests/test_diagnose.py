@@ -395,6 +395,11 @@ class TestTokens:
         out["old_log_probs"][after & ~wrong] -= 0.5
         assert causes(full(out)) == ["wrong tokens"]
 
+    def test_a_sampler_that_keeps_one_token_reports_certainty_everywhere(self):
+        out = roll_out(sampler=lambda x, seen: np.where(x == x.max(-1, keepdims=True), x, -np.inf))
+        assert (out["rollout_log_probs"] == 0).all()
+        assert causes(full(out))[0] == known.GREEDY.name
+
     def test_other_tokens_from_a_position_on(self):
         out, other = roll_out(), roll_out(seed=5)
         out["old_log_probs"][::8, 50:] = other["old_log_probs"][::8, 50:]
@@ -514,6 +519,14 @@ class TestWeights:
         assert "engine 1" in finding.evidence
         turn = (engine == 1).long()[:, None].expand(dump.mask.shape)
         assert patterns(LogProbDump(**dump.given(), turn=turn)) == [NOISE]
+
+    def test_weights_that_are_reported_but_not_sampled_from_are_a_drafts(self):
+        out, other = roll_out(), np.random.default_rng(5).normal(0, 0.3, VOCABULARY)
+        out["rollout_log_probs"] += other[out["token_ids"].astype(int)]
+        out["rollout_log_probs"] = np.minimum(out["rollout_log_probs"], -1e-4)
+        finding, *_ = diagnose(full(out))
+        assert finding.pattern == OTHER_WEIGHTS and not finding.correctable
+        assert finding.cause == known.SPECULATIVE.name and "mean ratio is 1 +" in finding.evidence
 
     def test_stop_tokens_are_named_where_other_zeros_are_certainties(self):
         out = roll_out()

@@ -160,7 +160,8 @@ def _one_sided(tokens: Tokens) -> Finding | None:
         f" engine is lower by more than {limit:.2g} nats, amid noise of {tokens.typical():.2g};"
         f" farthest in sequence {tokens.row[worst]} at token {tokens.position[worst]}, by"
         f" {abs(d[worst]):.3g}",
-        (causes.CORRUPTED, causes.CANDIDATE, causes.SENTINEL, causes.ROUTING), n / len(d),
+        (causes.CORRUPTED, causes.SPECULATIVE, causes.CANDIDATE, causes.SENTINEL, causes.ROUTING),
+        n / len(d),
     )
 
 

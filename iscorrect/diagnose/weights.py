@@ -100,13 +100,20 @@ def other_weights(tokens: Tokens) -> Finding | None:
         (causes.QUANTISED, causes.STALE_WEIGHTS)
     compared = "as much as a training step makes them" if stale else \
         "less than a training step makes them"
-    return Finding(
-        OTHER_WEIGHTS,
+    evidence = (
         f"log ρ repeats with the token across sequences ({repeats} of its variance): the engine"
         f" holds other weights, {compared}, at a typical difference of log-odds of"
-        f" {tokens.logit_noise():.2g}",
+        f" {tokens.logit_noise():.2g}"
+    )
+    excess = tokens.mean(np.expm1(np.minimum(tokens.d, 30)))
+    reported = not (doubtless(excess, tokens) and excess.value > 0.1 * tokens.typical())
+    if not reported:
+        evidence += f"; nor does it sample from them: the mean ratio is 1 {excess}, and not 1"
+        likeliest = (causes.SPECULATIVE, *likeliest)
+    return Finding(
+        OTHER_WEIGHTS, evidence,
         (*likeliest, causes.ADAPTER, causes.DEFINITION, causes.SHARED_CACHE, causes.SWALLOWED),
-        repeats.value, repeats.error, correctable=_small(tokens),
+        repeats.value, repeats.error, correctable=reported and _small(tokens),
     )
 
 
