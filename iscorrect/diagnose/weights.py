@@ -134,8 +134,8 @@ def fading(tokens: Tokens) -> Finding | None:
     contexts = causes.STALE_WEIGHTS, causes.SHARED_CACHE
     return Finding(
         "mismatch fades along answers",
-        f"|Δ log p| falls by {1 - 2**-rest.value:.0%} whenever the position doubles (log {rest}"
-        " per log of it), beyond what the confidence of the tokens explains",
+        f"|Δ log p| falls by {1 - 2**-rest.value:.0%} whenever the position doubles (its log by"
+        f" {rest} per log of the position), beyond what the confidence of the tokens explains",
         (causes.WRONG_PROMPT, *contexts, causes.QUANTISED) if rest.value > 0.2
         else (*contexts, causes.WRONG_PROMPT, causes.QUANTISED),
         rest.value, rest.error, correctable=_small(tokens),

@@ -134,7 +134,9 @@ def main(folder: Path, record: Path, seed: int) -> None:
     cases = [(fault.cause, fault.strength, read_dump(path)) for fault, path in pairs(every, dumps)]
     clean, newer = cases[0][2], cases[1][2]
     stale = next(dump for cause, _, dump in cases if cause == "stale weights")
-    cases.append(("one engine or rank of many", "1 of 4 by name", mixed(newer, stale)))
+    cases.append((
+        "one engine or rank of many", "1 of 4 by name, all kinds of prompts", mixed(newer, stale)
+    ))
     cases += [
         (case.cause, case.strength, dump)
         for case in benchmark.of_the_values("real model", [grouped(clean)])
