@@ -40,7 +40,8 @@ def run(setting: Setting) -> Iterator[Workload]:
     n = 64 if setting.small else 1024
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         name = str(dtype).removeprefix("torch.")
-        if dtype == torch.float16 and setting.device == "cpu" and "fp16" not in processor("cpu"):
+        units = processor(setting.device)
+        if dtype == torch.float16 and "avx2" in units and "fp16" not in units:
             workload = Workload(name, "It emulates float16 products, for which see *emulated*.")
             workload.add("every provider", **{"wall, ms": "not timed on this processor"})
             yield workload

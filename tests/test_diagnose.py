@@ -89,10 +89,18 @@ def patterns(dump, **kwargs):
     return [finding.pattern for finding in diagnose(dump, **kwargs)]
 
 
-def by_place(noise):
+def by_place(noise, seed=0):
     """Contexts whose logits the engine has with noise of a size for each place."""
     noise = np.broadcast_to(noise, (SEQUENCES, LENGTH))[..., None]
-    return of_contexts(lambda x, rng: x + 0.06 * noise * rng.normal(size=x.shape), noise=0)
+    return of_contexts(
+        lambda x, rng: x + 0.06 * noise * rng.normal(size=x.shape), seed=seed, noise=0
+    )
+
+
+def cut(dump, lengths):
+    """The first tokens of each sequence."""
+    mask = torch.arange(LENGTH) < torch.as_tensor(lengths)[:, None]
+    return LogProbDump(**{**dump.given(), "mask": mask})
 
 
 
@@ -504,11 +512,22 @@ class TestWeights:
         assert finding.cause == likeliest.name
         assert known.SHARED_CACHE.name in [c.name for c in finding.causes]
 
-    def test_a_first_token_apart_and_a_mismatch_that_grows_are_rounding(self):
+    @pytest.mark.parametrize("length", [2, 3, 8, 16, 48, LENGTH])
+    def test_a_first_token_apart_and_a_mismatch_that_grows_are_rounding(self, length):
         first = np.ones(LENGTH)
         first[0] = 3
         for along in (first, (1 + np.arange(LENGTH)) ** 0.15):
-            assert patterns(by_place(along)) == [NOISE]
+            assert patterns(cut(by_place(along), np.full(SEQUENCES, length))) == [NOISE]
+
+    def test_short_answers_that_differ_more_do_not_make_a_mismatch_fade(self):
+        short = np.arange(SEQUENCES) % 4 > 0
+        dump = by_place(np.where(short, 1.6, 1.0)[:, None] * np.ones(LENGTH))
+        assert patterns(cut(dump, np.where(short, 32, LENGTH))) == [NOISE]
+
+    def test_what_fades_no_less_than_the_null_is_noise(self):
+        along = (1 + np.arange(LENGTH)) ** -0.15
+        (finding,) = diagnose(by_place(along), null=by_place(along, seed=1))
+        assert finding.pattern == NOISE
 
     def test_an_engine_a_third_further_off_is_told_and_a_turn_is_not(self):
         apart = np.where(np.arange(SEQUENCES) % 4 == 1, 1.4, 1.0)[:, None]
@@ -519,6 +538,22 @@ class TestWeights:
         assert "engine 1" in finding.evidence
         turn = (engine == 1).long()[:, None].expand(dump.mask.shape)
         assert patterns(LogProbDump(**dump.given(), turn=turn)) == [NOISE]
+
+    @pytest.mark.parametrize("count", [16, 32, SEQUENCES])
+    def test_many_engines_with_few_sequences_each_are_not_apart_by_chance(self, count):
+        rng = np.random.default_rng(count)
+        levels = np.exp(0.15 * rng.normal(size=(SEQUENCES, 1)))
+        dump = by_place(levels * np.ones(LENGTH))
+        engine = torch.arange(SEQUENCES) % count
+        assert patterns(LogProbDump(**dump.given(), engine=engine)) == [NOISE]
+
+    @pytest.mark.parametrize("reported", [True, False])
+    def test_text_that_every_answer_begins_with_was_prescribed(self, reported):
+        out = roll_out()
+        rng, noise = np.random.default_rng(2), out["rollout_log_probs"] - out["old_log_probs"]
+        out["old_log_probs"][:, :12] = -6 - 3 * rng.random((SEQUENCES, 12))
+        out["rollout_log_probs"][:, :12] = (out["old_log_probs"] + noise)[:, :12] if reported else 0
+        assert causes(full(out))[0] == known.PREFILLED.name
 
     def test_weights_that_are_reported_but_not_sampled_from_are_a_drafts(self):
         out, other = roll_out(), np.random.default_rng(5).normal(0, 0.3, VOCABULARY)
@@ -536,6 +571,20 @@ class TestWeights:
             out["old_log_probs"][row, 5] = -1.0
         finding, *_ = diagnose(full(out))
         assert finding.cause == known.STOP_TOKEN.name
+
+    def test_zeros_at_the_end_of_both_turns_are_the_templates(self):
+        out = roll_out()
+        out["rollout_log_probs"][:, [LENGTH // 2 - 1, LENGTH - 1]] = 0
+        turn = (torch.arange(LENGTH) >= LENGTH // 2).long().expand(SEQUENCES, LENGTH)
+        finding, *_ = diagnose(full(out, turn=turn))
+        assert finding.cause == known.TURN_END.name
+
+    def test_long_runs_of_zeros_amid_sampled_tokens_are_no_greedy_sampler(self):
+        out = roll_out()
+        out["rollout_log_probs"][:, 5:] = 0
+        out["old_log_probs"][:, 5:] -= 3
+        finding, *_ = diagnose(full(out))
+        assert finding.cause == known.ENVIRONMENT.name
 
 
 class TestStorage:

@@ -79,9 +79,10 @@ def constants(tokens: Tokens) -> tuple[Finding | None, Tokens]:
     likeliest = {
         "last": (causes.STOP_TOKEN, causes.MISSING), "turn": (causes.TURN_END, causes.STOP_TOKEN),
         "runs": (causes.ENVIRONMENT, causes.PREFILLED, causes.MISSING),
+        "begins": (causes.PREFILLED, causes.ENVIRONMENT, causes.MISSING),
     }.get(place, (causes.MISSING, causes.SENTINEL, causes.CANDIDATE) if value == 0
           else (causes.SENTINEL, causes.MISSING))
-    if float((x == value).mean()) > 0.95:
+    if float((x == value).mean()) > 0.99:
         likeliest = (causes.GREEDY, *likeliest)
     return Finding(
         "one value in many places",
@@ -137,16 +138,29 @@ def _place(tokens: Tokens, filled: Array) -> tuple[str, float, str]:
     ends = np.r_[tokens.row[1:] != tokens.row[:-1], True]
     in_runs = float((run_lengths(filled, tokens.row)[filled] >= 4).mean())
     if in_runs > 0.7:
-        return "runs", in_runs, "in runs of four or more: the engine did not sample them"
+        opened = _opens(tokens, filled)
+        return "begins" if opened else "runs", in_runs, (
+            "in runs of four or more" + (" that mostly begin a sequence" if opened else "")
+            + ": the engine did not sample them"
+        )
     last, closed = float(ends[filled].mean()), float(filled[ends].mean())
-    if last >= 0.9 or (last >= 0.5 and closed >= 0.9):
+    if last >= 0.9:
         return "last", last, "the last token of their sequence"
     if tokens.turn is not None:
         closing = ends | np.r_[tokens.turn[1:] != tokens.turn[:-1], True]
         at_turns = float(closing[filled].mean())
         if at_turns >= 0.9:
             return "turn", at_turns, "the last token of their turn"
+    if last >= 0.5 and closed >= 0.9:
+        return "last", last, "the last token of their sequence"
     return "", float((~ends)[filled].mean()), "inside their sequence"
+
+
+def _opens(tokens: Tokens, some: Array) -> bool:
+    """Whether most runs of such tokens begin their sequence, and others follow."""
+    begins = np.r_[True, tokens.row[1:] != tokens.row[:-1]]
+    starts = some & (begins | ~np.r_[False, some[:-1]])
+    return float(begins[starts].mean()) > 0.5 and not some.all()
 
 
 def unsampled(tokens: Tokens) -> tuple[Finding | None, Tokens]:
@@ -173,7 +187,7 @@ def unsampled(tokens: Tokens) -> tuple[Finding | None, Tokens]:
         f"{int(foreign.sum())} tokens ({share:.2%}) lie in runs whose surprisal exceeds the"
         f" entropy by {float(both[foreign].mean()):.1f} nats per token on both sides:"
         " nobody sampled them",
-        (causes.ENVIRONMENT, causes.PREFILLED), share,
+        (causes.ENVIRONMENT, causes.PREFILLED)[:: -1 if _opens(tokens, foreign) else 1], share,
     ), tokens.where(~foreign)
 
 

@@ -13,6 +13,8 @@ from iscorrect.diagnose.scale import doubtless
 from iscorrect.dumps import Tokens
 from iscorrect.dumps.names import Array
 
+BEGINNING = 32  # tokens of an answer, within which text lies that the request prescribes
+
 
 def temperature(tokens: Tokens) -> Finding | None:
     """Whether log ρ follows log π + H, as log π^(1/τ) − log π = (1/τ − 1)(log π + H) + … does."""
@@ -130,10 +132,19 @@ def hidden_sampler(tokens: Tokens) -> list[Finding]:
     varentropy = float(np.square(tokens.gap).mean())
     tau = 1 / (1 - gap.value / varentropy)
     colder = "sharper" if gap.value < 0 else "flatter"
-    return [Finding(
-        "tokens from a distribution that neither side reports",
+    evidence = (
         f"the two sides agree to {tokens.typical():.2g} nats, but surprisal exceeds entropy by"
         f" {gap} nats: the tokens come from a {colder} distribution than either side reports, as"
-        f" at a temperature of {tau:.3g}",
-        (causes.HIDDEN_SAMPLER, causes.ENTROPY_OTHER, causes.PREFILLED), gap.value, gap.error,
+        f" at a temperature of {tau:.3g}"
+    )
+    likeliest = causes.HIDDEN_SAMPLER, causes.ENTROPY_OTHER, causes.PREFILLED
+    later = tokens.where(tokens.position >= BEGINNING)
+    if gap.value > 0 and len(later) and later.gap is not None:
+        rest = later.mean(later.gap)
+        if abs(rest.value) < 0.1 * gap.value:
+            evidence += f"; only at the beginning of answers, after {BEGINNING} tokens by {rest}"
+            likeliest = causes.PREFILLED, causes.ENVIRONMENT, causes.HIDDEN_SAMPLER
+    return [Finding(
+        "tokens from a distribution that neither side reports", evidence, likeliest, gap.value,
+        gap.error,
     )]

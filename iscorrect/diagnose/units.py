@@ -16,9 +16,9 @@ from iscorrect.dumps import Estimate, Tokens
 from iscorrect.dumps.names import Array
 
 TWICE = math.log(2)
-LEAST = {"engine": math.log(1.2)}
-"""How far a unit is from the rest, log |Δ|. Engines get the same kinds of prompts, versions, turns
-and places in a row do not: what is usual of them is no finding below a factor of two."""
+ENGINES = math.log(1.2)
+"""How far an engine is from the rest, log |Δ|. Engines get the same kinds of prompts; versions,
+turns and places in a row do not: what is usual of them is no finding below a factor of two."""
 FEW = 16  # tokens from which a level of a sequence is read
 
 OF_SEQUENCE: dict[str, tuple[Cause, ...]] = {
@@ -156,7 +156,10 @@ def some_places(tokens: Tokens) -> Finding | None:
             continue
         for called, here in _parts(tokens, name, label, x):
             effect, usual = _contrast(seen, x, here)
-            if doubtless(effect, seen) and effect.value > LEAST.get(name, TWICE):
+            apart = effect.value > TWICE and doubtless(effect, seen)
+            if name == "engine" and effect.value > ENGINES:
+                apart = apart or doubtless(effect, _smaller(seen, here))
+            if apart:
                 return Finding(
                     f"one {name} apart from the rest" if name != "pack"
                     else "mismatch depends on the place in a packed row",
@@ -180,6 +183,12 @@ def _parts(tokens: Tokens, name: str, label: Array, x: Array) -> Iterator[tuple[
     for unit in ranked[np.minimum(count, len(x) - count)[ranked] >= 32][:8]:
         if name != "pack" or unit > 0:
             yield tokens.label(name, int(units[unit])), member == unit
+
+
+def _smaller(tokens: Tokens, here: Array) -> Tokens:
+    """The part, or the rest where that has fewer sequences: its number says what an error is."""
+    part, rest = tokens.where(here), tokens.where(~here)
+    return part if part.sequences < rest.sequences else rest
 
 
 def _contrast(tokens: Tokens, x: Array, here: Array) -> tuple[Estimate, float]:

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from iscorrect.diagnose import causes
-from iscorrect.diagnose.findings import Finding
+from iscorrect.diagnose.findings import Cause, Finding
 from iscorrect.diagnose.scale import distinct, doubtless, levels
 from iscorrect.dumps import Estimate, Tokens
 from iscorrect.dumps.names import Array
@@ -15,7 +15,7 @@ from iscorrect.dumps.names import Array
 OTHER_WEIGHTS = "log ρ repeats with the token"
 WITH_AGE = "mismatch grows with the age of the weights"
 PLATEAU = "mismatch grows over the first steps and stays"
-FADING = 0.08
+FADING = 0.09
 """Of |Δ|, in units of itself, per logarithm of the position."""
 
 
@@ -96,7 +96,7 @@ def other_weights(tokens: Tokens) -> Finding | None:
         (flatter,), _ = tokens.regress(tokens.d, -tokens.gap)
         # coarse weights blur what the engine says; a training step does not
         stale = not (doubtless(flatter, tokens) and flatter.value > 0.03)
-    likeliest = (causes.STALE_WEIGHTS, causes.QUANTISED) if stale else \
+    likeliest: tuple[Cause, ...] = (causes.STALE_WEIGHTS, causes.QUANTISED) if stale else \
         (causes.QUANTISED, causes.STALE_WEIGHTS)
     compared = "as much as a training step makes them" if stale else \
         "less than a training step makes them"
@@ -118,28 +118,38 @@ def other_weights(tokens: Tokens) -> Finding | None:
 
 
 def fading(tokens: Tokens) -> Finding | None:
-    """A mismatch that falls along answers: of rounding it does not, for tokens of one confidence.
+    """A mismatch that falls along answers; rounding's hardly does, for tokens of one confidence.
 
     What an answer begins with rests on the prompt alone, and later tokens ever more on each other.
+    The first token is left out: it is computed with the prompt, by other kernels.
     """
     seen, x = levels(tokens)
+    later = seen.position > 0
+    seen, x = seen.where(later), x[later]
     along = -np.log1p(seen.position)
-    later = seen.position > 0  # the first token is computed with the prompt, by other kernels
-    if int(later.sum()) < 256:
+    if len(seen) < 256 or np.ptp(along) < math.log(8):
         return None
-    (whole,), _ = seen.regress(x, along)
-    (rest,), _ = seen.where(later).regress(x[later], along[later])
-    if not doubtless(whole, seen) or min(whole.value, rest.value) < FADING:
+    # within sequences: short ones may differ from long ones for other reasons
+    (slope,), _ = seen.regress(_within(x, seen.row), _within(along, seen.row))
+    if not doubtless(slope, tokens) or slope.value < FADING:
         return None
     contexts = causes.STALE_WEIGHTS, causes.SHARED_CACHE
+    others = causes.QUANTISED, causes.HEAD_ENGINE
     return Finding(
         "mismatch fades along answers",
-        f"|Δ log p| falls by {1 - 2**-rest.value:.0%} whenever the position doubles (its log by"
-        f" {rest} per log of the position), beyond what the confidence of the tokens explains",
-        (causes.WRONG_PROMPT, *contexts, causes.QUANTISED) if rest.value > 0.2
-        else (*contexts, causes.WRONG_PROMPT, causes.QUANTISED),
-        rest.value, rest.error, correctable=_small(tokens),
+        f"|Δ log p| falls by {1 - 2**-slope.value:.0%} whenever the position doubles (its log by"
+        f" {slope} per log of the position), beyond what the confidence of the tokens explains",
+        (causes.WRONG_PROMPT, *contexts, *others) if slope.value > 0.2
+        else (*contexts, causes.WRONG_PROMPT, *others),
+        slope.value, slope.error, correctable=_small(tokens),
     )
+
+
+def _within(x: Array, row: Array) -> Array:
+    """What is left of x "n" when each sequence's mean is taken off."""
+    count = np.maximum(np.bincount(row), 1)
+    within: Array = x - (np.bincount(row, weights=x) / count)[row]
+    return within
 
 
 def _small(tokens: Tokens) -> bool:

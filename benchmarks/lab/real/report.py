@@ -567,7 +567,8 @@ def learning_figure(records: Path) -> plt.Figure:
     columns = {"kl": "KL(engine‖policy), nats per token", "arrival": "arrives of the last update",
                "reward": "reward of the engine", "sampled": "reward of the policy, T = 1"}
     figure, panels = plt.subplots(2, 2, figsize=(11, 8.5), layout="constrained")
-    arms = {arm: seeds for arm, seeds in runs(records).items() if arm.endswith("every1-2e-05")}
+    arms = {arm: seeds for arm, seeds in runs(records).items()
+            if arm.endswith("every1-2e-05") and len(seeds) >= 3}
     for (arm, seeds), colour in zip(arms.items(), plt.get_cmap("tab10").colors, strict=False):
         for ax, column in zip(panels.flat, columns, strict=True):
             steps = [int(row["step"]) for row in seeds[0] if row[column]]
@@ -575,10 +576,9 @@ def learning_figure(records: Path) -> plt.Figure:
             of = np.log(of) if column == "kl" else of
             middle, back = of.mean(0), np.exp if column == "kl" else np.asarray
             ax.plot(steps, back(middle), color=colour, label=named(arm), marker=".")
-            if len(seeds) >= 3:
-                reach = stats.t.ppf(0.975, len(seeds) - 1) * stats.sem(of)
-                ax.fill_between(steps, back(middle - reach), back(middle + reach), color=colour,
-                                alpha=0.15, linewidth=0)
+            reach = stats.t.ppf(0.975, len(seeds) - 1) * stats.sem(of)
+            ax.fill_between(steps, back(middle - reach), back(middle + reach), color=colour,
+                            alpha=0.15, linewidth=0)
     for ax, label in zip(panels.flat, columns.values(), strict=True):
         ax.set(xlabel="step", title=label)
     panels[0, 0].set_yscale("log")
@@ -588,7 +588,7 @@ def learning_figure(records: Path) -> plt.Figure:
                   fontsize=9, frameon=False)
     seeds = sorted({len(x) for x in arms.values()})
     figure.suptitle("vLLM, weights sent after every step, learning rate 2e-5; means over"
-                    f" {' and '.join(map(str, seeds))} seeds and 95 % intervals")
+                    f" {' and '.join(map(str, seeds))} seeds (of KL geometric), 95 % intervals")
     return figure
 
 
