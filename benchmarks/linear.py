@@ -42,7 +42,9 @@ def run(setting: Setting) -> Iterator[Workload]:
         name = str(dtype).removeprefix("torch.")
         units = processor(setting.device)
         if dtype == torch.float16 and "avx2" in units and "fp16" not in units:
-            workload = Workload(name, "This processor emulates float16 products, for which see *emulated*.")
+            workload = Workload(
+                name, "This processor emulates float16 products, for which see *emulated*."
+            )
             workload.add("every provider", **{"wall, ms": "not timed on this processor"})
             yield workload
             continue
