@@ -82,13 +82,16 @@ def constants(tokens: Tokens) -> tuple[Finding | None, Tokens]:
         "begins": (causes.PREFILLED, causes.ENVIRONMENT, causes.MISSING),
     }.get(place, (causes.MISSING, causes.SENTINEL, causes.CANDIDATE) if value == 0
           else (causes.SENTINEL, causes.MISSING))
-    if float((x == value).mean()) > 0.99:
+    located = f"{among:.0%} of them {where}"
+    everywhere = float((x == value).mean())
+    if everywhere > 0.99:
         likeliest = (causes.GREEDY, *likeliest)
+        located = f"it is the value of {everywhere:.1%} of all tokens"
     return Finding(
         "one value in many places",
         f"{side}_log_probs are {value:.6g}{more} on {n} tokens ({n / len(tokens):.2%}) in"
         f" {len(np.unique(tokens.row[filled]))} of {tokens.sequences} sequences, where the other"
-        f" side says {spread[0]:.3g} to {spread[1]:.3g}; {among:.0%} of them {where}",
+        f" side says {spread[0]:.3g} to {spread[1]:.3g}; {located}",
         likeliest, n / len(tokens),
     ), tokens.where(~filled)
 
