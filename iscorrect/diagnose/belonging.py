@@ -185,12 +185,15 @@ def unsampled(tokens: Tokens) -> tuple[Finding | None, Tokens]:
     if int(foreign[np.isin(tokens.row, one_of_each)].sum()) < 24:
         return None, tokens
     share = float(foreign.mean())
+    likeliest = causes.ENVIRONMENT, causes.PREFILLED
+    if _opens(tokens, foreign):
+        likeliest = causes.PREFILLED, causes.ENVIRONMENT
     return Finding(
         "runs that surprise both sides",
         f"{int(foreign.sum())} tokens ({share:.2%}) lie in runs whose surprisal exceeds the"
         f" entropy by {float(both[foreign].mean()):.1f} nats per token on both sides:"
         " nobody sampled them",
-        (causes.ENVIRONMENT, causes.PREFILLED)[:: -1 if _opens(tokens, foreign) else 1], share,
+        likeliest, share,
     ), tokens.where(~foreign)
 
 

@@ -131,7 +131,7 @@ def fading(tokens: Tokens) -> Finding | None:
         return None
     # within sequences: short ones may differ from long ones for other reasons
     (slope,), _ = seen.regress(_within(x, seen.row), _within(along, seen.row))
-    if not doubtless(slope, tokens) or slope.value < FADING:
+    if not doubtless(slope, seen) or slope.value < FADING:
         return None
     contexts = causes.STALE_WEIGHTS, causes.SHARED_CACHE
     others = causes.QUANTISED, causes.HEAD_ENGINE
