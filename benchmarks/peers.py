@@ -58,6 +58,8 @@ def load(name: str, device: str) -> LogProbs:
         raise UnavailableError("not installed") from error
     except ImportError as error:
         raise UnavailableError(str(error)) from error
+    except Exception as error:  # some look for their device, or for each other, on import
+        raise UnavailableError(f"{type(error).__name__} on import") from error
 
 
 def materialised(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
