@@ -100,11 +100,13 @@ def ours(
     return step
 
 
-def two_pass(problem: Problem, loss_fn: PolicyLoss) -> Callable[[], object]:
+def two_pass(
+    problem: Problem, loss_fn: PolicyLoss, **options: bool
+) -> Callable[[], object]:
     def step() -> Tensor:
         forget(problem)
         log_probs = linear_log_probs(
-            problem.hidden, problem.weight, problem.target, layout=problem.mask
+            problem.hidden, problem.weight, problem.target, layout=problem.mask, **options
         )
         loss, _ = loss_fn(
             log_probs, rollout_log_probs=problem.rollout_log_probs,

@@ -19,7 +19,8 @@ from benchmarks.harness import Setting, Workload
 from benchmarks.linear import TOKEN_TIS, Problem, forget, ours, theirs
 from benchmarks.peers import materialised
 from benchmarks.report import ROOT
-from iscorrect.head import onepass, reader
+from iscorrect.gradients import scaled
+from iscorrect.head import block, onepass, reader
 from iscorrect.head.block import Kernels
 from iscorrect.head.linear import linear_log_probs
 
@@ -108,7 +109,7 @@ def rehearsed(step: Callable[[], object]) -> Ledger:
 
     values = {
         (reader, "GPU_ROWS"): ROWS // SCALE, (reader, "GPU_TOKENS"): CHUNK // SCALE,
-        (onepass, "GPU_TOKENS"): CHUNK // SCALE, (reader, "compiled"): lambda _: ONE_KERNEL_EACH,
+        (onepass, "GPU_TOKENS"): CHUNK // SCALE, (block, "compiled"): lambda _: ONE_KERNEL_EACH,
     }
     with ExitStack() as patched:
         for (module, name), value in values.items():
@@ -146,5 +147,5 @@ def _derivative(z: Tensor, reference: Tensor, factor: Tensor, dtype: torch.dtype
 ONE_KERNEL_EACH = Kernels(
     lambda z, largest, axis: _total(z, largest),
     lambda z, reference, factor, axis, out: _derivative(z, reference, factor, out.dtype),
-    exponentials=False,
+    scaled, exponentials=False,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,8 +33,18 @@ def with_gradient(value: Tensor, *pairs: tuple[Tensor, Tensor]) -> Tensor:
     return result
 
 
+def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor times a number "", rounded by the kernel that multiplies.
+
+    >>> scaled(torch.tensor([6.0]), torch.tensor(0.5), torch.float16)
+    tensor([3.], dtype=torch.float16)
+    """
+    return torch.mul(x, factor, out=torch.empty_like(x, dtype=dtype))
+
+
 def giving_gradients_away(
-    caller: str, value: Tensor, *pairs: tuple[Tensor | None, Tensor | None]
+    caller: str, value: Tensor, *pairs: tuple[Tensor | None, Tensor | None],
+    scaled: Callable[[Tensor, Tensor, torch.dtype], Tensor] = scaled,
 ) -> Tensor:
     """The same for a scalar and derivatives as large as the weights of a model.
 
@@ -46,6 +57,7 @@ def giving_gradients_away(
         value: "".
         pairs: a tensor and the derivative of ``value`` in it, of as many entries. A tensor that is
             None, or that needs no gradient, comes with None.
+        scaled: multiplies a derivative that is wider than its tensor.
 
     Raises:
         RuntimeError: in a second backward.
@@ -56,7 +68,7 @@ def giving_gradients_away(
     tensor([6.], dtype=torch.float16)
     """
     inputs, derivatives = [x for x, _ in pairs], [derivative for _, derivative in pairs]
-    result: Tensor = _GivingAway.apply(caller, value, derivatives, *inputs)  # type: ignore[no-untyped-call]
+    result: Tensor = _GivingAway.apply(caller, value, derivatives, scaled, *inputs)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -87,9 +99,9 @@ class _GivingAway(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, caller: str, value: Tensor, derivatives: list[Tensor | None],
-        *inputs: Tensor | None,
+        scaled: Callable[[Tensor, Tensor, torch.dtype], Tensor], *inputs: Tensor | None,
     ) -> Tensor:
-        ctx.caller, ctx.derivatives = caller, derivatives
+        ctx.caller, ctx.derivatives, ctx.scaled = caller, derivatives, scaled
         ctx.like = [None if x is None else (x.shape, x.dtype) for x in inputs]
         return value.clone()
 
@@ -102,17 +114,13 @@ class _GivingAway(torch.autograd.Function):
                 " kept twice; compute the loss again for another backward"
             )
         derivatives, ctx.derivatives = ctx.derivatives, None
-        return (None, None, None, *map(_scaled, derivatives, [grad] * len(ctx.like), ctx.like))
-
-
-def _scaled(
-    derivative: Tensor | None, grad: Tensor, like: tuple[torch.Size, torch.dtype]
-) -> Tensor | None:
-    if derivative is None:
-        return None
-    shape, dtype = like
-    derivative = derivative.view(shape)
-    if derivative.dtype == dtype:
-        return derivative.mul_(grad)
-    # rounded by the kernel that multiplies
-    return torch.mul(derivative, grad, out=torch.empty_like(derivative, dtype=dtype))
+        made: list[Tensor | None] = []
+        for derivative, like in zip(derivatives, ctx.like, strict=True):
+            if derivative is None:
+                made.append(None)
+                continue
+            shape, dtype = like
+            same = derivative.dtype == dtype
+            out = derivative.mul_(grad) if same else ctx.scaled(derivative, grad, dtype)
+            made.append(out.view(shape))
+        return (None, None, None, None, *made)

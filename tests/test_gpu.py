@@ -153,17 +153,18 @@ def test_sequence_weights_are_those_of_float64(route):
 
 @contextmanager
 def waits():
-    """How often the host waited for the device, filled in at the end."""
+    """Where the host waited for the device, filled in at the end."""
     found = []
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
             yield found
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    found += [str(w.message) for w in caught if "synchroniz" in str(w.message)]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waited = [w for w in caught if "called a synchronizing" in str(w.message)]
+    found += [f"{w.filename}:{w.lineno}" for w in waited]
 
 
 @pytest.mark.parametrize("compile_kernels", [False, True])

@@ -8,11 +8,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from iscorrect.gradients import scaled
 from iscorrect.head.inputs import Head
 from iscorrect.head.support import KeptIds
 from iscorrect.ranks import Group, sum_over
@@ -25,11 +26,13 @@ class Kernels(NamedTuple):
         total: (z, largest "c", axis) -> the new largest and Σ exp(z − largest), both "c".
         derivative: (z, reference "c", factor "c", axis, out) -> exp(z − reference) · factor in the
             dtype of ``out``; without a reference z · factor.
+        scaled: (x, factor "", dtype) -> x · factor, rounded once.
         exponentials: whether ``total`` leaves exp(z − largest) in place of z.
     """
 
     total: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
     derivative: Callable[[Tensor, Tensor | None, Tensor, int, Tensor], Tensor]
+    scaled: Callable[[Tensor, Tensor, torch.dtype], Tensor]
     exponentials: bool
 
 
@@ -47,20 +50,34 @@ def _derivative_in_place(
     return torch.mul(z, factor.unsqueeze(axis), out=out)
 
 
-def _total(z: Tensor, largest: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    largest = torch.maximum(largest, z.amax(axis))
-    return largest, (z - largest.unsqueeze(axis)).exp().sum(axis)
+def _total(z: Tensor, before: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """The compiler reads z once where the maximum that is subtracted is that of z alone."""
+    here = z.amax(axis)
+    total = (z - here.unsqueeze(axis)).exp().sum(axis)
+    largest = torch.maximum(before, here)
+    # a block that the support excludes has nothing but −inf
+    return largest, torch.where(here == -torch.inf, 0, total * (here - largest).exp())
+
+
+def _scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return (x * factor).to(dtype)
 
 
 def _derivative(
-    z: Tensor, reference: Tensor | None, factor: Tensor, axis: int, dtype: torch.dtype
+    z: Tensor, reference: Tensor, factor: Tensor, axis: int, dtype: torch.dtype
 ) -> Tensor:
-    assert reference is not None
     return ((z - reference.unsqueeze(axis)).exp() * factor.unsqueeze(axis)).to(dtype)
 
 
-EAGER = Kernels(_total_in_place, _derivative_in_place, exponentials=True)
+EAGER = Kernels(_total_in_place, _derivative_in_place, scaled, exponentials=True)
 """Four passes over the logits and one, 24 and 6 bytes each where the result has 16 bits."""
+
+
+def kernels_for(head: Head, dtype: torch.dtype) -> Kernels:
+    """Those that a head asks for, where there are any: on a GPU, for float32 without a soft cap."""
+    device = head.weight.device
+    plain = device.type == "cpu" or head.softcap is not None or dtype != torch.float32
+    return compiled(device) if head.compile_kernels and not plain else EAGER
 
 
 @cache
@@ -69,12 +86,12 @@ def compiled(device: torch.device) -> Kernels:
 
     torch.compile needs a compiler; without one these are the kernels of eager mode.
     """
-    total = torch.compile(_total)
-    derivative = torch.compile(_derivative)
+    total, derivative, scaled = (_for_any_length(f) for f in (_total, _derivative, _scaled))
     z, one = torch.zeros(2, 3, device=device), torch.ones(2, device=device)
     try:
         total(z, one, 1)
         derivative(z, one, one, 1, torch.bfloat16)
+        scaled(z, one[0], torch.bfloat16)
     except Exception as error:
         warnings.warn(f"the head's kernels stay eager: {error}", stacklevel=2)
         return EAGER
@@ -85,7 +102,25 @@ def compiled(device: torch.device) -> Kernels:
         made: Tensor = derivative(z, reference, factor, axis, out.dtype)
         return made
 
-    return Kernels(total, derivative_like, exponentials=False)
+    return Kernels(total, derivative_like, scaled, exponentials=False)
+
+
+def _for_any_length(function: Callable[..., Any]) -> Callable[..., Any]:
+    """One compiled function for matrices of so many columns and any number of rows.
+
+    Where it may not count on the columns it reads one entry at a time.
+    """
+    made = torch.compile(function)
+
+    def call(*arguments: object) -> object:
+        for x in arguments:
+            if isinstance(x, Tensor) and x.ndim:
+                torch._dynamo.maybe_mark_dynamic(x, 0)
+                if x.ndim == 2:
+                    torch._dynamo.mark_static(x, 1)
+        return made(*arguments)
+
+    return call
 
 
 class Entry(NamedTuple):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from iscorrect.errors import InputError, input_error
 from iscorrect.gradients import giving_gradients_away
+from iscorrect.head.block import kernels_for
 from iscorrect.head.inputs import prepare
 from iscorrect.head.linear import log_probs_of
 from iscorrect.head.onepass import in_one_pass
@@ -171,7 +172,8 @@ def fused_policy_loss(
                 batch._replace(log_probs=log_probs, extra=constant), normalizer
             )
             loss = giving_gradients_away(
-                "fused_policy_loss", loss, *zip(inputs, ready, strict=True)
+                "fused_policy_loss", loss, *zip(inputs, ready, strict=True),
+                scaled=kernels_for(head, head.wide(hidden)).scaled,
             )
             return LossOutput(loss, metrics)
     (log_probs,) = log_probs_of(head, tokens, default_step(head))

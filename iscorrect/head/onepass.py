@@ -166,14 +166,14 @@ class _Room:
             start = parts[-1].stop
         return parts
 
-    def take(self, n: int) -> Tensor:
-        """Room for n tokens."""
+    def take(self, n: int) -> list[Tensor]:
+        """Room for n tokens, block by block."""
         shared = self._shared
         if shared is not None and self._into.fresh and n <= shared.shape[1]:
-            return self.reader.part(shared, n)
+            return self.reader.split(shared, n)
         if self._buffer is None:
             self._buffer = self.reader.room(self.size)
-        return self.reader.part(self._buffer, n)
+        return self.reader.split(self._buffer, n)
 
 
 def _whole_sequences(layout: Layout, tokens: Counted, room: _Room) -> list[slice]:

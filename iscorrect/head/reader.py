@@ -15,7 +15,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from iscorrect.head.block import EAGER, Allowed, Entry, Moments, compiled
+from iscorrect.head.block import Allowed, Entry, Moments, kernels_for
 from iscorrect.head.inputs import Counted, Head
 from iscorrect.head.products import add_product, leaves_float32, product
 from iscorrect.head.state import (
@@ -52,6 +52,23 @@ def default_step(head: Head) -> int:
     return max(head.weight.shape[1], 1024) if head.weight.device.type == "cpu" else GPU_TOKENS
 
 
+def rows_at_a_time(v: int, *, on_cpu: bool) -> int:
+    """Rows of a block; on a GPU all blocks but the last are whole tiles, and about as long.
+
+    >>> rows_at_a_time(151_936, on_cpu=False), rows_at_a_time(151_936, on_cpu=True)
+    (15232, 2048)
+    """
+    if on_cpu:
+        return min(CPU_ROWS, max(v, 1))
+    blocks = max(1, -(-v // GPU_ROWS))
+    return whole_tiles(max(1, -(-v // blocks)))
+
+
+def whole_tiles(n: int) -> int:
+    """The next multiple of a tile."""
+    return -(-n // TILE) * TILE
+
+
 def chunks(n: int, step: int) -> Iterator[slice]:
     """Of n tokens, at most so many at a time."""
     for start in range(0, n, step):
@@ -82,31 +99,27 @@ class Reader:
         self._operand = narrow if self._native else self.dtype
         self.on_cpu = device.type == "cpu"
         self._axis = 0 if self.on_cpu else 1
-        self._rows = max(1, min(CPU_ROWS if self.on_cpu else GPU_ROWS, len(head.weight)))
+        self._rows = rows_at_a_time(len(head.weight), on_cpu=self.on_cpu)
         self._of_thread = threading.local()
-        plain = self.on_cpu or head.softcap is not None or self.dtype != torch.float32
-        self._kernels = compiled(device) if head.compile_kernels and not plain else EAGER
+        self._kernels = kernels_for(head, self.dtype)
 
     def room(self, n: int) -> Tensor:
         """Memory for the logits of n tokens."""
-        v, new = len(self.head.weight), self.head.weight.new_empty
-        if self._axis == 0:
-            return new(v, n, dtype=self.dtype)
-        return new(n, -(-v // TILE) * TILE, dtype=self.dtype)[:, :v]
+        return self._new(len(self.head.weight), n, self.dtype)
 
-    def part(self, room: Tensor, n: int) -> Tensor:
-        """The part of it that n tokens take."""
-        return room.narrow(1 - self._axis, 0, n)
+    def split(self, room: Tensor, n: int) -> list[Tensor]:
+        """What the blocks of n tokens take of it, in their order."""
+        return [self._of(room, rows, n) for rows in self._blocks()]
 
     def read(
-        self, chunk: Counted, *, keep: Tensor | None = None, spread: bool = False,
+        self, chunk: Counted, *, keep: list[Tensor] | None = None, spread: bool = False,
         mean: Tensor | None = None,
     ) -> Reading:
         """Log-probs of the targets, from a running maximum and sum over the blocks.
 
         Args:
             chunk: the tokens.
-            keep: memory where logits or exponentials stay.
+            keep: memory where the logits or exponentials of each block stay.
             spread: ask for the moments.
             mean: zeros "c d", where Σ p_j ∂z_j/∂h comes, over this rank's rows but the target's.
         """
@@ -144,7 +157,7 @@ class Reader:
 
     def _read(
         self, chunk: Counted, hidden: Tensor, allowed: Allowed | None, blocks: Blocks,
-        keep: Tensor | None, spread: bool, mean: Tensor | None,
+        keep: list[Tensor] | None, spread: bool, mean: Tensor | None,
     ) -> Sums:
         """The running maximum and sum over some of the blocks."""
         head, lowest = self.head, torch.finfo(self.dtype).min
@@ -153,9 +166,12 @@ class Reader:
         sums = Sums(largest, others, own)
         sums.moments = Moments(largest, self._axis) if spread else None
         sums.mean = None if mean is None else torch.zeros_like(mean)
-        room = self._scratch(len(chunk)) if keep is None else keep
+        rooms = keep
+        if rooms is None:
+            scratch = self._scratch(len(chunk))
+            rooms = [self._first(scratch, rows, len(chunk)) for rows in self._blocks()]
         for i, rows in blocks:
-            z = self._logits(hidden, rows, allowed, room if keep is None else self._of(room, rows))
+            z = self._logits(hidden, rows, allowed, rooms[i])
             if sums.moments is not None:
                 sums.moments.add(z)
             # The sum over the others has digits left where p of the target is all but 1.
@@ -269,7 +285,7 @@ class Reader:
         if idle is not None:
             own = own.masked_fill(idle, 0)
         for (_, block), (z, subtracted) in zip(blocks, values, strict=True):
-            grad = self._of(scratch, slice(0, block.stop - block.start))
+            grad = self._first(scratch, block, len(chunk))
             reference = reading.largest if subtracted is None else subtracted
             subtract = reference if subtracted is None else None
             if head.softcap is not None:
@@ -285,8 +301,8 @@ class Reader:
     def _kept(
         self, kept: Kept, blocks: Blocks, busy: Tensor | None
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        for i, block in blocks:
-            z = self._of(kept.values, block)
+        for i, _ in blocks:
+            z = kept.values[i]
             reference = None if kept.references is None else kept.references[i]
             if busy is not None:
                 z = z.index_select(1 - self._axis, busy)
@@ -299,7 +315,8 @@ class Reader:
         allowed = Allowed.of(chunk.support, self.head)
         room = scratch if scratch.dtype == self.dtype else self._scratch(len(chunk))
         for _, block in blocks:
-            yield self._logits(hidden, block, allowed, room), None
+            z = self._first(room, block, len(chunk))
+            yield self._logits(hidden, block, allowed, z), None
 
     def score(self, tokens: Counted, step: int, *, spread: bool = False) -> Reading:
         """Read any number of tokens, so many at a time, without keeping anything."""
@@ -370,9 +387,10 @@ class Reader:
         """Add Σ exp(z − largest) ∂z/∂h of a block, from what its total left of it."""
         if slope is not None:
             z.mul_(slope)
-        if z.dtype != self._operand:
-            reference = None if self._kernels.exponentials else largest
-            out = self._of(self._scratch(len(mean), self._operand), slice(0, z.shape[self._axis]))
+        exponentials = self._kernels.exponentials
+        if not exponentials or z.dtype != self._operand:
+            reference = None if exponentials else largest
+            out = self._first(self._scratch(len(mean), self._operand), rows, len(mean))
             z = self._kernels.derivative(z, reference, torch.ones_like(largest), self._axis, out)
         add_product(z.T if self._axis == 0 else z, self._weight(rows), mean)
 
@@ -392,19 +410,36 @@ class Reader:
             states = torch.where(rearrange(finite, "c -> c 1"), states, 0)
         return states if self._native else states.to(self.dtype), unknown
 
+    def _blocks(self) -> Iterator[slice]:
+        """Rows of the vocabulary."""
+        return chunks(len(self.head.weight), self._rows)
+
     def _shares(self) -> list[Blocks]:
         """The blocks of rows, numbered, in a share for each thread."""
-        blocks = list(enumerate(chunks(len(self.head.weight), self._rows)))
+        blocks = list(enumerate(self._blocks()))
         n = max(1, min(threads_for(self.head.weight.device), len(blocks)))
         return [blocks[k::n] for k in range(n)]
 
     def _scratch(self, n: int, dtype: torch.dtype | None = None) -> Tensor:
-        shape = (self._rows, n) if self._axis == 0 else (n, self._rows)
-        return self.head.weight.new_empty(shape, dtype=dtype or self.dtype)
+        """Memory for a block of n tokens."""
+        return self._new(self._rows, n, dtype or self.dtype)
 
-    def _of(self, room: Tensor, rows: slice) -> Tensor:
-        """Some rows of the vocabulary."""
-        return room.narrow(self._axis, rows.start, rows.stop - rows.start)
+    def _new(self, rows: int, n: int, dtype: torch.dtype) -> Tensor:
+        """Memory for rows of n tokens: "v c" on a CPU; on a GPU flat, in whole tiles of rows."""
+        shape = (rows, n) if self._axis == 0 else (whole_tiles(rows) * n,)
+        return self.head.weight.new_empty(shape, dtype=dtype)
+
+    def _of(self, room: Tensor, rows: slice, n: int) -> Tensor:
+        """What some rows take of it, for n tokens; on a GPU blocks lie one after the other."""
+        width = rows.stop - rows.start
+        if self._axis == 0:
+            return room[rows, :n]
+        tiles = whole_tiles(width)
+        return room[rows.start * n :][: tiles * n].view(n, tiles)[:, :width]
+
+    def _first(self, room: Tensor, rows: slice, n: int) -> Tensor:
+        """Its beginning, for as many rows."""
+        return self._of(room, slice(0, rows.stop - rows.start), n)
 
     def _weight(self, rows: slice) -> Tensor:
         """Some rows of the weight, in the dtype of the products."""
@@ -418,10 +453,10 @@ class Reader:
         return upcast.copy_(weight)
 
     def _logits(
-        self, hidden: Tensor, rows: slice, allowed: Allowed | None, room: Tensor
+        self, hidden: Tensor, rows: slice, allowed: Allowed | None, z: Tensor
     ) -> Tensor:
-        """Logits of some rows of the head, at the start of ``room``."""
-        head, z = self.head, self._of(room, slice(0, rows.stop - rows.start))
+        """Logits of some rows of the head, written to ``z``."""
+        head = self.head
         weight = self._weight(rows)
         if self._axis == 0:
             product(weight, hidden.T, z)

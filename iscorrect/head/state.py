@@ -115,12 +115,12 @@ class Kept(NamedTuple):
     """What the reading of a chunk leaves behind, but for the targets.
 
     Attributes:
-        values: "v c" or "c v", logits z, or exp(z − reference).
+        values: "v c" or "c v" for each block of rows, logits z, or exp(z − reference).
         references: "c" for each block of rows; None where the values are logits.
         hidden: "c d".
     """
 
-    values: Tensor
+    values: list[Tensor]
     references: dict[int, Tensor] | None
     hidden: Tensor
 

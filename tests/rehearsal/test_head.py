@@ -393,16 +393,25 @@ def test_idle_tokens_cost_no_gradient(monkeypatch):
     assert error(problem.weight.grad, exact[1]) < 3e-3
 
 
-@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize(("hidden", "weight"), [(BF16, BF16), (F16, F16), (F32, F32), (BF16, F32)])
 @pytest.mark.parametrize("train", [("hidden", "weight"), FROZEN])
-def test_compiled_kernels_give_the_same(dtype, train):
+@pytest.mark.parametrize("route", ROUTES)
+def test_compiled_kernels_give_the_same(route, hidden, weight, train, monkeypatch):
+    # their code without a compiler, which does not see the rehearsal
+    monkeypatch.setattr(torch, "compile", lambda f: f)
+    compiled.cache_clear()
     found = []
     for compile_kernels in (False, True):
-        problem = Problem.make(dtype, train=train)
+        problem = Problem.make(hidden, weight, train=train)
         with torch.no_grad():
             problem.hidden[0, 5] = torch.nan
-        value, grads, _ = run(problem, "one_pass", compile_kernels=compile_kernels)
+            problem.advantages[0, 5] = 0
+        layout = {} if route == "one_pass" else {"layout": problem.mask.clone()}
+        if layout:
+            layout["layout"][0, 5] = False
+        value, grads, _ = run(problem, route, compile_kernels=compile_kernels, **layout)
         found.append((value, grads))
+    compiled.cache_clear()
     torch.testing.assert_close(found[1], found[0], rtol=2e-2, atol=1e-4)
 
 
