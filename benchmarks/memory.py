@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
@@ -25,6 +27,8 @@ def run(setting: Setting) -> Iterator[Workload]:
     every = [*OURS, *peers.PACKAGES]
     yield measure("tokens-1024", 1024, 32768, 1024, every, setting)
     yield measure("tokens-4096", 4096, 32768, 1024, every, setting)
+    threads = replace(setting, threads=os.cpu_count() or 1)
+    yield measure("tokens-4096-all-threads", 4096, 32768, 1024, every, threads)
     yield measure("tokens-4096-width-256", 4096, 32768, 256, every, setting)
     yield measure("tokens-8192-vocabulary-151936", 8192, 151_936, 256, list(OURS), setting)
 
@@ -37,7 +41,8 @@ def measure(
         f"{n} tokens, vocabulary {v}, width {d}, float32: peak resident memory of loss and "
         "backward beyond what was there before and beyond the two gradients, "
         "in units of the float32 logits "
-        f"({4 * n * v / 2**20:,.0f} MiB). One process each, after a first run.",
+        f"({4 * n * v / 2**20:,.0f} MiB). One process each, after a first run"
+        f"{', of one thread' if setting.threads == 1 else f', of {setting.threads} threads'}.",
     )
     for provider in providers:
         package = peers.PACKAGES.get(provider, "iscorrect")

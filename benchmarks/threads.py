@@ -14,7 +14,8 @@ import torch
 
 from benchmarks import overhead, peers
 from benchmarks.harness import Setting, Workload, installed, interleave, summary
-from benchmarks.linear import Problem, make, ours, theirs
+from benchmarks.linear import Problem, make, materialised_sequences, ours, theirs, two_pass
+from iscorrect import PolicyLoss, sequence_is
 
 PEERS = (
     "materialised", "F.linear_cross_entropy, chunks of 256", "TRL, chunked", "Liger, chunked",
@@ -44,7 +45,10 @@ def cases(beside: str, setting: Setting) -> Iterator[Workload]:
         "these tokens without advantage, float32",
         make(rows, t, v=v, d=d, idle=0.4, padding=0.4), setting,
     )
-    yield correction(f"correction{beside}", setting)
+    length = n + n // 2
+    yield sequences(f"sequence-weights{beside}", make(2, length, v=v, d=d), setting)
+    yield correction(f"correction{beside}", setting, old=False)
+    yield correction(f"correction, ppo{beside}", setting, old=True)
 
 
 def head(name: str, tokens: str, problem: Problem, setting: Setting) -> Workload:
@@ -64,12 +68,29 @@ def head(name: str, tokens: str, problem: Problem, setting: Setting) -> Workload
     return timed(workload, steps, packages, "materialised", setting)
 
 
-def correction(name: str, setting: Setting) -> Workload:
-    b, t = (8, 64) if setting.small else (512, 4096)
-    batch = overhead.make_batch(b, t, setting.device, old=False)
+def sequences(name: str, problem: Problem, setting: Setting) -> Workload:
+    v, d = problem.weight.shape
     workload = Workload(
         name,
-        f"{b} × {t} tokens in ragged rows, policy gradient, token-TIS: loss, gradient of the "
+        f"2 sequences of {problem.mask.shape[1]} tokens; vocabulary {v}, width {d}, float32: "
+        "weights of whole sequences under the policy being trained. "
+        + around(setting, "the materialising head"),
+    )
+    steps = {
+        "materialised": materialised_sequences(problem),
+        "iscorrect, two passes": two_pass(problem, PolicyLoss(correction=sequence_is())),
+    }
+    packages = {"materialised": "torch", "iscorrect, two passes": "iscorrect"}
+    return timed(workload, steps, packages, "materialised", setting)
+
+
+def correction(name: str, setting: Setting, *, old: bool) -> Workload:
+    b, t = (8, 64) if setting.small else (512, 4096)
+    batch = overhead.make_batch(b, t, setting.device, old=old)
+    policies = "three policies, PPO clip" if old else "two policies, policy gradient"
+    workload = Workload(
+        name,
+        f"{b} × {t} tokens in ragged rows, {policies}, token-TIS: loss, gradient of the "
         f"log-probs, all metrics as floats. {around(setting, 'straightforward torch')}",
     )
     providers = {
