@@ -41,7 +41,7 @@ def tables(case: str, workload: str | None) -> str:
     parts = [
         f"**{name}**\n\n{table(rows)}"
         for path in sorted(RECORDS.glob(f"{case}-*.csv"))
-        for name, rows in workloads(path)
+        for name, rows in map(beside_measured, workloads(path))
         if workload in (None, name)
     ]
     parts += [
@@ -59,6 +59,27 @@ def workloads(path: Path) -> Iterator[tuple[str, list[dict[str, str]]]]:
         rows = list(csv.DictReader(file))
     for name, group in groupby(rows, key=lambda row: row["workload"]):
         yield name, list(group)
+
+
+def beside_measured(workload: tuple[str, list[dict[str, str]]]) -> tuple[str, list[dict[str, str]]]:
+    """Predicted times with those that a GPU has taken, where there is a record of one."""
+    name, rows = workload
+    path = RECORDS / "gpu-cuda.csv"
+    if not name.startswith("predicted-") or not path.exists():
+        return workload
+    taken = {
+        row["provider"]: row for other, found in workloads(path) for row in found
+        if other == f"head-{name.removeprefix('predicted-')}-bfloat16"
+        and row["metric"] == "wall, ms"
+    }
+    made = []
+    for provider, group in groupby(rows, key=lambda row: row["provider"]):
+        made += list(group)
+        if provider in taken:
+            row = taken[provider]
+            made.append(made[-1] | {"metric": f"measured, ms ({row['processor']})",
+                                    "value": row["value"]})
+    return name, made
 
 
 def table(rows: list[dict[str, str]]) -> str:
