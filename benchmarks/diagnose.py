@@ -732,15 +732,17 @@ def real_table(record: Path) -> str:
     whose = list(dict.fromkeys(r["models"] for r in rows))
     cells: dict[tuple[str, str], dict[str, dict[str, str]]] = {}
     for r in rows:
-        cells.setdefault((r["cause"], r["strength"]), {})[r["models"]] = r
+        mark = " *" if int(r["practical"]) and r["cause"] != "numerical noise" else ""
+        cells.setdefault((r["cause"], r["strength"] + mark), {})[r["models"]] = r
     sums = []
     for name in whose:
-        of = [r for r in rows if r["models"] == name and r["cause"] != "numerical noise"]
+        of = [r for r in rows if r["models"] == name and r["cause"] != "numerical noise"
+              and int(r["practical"])]
         first, named = (
             sum(int(r[k]) for r in of) / sum(int(r["draws"]) for r in of)
             for k in ("first", "named")
         )
-        sums.append(f"{name}: {len(of)} faults, {first:.1%} of the draws right first, {named:.1%}"
+        sums.append(f"{name}: {len(of)} starred faults, {first:.1%} of the draws right first, {named:.1%}"
                     " named.")
     head = ["fault", "strength"]
     for name in whose:

@@ -289,10 +289,10 @@ def test_faults_are_counted_by_how_they_are_named(folder, tmp_path, capsys):
     for i, (cause, dump) in enumerate({
         faults.CLEAN: clean, copied: faults.replace(clean, old_log_probs=clean.rollout_log_probs),
     }.items()):
-        faults.count(i, cause, "planted", faults.grouped(dump), record, "prompts 7")
+        faults.count(i, cause, "planted", True, dump, record=record, whose="prompts 7")
     rows = faults.benchmark.read(record)
     assert [(row["cause"], row["first"], row["named"]) for row in rows] == [
         (faults.CLEAN, "12", "12"), (copied, "12", "12")
     ]
-    assert "prompts 7: 1 faults, 100.0% of the draws right first" in faults.benchmark.real_table(
+    assert "prompts 7: 1 starred faults, 100.0% of the draws right first" in faults.benchmark.real_table(
         record)

@@ -30,7 +30,9 @@ from benchmarks.lab.rounding import ROUNDINGS
 from iscorrect.diagnose import diagnose
 from iscorrect.dumps import LogProbDump, read_dump, write_dump
 
-PROMPTS, LONGEST, DRAWS, UPDATES = 64, 96, 12, 8
+PROMPTS, LONGEST, DRAWS = 64, 96, 12
+UPDATES, RUN = 8, 24
+"""Some updates, and those of a whole run, which a cache that is never reset falls behind."""
 CLEAN = "numerical noise"
 State = Mapping[str, Tensor]
 
@@ -41,13 +43,13 @@ class Served:
 
     Attributes:
         sampling: of vLLM, besides temperature 1.
-        weights: "first", "newer", or a name of ``ROUNDINGS`` for the first ones.
+        weights: after so many updates, or a name of ``ROUNDINGS`` for the first ones.
         mode: of log-probs.
-        cached: of "first" weights, before the others were sent: a prefix cache that is not reset.
+        cached: of the first weights, before the others were sent: a prefix cache that is not reset.
     """
 
     sampling: Mapping[str, object] = field(default_factory=dict)
-    weights: str = "first"
+    weights: int | str = 0
     mode: str = "processed_logprobs"
     cached: bool = False
 
@@ -58,14 +60,14 @@ class Scored:
 
     Attributes:
         temperature: that logits are divided by.
-        weights: "first" or "newer".
+        weights: after so many updates.
         prompt: of the tokens of a prompt, what the trainer takes for it.
         ids: of the tokens of an answer, what it takes for them.
         config: what its configuration has otherwise.
     """
 
     temperature: float = 1.0
-    weights: str = "first"
+    weights: int = 0
     prompt: Callable[[list[int]], list[int]] = list
     ids: Callable[[list[int]], list[int]] = list
     config: Mapping[str, object] = field(default_factory=dict)
@@ -77,13 +79,14 @@ class Fault:
     strength: str
     served: Served = Served()
     scored: Scored = Scored()
+    practical: bool = True
 
 
 def faults(tokenizer) -> Iterator[Fault]:
     """What goes wrong, where, and by which name the diagnosis has it."""
     yield Fault(CLEAN, "clean")
-    yield Fault(CLEAN, f"clean, after {UPDATES} updates", Served(weights="newer"),
-                Scored(weights="newer"))
+    yield Fault(CLEAN, f"clean, after {UPDATES} updates", Served(weights=UPDATES),
+                Scored(weights=UPDATES))
     honest = "temperature: engine divides its logits, trainer does not"
     yield Fault(honest, "τ = 0.9", Served({"temperature": 0.9}))
     yield Fault("temperature: trainer divides its logits, engine does not", "τ = 0.9",
@@ -105,10 +108,10 @@ def faults(tokenizer) -> Iterator[Fault]:
                 Served({"logit_bias": dict.fromkeys(banned, -100.0)}))
     for name in ("fp8", "int4"):
         yield Fault("quantised rollout", name, Served(weights=name))
-    yield Fault("stale weights", f"{UPDATES} updates of 2e-5", scored=Scored(weights="newer"))
-    yield Fault("a cache of the shared system prompt that outlives the weights",
-                f"{UPDATES} updates of 2e-5", Served(weights="newer", cached=True),
-                Scored(weights="newer"))
+    yield Fault("stale weights", f"{UPDATES} updates of 2e-5", scored=Scored(weights=UPDATES))
+    cache = "a cache of the shared system prompt that outlives the weights"
+    yield Fault(cache, f"{UPDATES} updates of 2e-5", Served(weights=UPDATES, cached=True),
+                Scored(weights=UPDATES), practical=False)
     system = len(ask(tokenizer, "")) - len(tokenizer.encode("<|im_end|>\n<|im_start|>assistant\n"))
     yield Fault("wrong prompt template", "no system prompt",
                 scored=Scored(prompt=lambda ids: ids[system - 3:]))
@@ -119,6 +122,9 @@ def faults(tokenizer) -> Iterator[Fault]:
     yield Fault("another model definition, by position", "rotary base 10,000 for 100,000",
                 scored=Scored(config={"rope_parameters": {"rope_type": "default",
                                                           "rope_theta": 10_000.0}}))
+    yield Fault(CLEAN, f"clean, after {RUN} updates", Served(weights=RUN), Scored(weights=RUN))
+    yield Fault(cache, f"{RUN} updates of 2e-5", Served(weights=RUN, cached=True),
+                Scored(weights=RUN))
 
 
 def main(folder: Path, record: Path, seed: int) -> None:
@@ -131,17 +137,20 @@ def main(folder: Path, record: Path, seed: int) -> None:
         if not path.exists():
             write_dump(made(folder, fault, seed), path)
             print(path.name, flush=True)
-    cases = [(fault.cause, fault.strength, read_dump(path)) for fault, path in pairs(every, dumps)]
-    clean, newer = cases[0][2], cases[1][2]
-    stale = next(dump for cause, _, dump in cases if cause == "stale weights")
-    cases.append(("one engine or rank of many", "1 of 2 by name", mixed(newer, stale)))
+    cases = [
+        (fault.cause, fault.strength, fault.practical, read_dump(path))
+        for fault, path in pairs(every, dumps)
+    ]
+    clean, newer = cases[0][-1], cases[1][-1]
+    stale = next(dump for cause, *_, dump in cases if cause == "stale weights")
+    cases.append(("one engine or rank of many", "1 of 2 by name", True, mixed(newer, stale)))
     cases += [
-        (case.cause, case.strength, dump)
+        (case.cause, case.strength, True, dump)
         for case in benchmark.of_the_values("real model", [grouped(clean)])
         if case.practical for dump in case.make()
     ]
-    for i, (cause, strength, dump) in enumerate(cases):
-        count(1000 * seed + i, cause, strength, grouped(dump), record, f"prompts {seed}")
+    for i, case in enumerate(cases):
+        count(1000 * seed + i, *case, record=record, whose=f"prompts {seed}")
 
 
 def pairs(every: list[Fault], dumps: Path) -> Iterator[tuple[Fault, Path]]:
@@ -150,18 +159,19 @@ def pairs(every: list[Fault], dumps: Path) -> Iterator[tuple[Fault, Path]]:
 
 
 def count(
-    i: int, cause: str, strength: str, dump: LogProbDump, record: Path, whose: str
+    i: int, cause: str, strength: str, practical: bool, dump: LogProbDump, *, record: Path,
+    whose: str,
 ) -> None:
     """How often a cause is named first and at all, in draws that the number i seeds."""
     firsts: Counter[str] = Counter()
-    named = 0
+    named, dump = 0, grouped(dump)
     for trial in range(DRAWS):
         found = diagnose(benchmark.resample(dump, len(dump), 1000 * i + trial))
         firsts[found[0].cause] += 1
         named += any(c.name == cause for f in found for c in f.causes)
     others = "; ".join(f"{c} ({n})" for c, n in firsts.most_common() if c != cause)
     benchmark.append(record, benchmark.FAULTS, (
-        whose, cause, strength, 1, dump.num_tokens, DRAWS, firsts[cause], named, others,
+        whose, cause, strength, int(practical), dump.num_tokens, DRAWS, firsts[cause], named, others,
     ))
     print(f"{cause}, {strength}: {firsts[cause]} first, {named} named of {DRAWS}; {others}",
           flush=True)
@@ -192,19 +202,19 @@ def made(folder: Path, fault: Fault, seed: int) -> LogProbDump:
     return score(folder, fault.scored, answers)
 
 
-def newer_weights(folder: Path) -> State:
-    """Those after some updates, made once."""
-    path = folder / f"after-{UPDATES}.pt"
+def updated(folder: Path, updates: int) -> State:
+    """The weights after some updates, made once."""
+    path = folder / f"after-{updates}.pt"
     if not path.exists():
         learner = Learner(folder, Schedule(), seed=0)
-        torch.save(dict(after(learner, UPDATES, 0)), path)
+        torch.save(dict(after(learner, updates, 0)), path)
     return torch.load(path, mmap=True)
 
 
-def state(folder: Path, name: str) -> State:
-    if name == "newer":
-        return newer_weights(folder)
-    return ROUNDINGS["none" if name == "first" else name](weights(open_model(folder)))
+def state(folder: Path, which: int | str) -> State:
+    if isinstance(which, int) and which:
+        return updated(folder, which)
+    return ROUNDINGS[which or "none"](weights(open_model(folder)))
 
 
 def draw(folder: Path, served: Served, seed: int) -> list[Answer]:
@@ -256,6 +266,6 @@ def trainer(folder: Path, scored: Scored) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_pretrained(
         folder / "bf16-grid", dtype=torch.bfloat16, **scored.config
     ).eval()
-    if scored.weights == "newer":
-        model.load_state_dict(dict(newer_weights(folder)), strict=False)
+    if scored.weights:
+        model.load_state_dict(dict(updated(folder, scored.weights)), strict=False)
     return model
