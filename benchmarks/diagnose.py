@@ -742,8 +742,8 @@ def real_table(record: Path) -> str:
             sum(int(r[k]) for r in of) / sum(int(r["draws"]) for r in of)
             for k in ("first", "named")
         )
-        sums.append(f"{name}: {len(of)} starred faults, {first:.1%} of the draws right first, {named:.1%}"
-                    " named.")
+        sums.append(f"{name}: {len(of)} starred faults, {first:.1%} of the draws right first,"
+                    f" {named:.1%} named.")
     head = ["fault", "strength"]
     for name in whose:
         head += [f"{name}: first", "named", "first instead"]

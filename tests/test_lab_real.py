@@ -294,5 +294,5 @@ def test_faults_are_counted_by_how_they_are_named(folder, tmp_path, capsys):
     assert [(row["cause"], row["first"], row["named"]) for row in rows] == [
         (faults.CLEAN, "12", "12"), (copied, "12", "12")
     ]
-    assert "prompts 7: 1 starred faults, 100.0% of the draws right first" in faults.benchmark.real_table(
-        record)
+    table = faults.benchmark.real_table(record)
+    assert "prompts 7: 1 starred faults, 100.0% of the draws right first" in table

@@ -171,7 +171,8 @@ def count(
         named += any(c.name == cause for f in found for c in f.causes)
     others = "; ".join(f"{c} ({n})" for c, n in firsts.most_common() if c != cause)
     benchmark.append(record, benchmark.FAULTS, (
-        whose, cause, strength, int(practical), dump.num_tokens, DRAWS, firsts[cause], named, others,
+        whose, cause, strength, int(practical), dump.num_tokens, DRAWS, firsts[cause], named,
+        others,
     ))
     print(f"{cause}, {strength}: {firsts[cause]} first, {named} named of {DRAWS}; {others}",
           flush=True)
