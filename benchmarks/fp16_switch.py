@@ -202,8 +202,8 @@ def measure(name: str, vocabulary: int, length: int, setting: Setting, *, steps:
     step_times, score_times = interleave(runs, setting), interleave(scoring, setting)
     for arm_name, row in rows.items():
         times = {
-            "step": summary(step_times[arm_name], step_times[first], setting.device)["ratio"],
-            "scoring": summary(score_times[arm_name], score_times[first], setting.device)["ratio"],
+            "step": summary(step_times[arm_name], step_times[first], setting.clock)["ratio"],
+            "scoring": summary(score_times[arm_name], score_times[first], setting.clock)["ratio"],
         }
         workload.add(arm_name, "torch", **times, **row)
     return workload

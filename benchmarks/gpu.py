@@ -114,7 +114,9 @@ def tables(setting: Setting) -> Mapping[str, Callable[[], Workload]]:
             f"head-{size[0]}-{name(dtype)}": partial(heads, *size, dtype, setting)
             for dtype in (bf16, fp16)
         },
-        f"head-{long[0]}-bfloat16": partial(heads, *long, bf16, setting),
+        f"head-{long[0]}-bfloat16": partial(
+            heads, *long, bf16, replace(setting, rounds=min(setting.rounds, 2))
+        ),
         "logits": partial(logits, 2048 if not setting.small else 16, size[1], setting),
         "overhead": lambda: overhead.measure(
             "overhead", overhead.make_batch(rows, columns, setting.device, old=False), setting

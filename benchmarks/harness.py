@@ -42,6 +42,11 @@ class Setting:
     rounds: int = 11
     small: bool = False
 
+    @property
+    def clock(self) -> str:
+        """What ratios are of: the time of one thread, or the wall clock's."""
+        return "cpu" if self.device == "cpu" and self.threads == 1 else "wall"
+
 
 @dataclass
 class Workload:
@@ -52,12 +57,14 @@ class Workload:
         conditions: sizes and what is counted, printed under the table.
         rows: by provider, by metric; a text where there is nothing to measure.
         versions: of the package behind each provider.
+        threads: of torch, where they are not those of the whole case.
     """
 
     name: str
     conditions: str
     rows: dict[str, dict[str, float | str]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    threads: int | None = None
 
     def add(self, provider: str, package: str | None = None, **metrics: float | str) -> None:
         self.rows.setdefault(provider, {}).update(metrics)
@@ -109,12 +116,15 @@ def interleave(providers: Mapping[str, Callable[[], object]], setting: Setting) 
     return times
 
 
-def summary(times: Times, reference: Times, device: str) -> dict[str, float]:
-    """Medians in milliseconds, and the median of the ratios to a reference in the same round."""
-    steady = (lambda t: t.cpu) if device == "cpu" else (lambda t: t.wall)
+def summary(times: Times, reference: Times, clock: str) -> dict[str, float]:
+    """Medians in milliseconds, and the median of the ratios to a reference in the same round.
+
+    ``clock`` is "cpu" for the process's time, and anything else for the wall clock's.
+    """
+    steady = (lambda t: t.cpu) if clock == "cpu" else (lambda t: t.wall)
     ratios = [a / b for a, b in zip(steady(times), steady(reference), strict=True)]
     medians = {"wall, ms": statistics.median(times.wall) * 1e3}
-    if device == "cpu":
+    if clock == "cpu":
         medians["CPU, ms"] = statistics.median(times.cpu) * 1e3
     return medians | {"ratio": statistics.median(ratios)}
 
@@ -142,6 +152,7 @@ def record(case: str, workloads: list[Workload], setting: Setting) -> Path:
                 for metric, value in metrics.items():
                     writer.writerow(common | {
                         "workload": workload.name, "provider": provider,
+                        "threads": workload.threads or setting.threads,
                         "version": workload.versions[provider], "metric": metric,
                         "value": value if isinstance(value, str) else f"{value:.6g}",
                         "conditions": workload.conditions,

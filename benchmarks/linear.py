@@ -168,6 +168,7 @@ def every_peer(
         f"{n} tokens, vocabulary {v}, width {d}, {name} hidden states and weights, every token "
         "counting: loss with token-TIS weights, gradients of hidden states and weights; iscorrect "
         "with all metrics, the others without. GF/s counts 6·N·V·D operations.",
+        threads=setting.threads,
     )
     runs = {"iscorrect, one pass": ours(problem)}
     versions = {"iscorrect, one pass": "iscorrect"}
@@ -184,8 +185,8 @@ def every_peer(
     runs["limit: the products alone, float32"] = products(problem)
     times = interleave(runs, setting)
     for provider, taken in times.items():
-        values = summary(taken, times["materialised, float32 head"], setting.device)
-        rate = 6 * n * v * d / values["CPU, ms" if setting.device == "cpu" else "wall, ms"] / 1e6
+        values = summary(taken, times["materialised, float32 head"], setting.clock)
+        rate = 6 * n * v * d / values["CPU, ms" if setting.clock == "cpu" else "wall, ms"] / 1e6
         workload.add(provider, versions.get(provider, "torch"), **values, **{"GF/s": rate})
     for provider, why in missing.items():
         workload.add(provider, peers.PACKAGES[provider], **{"wall, ms": why})

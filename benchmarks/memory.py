@@ -43,6 +43,7 @@ def measure(
         "in units of the float32 logits "
         f"({4 * n * v / 2**20:,.0f} MiB). One process each, after a first run"
         f"{', of one thread' if setting.threads == 1 else f', of {setting.threads} threads'}.",
+        threads=setting.threads,
     )
     for provider in providers:
         package = peers.PACKAGES.get(provider, "iscorrect")

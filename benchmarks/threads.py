@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from benchmarks import overhead, peers
+from benchmarks import fp16_switch, overhead, peers
 from benchmarks.harness import Setting, Workload, installed, interleave, summary
 from benchmarks.linear import Problem, make, materialised_sequences, ours, theirs, two_pass
 from iscorrect import PolicyLoss, sequence_is
@@ -49,6 +49,9 @@ def cases(beside: str, setting: Setting) -> Iterator[Workload]:
     yield sequences(f"sequence-weights{beside}", make(2, length, v=v, d=d), setting)
     yield correction(f"correction{beside}", setting, old=False)
     yield correction(f"correction, ppo{beside}", setting, old=True)
+    torch.set_num_threads(setting.threads)
+    steps, length = (5, 16) if setting.small else (150, 64)
+    yield fp16_switch.measure(f"switch{beside}", 512, length, setting, steps=steps)
 
 
 def head(name: str, tokens: str, problem: Problem, setting: Setting) -> Workload:
