@@ -162,10 +162,10 @@ def every_peer(
     packages: Mapping[str, str] = peers.PACKAGES,
 ) -> Workload:
     n, d = problem.hidden.shape[1:]
-    v = len(problem.weight)
+    v, dtype = len(problem.weight), str(problem.weight.dtype).removeprefix("torch.")
     workload = Workload(
         name,
-        f"{n} tokens, vocabulary {v}, width {d}, {name} hidden states and weights, every token "
+        f"{n} tokens, vocabulary {v}, width {d}, {dtype} hidden states and weights, every token "
         "counting: loss with token-TIS weights, gradients of hidden states and weights; iscorrect "
         "with all metrics, the others without. GF/s counts 6·N·V·D operations.",
         threads=setting.threads,
