@@ -209,6 +209,7 @@ def shares(n: int, size: dict[str, int], setting: Setting) -> Workload:
         f"{n} tokens, vocabulary {size['v']}, width {size['d']}, float32: the one-pass loss with a "
         "share of the tokens without advantage. Ratio to none; 1 − 2/3 of the share if all "
         "backward products of these tokens are saved.",
+        threads=setting.threads,
     )
     runs = {
         f"{share:.0%} without advantage": ours(
@@ -218,7 +219,7 @@ def shares(n: int, size: dict[str, int], setting: Setting) -> Workload:
     }
     times = interleave(runs, setting)
     for provider, taken in times.items():
-        values = summary(taken, times["0% without advantage"], setting.device)
+        values = summary(taken, times["0% without advantage"], setting.clock)
         workload.add(provider, "iscorrect", **values)
     return workload
 

@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from benchmarks import fp16_switch, overhead, peers
+from benchmarks import fp16_switch, linear, overhead, peers
 from benchmarks.harness import Setting, Workload, installed, interleave, summary
 from benchmarks.linear import Problem, make, materialised_sequences, ours, theirs, two_pass
 from iscorrect import PolicyLoss, sequence_is
@@ -45,6 +45,9 @@ def cases(beside: str, setting: Setting) -> Iterator[Workload]:
         "these tokens without advantage, float32",
         make(rows, t, v=v, d=d, idle=0.4, padding=0.4), setting,
     )
+    torch.set_num_threads(setting.threads)
+    idle = linear.shares(n, {"v": v, "d": d}, setting)
+    yield replace(idle, name=f"{idle.name}{beside}")
     length = n + n // 2
     yield sequences(f"sequence-weights{beside}", make(2, length, v=v, d=d), setting)
     yield correction(f"correction{beside}", setting, old=False)
