@@ -502,13 +502,37 @@ CONTRASTS = (
     ("vllm-bf16-stochastic-uncorrected", "vllm-fp32-uncorrected"),
 )
 """Those of the plan."""
+BESIDE = {
+    "every1-2e-05": (
+        ("vllm-bf16-feedback-uncorrected", "vllm-bf16-uncorrected"),
+        ("vllm-bf16-icepop-low=0.5,high=5", "vllm-bf16-uncorrected"),
+        ("vllm-bf16-sequence-mis-high=2", "vllm-bf16-uncorrected"),
+        ("vllm-fp16-token-tis-cap=2", "vllm-fp16-uncorrected"),
+    ),
+    **dict.fromkeys(("every4-2e-05", "every1-1e-05"), CONTRASTS[:2]),
+}
+"""Those of the arms beside, by schedule, of which no p is given."""
+
+
+def beside(records: Path) -> str:
+    """The other differences, paired by seed."""
+    rows = []
+    for schedule, pairs in BESIDE.items():
+        for pair in pairs:
+            of = differences(records, *(f"{x}-{schedule}" for x in pair))
+            names = (named(f"{x}-{schedule}") for x in pair)
+            rows.append([" − ".join(names), str(len(of["sampled"])),
+                         *(mean(x) if x else "not run" for x in of.values())])
+    return markdown(
+        ["difference", "seeds", "right at T = 1, over the run", "greedily"], rows
+    ) + "\nPaired by seed, Student's t; no interval of fewer than three.\n"
 
 
 def contrasts(records: Path) -> str:
     """The planned differences between arms, paired by seed, with Holm's p over them."""
     rows, ps = [], {}
     for pair in CONTRASTS:
-        of = differences(records, *pair)
+        of = differences(records, *(f"{x}-every1-2e-05" for x in pair))
         if len(of["sampled"]) >= 3:
             ps[len(rows)] = float(stats.ttest_1samp(of["sampled"], 0).pvalue)
         names = (named(f"{x}-every1-2e-05") for x in pair)
@@ -529,7 +553,7 @@ def differences(records: Path, a: str, b: str) -> dict[str, list[float]]:
     """How much more an arm's policy got right over the run than another's, by seed."""
     arms = [
         {path.stem.rsplit("-", 1)[1]: rows_of(path)
-         for path in (records / "reinforce").glob(f"{arm}-every1-2e-05-*.csv")}
+         for path in (records / "reinforce").glob(f"{arm}-*.csv")}
         for arm in (a, b)
     ]
     both = sorted(arms[0].keys() & arms[1].keys())
@@ -563,7 +587,7 @@ def beyond(x: str) -> str:
 
 
 def learning_figure(records: Path) -> plt.Figure:
-    """KL, arrival and rewards by step, means over seeds with 95 % intervals."""
+    """KL, arrival and rewards by step, means over seeds; of five or more with 95 % intervals."""
     columns = {"kl": "KL(engine‖policy), nats per token", "arrival": "arrives of the last update",
                "reward": "reward of the engine", "sampled": "reward of the policy, T = 1"}
     figure, panels = plt.subplots(2, 2, figsize=(11, 8.5), layout="constrained")
@@ -575,7 +599,11 @@ def learning_figure(records: Path) -> plt.Figure:
             of = np.array([numbers(run, column) for run in seeds])
             of = np.log(of) if column == "kl" else of
             middle, back = of.mean(0), np.exp if column == "kl" else np.asarray
-            ax.plot(steps, back(middle), color=colour, label=named(arm), marker=".")
+            planned = len(seeds) >= 5
+            ax.plot(steps, back(middle), color=colour, label=named(arm),
+                    **{"marker": "."} if planned else {"linestyle": ":"})
+            if not planned:
+                continue
             reach = stats.t.ppf(0.975, len(seeds) - 1) * stats.sem(of)
             ax.fill_between(steps, back(middle - reach), back(middle + reach), color=colour,
                             alpha=0.15, linewidth=0)
@@ -586,14 +614,14 @@ def learning_figure(records: Path) -> plt.Figure:
         ax.set_ylim(0, 1.05)
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
                   fontsize=9, frameon=False)
-    seeds = sorted({len(x) for x in arms.values()})
-    figure.suptitle("vLLM, weights sent after every step, learning rate 2e-5; means over"
-                    f" {' and '.join(map(str, seeds))} seeds (of KL geometric), 95 % intervals")
+    figure.suptitle("vLLM, weights sent after every step, learning rate 2e-5; means over seeds (of"
+                    " KL geometric):\nlines of five with 95 % intervals, dots of three")
     return figure
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
     "arrival": arrival, "rests": rests, "factors": factors, "kinds": kinds, "serving": serving,
-    "offline": offline, "learning": learning, "contrasts": contrasts, "shared": shared,
+    "offline": offline, "learning": learning, "contrasts": contrasts, "beside": beside,
+    "shared": shared,
     "summary": summary,
 }
