@@ -445,3 +445,5 @@ def test_the_compiler_makes_kernels_that_compute_what_the_eager_ones_do():
     expected = EAGER.total(z, before, 1)
     torch.testing.assert_close((largest, total), expected)
     torch.testing.assert_close(made, EAGER.derivative(z, None, factor, 1, out), rtol=8e-3, atol=0)
+    third = torch.tensor(1 / 3)
+    assert torch.equal(kernels.scaled(z, third, BF16), EAGER.scaled(z, third, BF16))
