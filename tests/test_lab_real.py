@@ -296,3 +296,15 @@ def test_faults_are_counted_by_how_they_are_named(folder, tmp_path, capsys):
     ]
     table = faults.benchmark.real_table(record)
     assert "prompts 7: 1 starred faults, 100.0% of the draws right first" in table
+
+
+def test_a_difference_is_of_runs_of_one_schedule(tmp_path):
+    (tmp_path / "reinforce").mkdir()
+    for arm, schedule, right in (
+        ("a", "every1-2e-05", 0.9), ("b", "every1-2e-05", 0.5), ("a", "every4-2e-05", 0.1),
+        ("b", "every1-1e-05", 0.3),
+    ):
+        path = tmp_path / "reinforce" / f"{arm}-{schedule}-0.csv"
+        path.write_text(f"step,sampled,greedy\n0,0,0\n8,{right},{right}\n")
+    found = report.differences(tmp_path, "a", "b", "every1-2e-05")
+    assert found == {"sampled": [pytest.approx(0.4)], "greedy": [pytest.approx(0.4)]}

@@ -299,7 +299,7 @@ def summary(records: Path) -> str:
 
 def learned(records: Path) -> str:
     """What the planned differences between ways to send and formats say of learning."""
-    found = {pair: differences(records, *pair) for pair in CONTRASTS[:3]}
+    found = {pair: differences(records, *pair, MAIN) for pair in CONTRASTS[:3]}
     if any(len(x["sampled"]) < 3 for x in found.values()):
         return "What that does to learning has not been measured on three seeds."
     stochastic, fp16, tis = (mean([100 * x for x in of["sampled"]]) for of in found.values())
@@ -502,8 +502,9 @@ CONTRASTS = (
     ("vllm-bf16-stochastic-uncorrected", "vllm-fp32-uncorrected"),
 )
 """Those of the plan."""
+MAIN = "every1-2e-05"
 BESIDE = {
-    "every1-2e-05": (
+    MAIN: (
         ("vllm-bf16-feedback-uncorrected", "vllm-bf16-uncorrected"),
         ("vllm-bf16-icepop-low=0.5,high=5", "vllm-bf16-uncorrected"),
         ("vllm-bf16-sequence-mis-high=2", "vllm-bf16-uncorrected"),
@@ -519,10 +520,12 @@ def beside(records: Path) -> str:
     rows = []
     for schedule, pairs in BESIDE.items():
         for pair in pairs:
-            of = differences(records, *(f"{x}-{schedule}" for x in pair))
+            of = differences(records, *pair, schedule)
             names = (named(f"{x}-{schedule}") for x in pair)
             rows.append([" − ".join(names), str(len(of["sampled"])),
                          *(mean(x) if x else "not run" for x in of.values())])
+    if not any(int(row[1]) for row in rows):
+        return "No record of `python -m benchmarks.lab.real reinforce`.\n"
     return markdown(
         ["difference", "seeds", "right at T = 1, over the run", "greedily"], rows
     ) + "\nPaired by seed, Student's t; no interval of fewer than three.\n"
@@ -532,10 +535,10 @@ def contrasts(records: Path) -> str:
     """The planned differences between arms, paired by seed, with Holm's p over them."""
     rows, ps = [], {}
     for pair in CONTRASTS:
-        of = differences(records, *(f"{x}-every1-2e-05" for x in pair))
+        of = differences(records, *pair, MAIN)
         if len(of["sampled"]) >= 3:
             ps[len(rows)] = float(stats.ttest_1samp(of["sampled"], 0).pvalue)
-        names = (named(f"{x}-every1-2e-05") for x in pair)
+        names = (named(f"{x}-{MAIN}") for x in pair)
         rows.append([" − ".join(names), str(len(of["sampled"])),
                      *(mean(x) if x else "" for x in of.values()), ""])
     adjusted = holm([ps.get(i, 1.0) for i in range(len(CONTRASTS))])
@@ -549,11 +552,11 @@ def contrasts(records: Path) -> str:
     ) + "\nPaired by seed, Student's t.\n"
 
 
-def differences(records: Path, a: str, b: str) -> dict[str, list[float]]:
+def differences(records: Path, a: str, b: str, schedule: str) -> dict[str, list[float]]:
     """How much more an arm's policy got right over the run than another's, by seed."""
     arms = [
         {path.stem.rsplit("-", 1)[1]: rows_of(path)
-         for path in (records / "reinforce").glob(f"{arm}-*.csv")}
+         for path in (records / "reinforce").glob(f"{arm}-{schedule}-*.csv")}
         for arm in (a, b)
     ]
     both = sorted(arms[0].keys() & arms[1].keys())
@@ -592,7 +595,7 @@ def learning_figure(records: Path) -> plt.Figure:
                "reward": "reward of the engine", "sampled": "reward of the policy, T = 1"}
     figure, panels = plt.subplots(2, 2, figsize=(11, 8.5), layout="constrained")
     arms = {arm: seeds for arm, seeds in runs(records).items()
-            if arm.endswith("every1-2e-05") and len(seeds) >= 3}
+            if arm.endswith(MAIN) and len(seeds) >= 3}
     for (arm, seeds), colour in zip(arms.items(), plt.get_cmap("tab10").colors, strict=False):
         for ax, column in zip(panels.flat, columns, strict=True):
             steps = [int(row["step"]) for row in seeds[0] if row[column]]
