@@ -61,3 +61,21 @@ TABLES = {
     }),
 }
 """Each table of the library, and what its module defines to be in it."""
+
+
+def losses():
+    """Every preset, and every objective with a penalty and means over sequences."""
+    for name, preset in ic.PRESETS.items():
+        yield name, ic.PolicyLoss(correction=preset())
+    for name, objective in {
+        "ppo": ic.PPOClip(dual=3.0), "gspo": ic.PPOClip(level="geometric"), "cispo": ic.CISPO(),
+        "prefix": ic.PPOClip(level="prefix"), "sapo": ic.SAPO(), "gmpo": ic.GMPO(),
+        "vespo": ic.VESPO(), "aspo": ic.ASPO(),
+    }.items():
+        yield name, ic.PolicyLoss(
+            correction=ic.token_tis(), objective=objective, reference_kl=ic.ReferenceKL(),
+            aggregation="seq-mean-token-mean",
+        )
+
+
+LOSSES = dict(losses())

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 import pytest
 import torch
 from batches import make_batch
+from components import LOSSES
 
 import iscorrect as ic
 from iscorrect import (
-    PRESETS,
     Layout,
     PolicyLoss,
     Support,
@@ -188,23 +188,6 @@ def test_one_pass_waits_for_counts_alone(idle):
     assert len(found) == 2 + idle
 
 
-def losses():
-    for name, preset in PRESETS.items():
-        yield name, PolicyLoss(correction=preset())
-    for name, objective in {
-        "ppo": ic.PPOClip(dual=3.0), "gspo": ic.PPOClip(level="geometric"), "cispo": ic.CISPO(),
-        "prefix": ic.PPOClip(level="prefix"), "sapo": ic.SAPO(), "gmpo": ic.GMPO(),
-        "vespo": ic.VESPO(), "aspo": ic.ASPO(),
-    }.items():
-        yield name, PolicyLoss(
-            correction=ic.token_tis(), objective=objective, reference_kl=ic.ReferenceKL(),
-            aggregation="seq-mean-token-mean",
-        )
-
-
-LOSSES = dict(losses())
-
-
 def placed(device, *, packed):
     """A batch, and what tells its sequences and ages apart, on a device."""
     batch = make_batch(0, rows=4, width=12).to(F32)
@@ -374,8 +357,9 @@ def test_stochastic_rounding_is_unbiased_and_on_the_grid(dtype):
     assert up == pytest.approx(0.3, abs=0.01)
 
 
-def test_float32_output_and_upcast_agree(monkeypatch):
-    given = make()
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_float32_output_and_upcast_agree(dtype, monkeypatch):
+    given = make(dtype)
     wide = linear_log_probs(**{name: given[name] for name in HEAD})
     monkeypatch.setattr(reader_module, "leaves_float32", lambda *_: False)
     upcast = linear_log_probs(**{name: given[name] for name in HEAD})

@@ -483,16 +483,6 @@ def test_bad_input_names_the_argument(case):
         linear_log_probs(**arguments)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_float32_output_and_upcast_agree_on_a_gpu(dtype, monkeypatch):
-    hidden, weight, bias, target = (x.cuda() for x in make(dtype))
-    wide_output = linear_log_probs(hidden, weight, target, bias=bias)
-    monkeypatch.setattr(reader_module, "leaves_float32", lambda *_: False)
-    upcast = linear_log_probs(hidden, weight, target, bias=bias)
-    torch.testing.assert_close(wide_output, upcast, rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("trained", [True, False])
 def test_a_target_outside_its_support_has_no_gradient(trained):
     generator = torch.Generator().manual_seed(0)

@@ -3,27 +3,10 @@
 import pytest
 import torch
 from batches import make_batch
+from components import LOSSES
 
-import iscorrect as ic
-from iscorrect import PRESETS, Layout, PolicyLoss
+from iscorrect import Layout
 from rehearsal import Rehearsal
-
-
-def losses():
-    for name, preset in PRESETS.items():
-        yield name, PolicyLoss(correction=preset())
-    for name, objective in {
-        "ppo": ic.PPOClip(dual=3.0), "gspo": ic.PPOClip(level="geometric"), "cispo": ic.CISPO(),
-        "prefix": ic.PPOClip(level="prefix"), "sapo": ic.SAPO(), "gmpo": ic.GMPO(),
-        "vespo": ic.VESPO(), "aspo": ic.ASPO(),
-    }.items():
-        yield name, PolicyLoss(
-            correction=ic.token_tis(), objective=objective, reference_kl=ic.ReferenceKL(),
-            aggregation="seq-mean-token-mean",
-        )
-
-
-LOSSES = dict(losses())
 
 
 def run(loss_fn, device, *, packed):
