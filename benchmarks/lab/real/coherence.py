@@ -62,6 +62,7 @@ KINDS = {
     "fp16": Kind("fp16"),
     "int4": Kind("bf16", quantised="int4"),
     "behind-1": Kind("fp32", updates=8, behind=1),
+    "behind-8": Kind("fp32", updates=8, behind=8),
     "fp8": Kind("bf16", quantised="fp8"),
     "fp16-after-8": Kind("fp16", updates=8),
 }
