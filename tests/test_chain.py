@@ -54,7 +54,15 @@ def expected_by_enumeration(world, arm, policy, engine):
     table = policy.clone().requires_grad_()
     taken, sampled = table.reshape(-1)[places], engine.reshape(-1)[places]
     chance = sampled.sum(-1).exp()
-    advantages = chance * (reward - chance @ reward)
+    expected = chance @ reward
+    if arm.critic:  # of the sequences through each token's context
+        context = places // world.vocab
+        through = torch.zeros(2, 2 * world.length, dtype=torch.float64)
+        for row, of in zip(through, (chance, chance * reward), strict=True):
+            row.index_add_(0, context.reshape(-1), of[:, None].expand_as(places).reshape(-1))
+        expected = (through[1] / through[0])[context]
+        reward, chance = reward[:, None], chance[:, None]
+    advantages = chance * (reward - expected)
     old = arm.old_log_probs(policy, engine)
     loss, _ = arm.loss(
         taken, rollout_log_probs=sampled, advantages=advantages * len(places),
@@ -67,13 +75,13 @@ def expected_by_enumeration(world, arm, policy, engine):
 
 def by_recursion(world, arm, policy, engine):
     rewarded, punished = slopes(arm, policy, policy, engine)
-    positive, negative = credit(world, engine.exp())
+    positive, negative = credit(world, engine.exp(), critic=arm.critic)
     return positive * rewarded + negative * punished
 
 
 @pytest.mark.parametrize("name", WORLDS)
 @pytest.mark.parametrize("arm", [
-    x if x == "token-tis" else pytest.param(x, marks=pytest.mark.slow)
+    x if x in ("token-tis", "uncorrected-critic") else pytest.param(x, marks=pytest.mark.slow)
     for x in TOKEN_LOCAL
 ])
 def test_sixteen_tokens_are_as_every_sequence_of_them_says(name, arm):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from iscorrect import CISPO, PRESETS, PolicyLoss, PPOClip, token_tis, uncorrected
+from iscorrect import CISPO, PRESETS, PolicyLoss, PPOClip, icepop, token_tis, uncorrected
 from iscorrect.loss.correction import Correction
+from iscorrect.loss.evidence import Evidence, Scope
 from iscorrect.loss.objectives import Objective, Reinforce
+from iscorrect.loss.ratios import at_level
 
 
 @dataclass(frozen=True)
@@ -21,10 +23,12 @@ class Arm:
         loss: of the library; it sums over tokens and averages over sequences.
         old: "omitted": none, so that weights are π/μ. "rollout": π_old, the trainer's log-probs at
             the weights that the engine sampled with. "engine": the engine's own log-probs.
+        critic: a token's baseline is what is to be expected at its context, not its prompt's mean.
     """
 
     loss: PolicyLoss
     old: Literal["omitted", "rollout", "engine"] = "omitted"
+    critic: bool = False
 
     def old_log_probs(self, rollout: Tensor, engine: Tensor) -> Tensor | None:
         """Of the three, the one that this arm passes."""
@@ -35,6 +39,24 @@ def _loss(correction: Correction, objective: Objective) -> PolicyLoss:
     return PolicyLoss(
         correction=correction, objective=objective, aggregation="seq-mean-token-sum"
     )
+
+
+@dataclass(frozen=True)
+class PastTruncate:
+    """Token-TIS times the ratio of all tokens before, which is not let above 1.
+
+        w_t = min(ρ_t, C) · min(Π_{s<t} ρ_s, 1)
+
+    Attributes:
+        cap: C > 0.
+    """
+
+    cap: float = 2.0
+    scope: ClassVar[Scope] = "sequence"
+
+    def __call__(self, ratio: Tensor, evidence: Evidence) -> Tensor:
+        so_far = at_level(evidence.log_ratio, evidence.layout, "prefix")
+        return ratio.clamp(max=self.cap) * (so_far - evidence.log_ratio).clamp(max=0).exp()
 
 
 CLIP = PPOClip(low=0.8, high=1.28)
@@ -49,8 +71,13 @@ ARMS: dict[str, Arm] = {
     "gspo": Arm(
         _loss(uncorrected(), PPOClip(low=1 - 3e-4, high=1 + 4e-4, level="geometric")), "rollout"
     ),
+    "past-tis": Arm(_loss(Correction(bound=PastTruncate()), Reinforce())),
+    "uncorrected-critic": Arm(_loss(uncorrected(), Reinforce()), critic=True),
+    "token-tis-critic": Arm(_loss(token_tis(), Reinforce()), critic=True),
+    "icepop-critic": Arm(_loss(icepop(), Reinforce()), critic=True),
 }
-"""Every preset with REINFORCE on π/μ, and PPO, CISPO and GSPO on the update ratio."""
+"""Every preset with REINFORCE on π/μ; PPO, CISPO and GSPO on the update ratio; and what may do
+better: a weight of the past, and the baseline of a critic."""
 
 TOKEN_LOCAL = tuple(name for name, arm in ARMS.items() if arm.loss.scope == "token")
 """Arms whose weights depend on context, token and the advantage's sign alone: their expectations

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.lab.chain.arms import ARMS
+from benchmarks.lab.chain.critic import Critic
 from benchmarks.lab.chain.engines import Engine, plain
 from benchmarks.lab.chain.learner import Holder
 from benchmarks.lab.chain.policy import HIDDEN, WIDTH, Parameters, normalised
@@ -69,8 +70,14 @@ def puzzle(
     return Puzzle(torch.randint(kinds, (prompts, length), generator=generator), rank < right)
 
 
-def untrained(of: Puzzle, seed: int) -> Parameters:
-    """Weights of one layer of attention with a bias for each distance, and one of MLP."""
+def untrained(of: Puzzle, seed: int, outputs: int | None = None) -> Parameters:
+    """Weights of one layer of attention with a bias for each distance, and one of MLP.
+
+    Args:
+        of: what features and tokens there are.
+        seed: of the weights.
+        outputs: in the place of the vocabulary.
+    """
     generator = torch.Generator().manual_seed(seed)
     vocab, length = of.good.shape[-1], of.kind.shape[-1]
 
@@ -81,7 +88,8 @@ def untrained(of: Puzzle, seed: int) -> Parameters:
         "in": drawn(of.kinds + of.nuisance, WIDTH), "token": drawn(vocab, WIDTH),
         "query": drawn(WIDTH, WIDTH), "key": drawn(WIDTH, WIDTH), "value": drawn(WIDTH, WIDTH),
         "out": drawn(WIDTH, WIDTH), "distance": torch.zeros(length),
-        "up": drawn(WIDTH, HIDDEN), "down": drawn(HIDDEN, WIDTH), "head": drawn(WIDTH, vocab),
+        "up": drawn(WIDTH, HIDDEN), "down": drawn(HIDDEN, WIDTH),
+        "head": drawn(WIDTH, outputs or vocab),
     }
 
 
@@ -183,6 +191,7 @@ def learn(
     holder = Holder(start, Engine(plain, behind=lag), optimizer="adam", rate=rate)
     generator = torch.Generator().manual_seed(seed)
     group = torch.arange(len(of.kind)).repeat_interleave(each)
+    critic = Critic(untrained(of, seed, 1), logits) if ARMS[arm].critic else None
     for step in range(steps):
         stale = holder.hold()
         if step % every == 0:
@@ -190,8 +199,12 @@ def learn(
             yield of.rewards(own).mean().item()
         features = of.features(generator)
         tokens = answers(of, stale, features, each, generator)
-        advantages = group_advantages(of.rewards(tokens).flatten(), group, estimator="dr-grpo")
+        rewards = of.rewards(tokens).flatten()
         wide, flat = features.repeat_interleave(each, 0), tokens.flatten(0, 1)
+        advantages = (
+            critic.advantages(rewards, wide, flat) if critic
+            else group_advantages(rewards, group, estimator="dr-grpo")
+        )
 
         def scored(weights: Mapping[str, Tensor]) -> Tensor:
             table = logits(weights, wide, flat).double().log_softmax(-1)  # noqa: B023

@@ -6,22 +6,25 @@ What is run, in which order, and how it is judged was written down before: ``PLA
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache, partial
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from benchmarks.lab.chain import attention
 from benchmarks.lab.chain.arms import ARMS, Arm
+from benchmarks.lab.chain.critic import Critic
 from benchmarks.lab.chain.engines import Engine, plain
 from benchmarks.lab.chain.learner import Learner, State, View, state_of
-from benchmarks.lab.chain.policy import Parameters, warm_start
+from benchmarks.lab.chain.policy import Parameters, logits, network, warm_start
 from benchmarks.lab.chain.records import append, due, numbers, rows
-from benchmarks.lab.chain.world import WORLDS, World, sample
+from benchmarks.lab.chain.world import WORLDS, Samples, World, sample
 from iscorrect import group_advantages
 
 LENGTH, PROMPTS, ANSWERS, STEPS, WARMUP, CLIP = 256, 4, 16, 150, 5, 1.0
@@ -31,9 +34,13 @@ ATTENTION = "attention"
 """The world of :mod:`benchmarks.lab.chain.attention`."""
 TASKS, UNTOUCHED = (20, 21, 22), 23
 SEEDS, CALIBRATION_SEEDS = 20, 3
-LAGS = (8, 4, 2, 16, 1)
-MAIN = ("uncorrected", "token-tis", "icepop", "ppo")
-MEANT = (*MAIN, "token-mis", "sequence-tis", "sequence-mis", "cispo", "gspo")
+LAGS = (8, 16, 4, 2, 1, 32)
+MAIN = ("uncorrected", "token-tis", "icepop", "ppo", "token-tis-critic")
+MEANT = (
+    *MAIN, "uncorrected-critic", "icepop-critic", "past-tis", "token-mis", "sequence-tis",
+    "sequence-mis", "cispo", "gspo", "dppo", "confidence-is", "geometric-rs", "topr",
+    "off-policy-negative",
+)
 """The arms of the plan. With one update a batch, PPO on a π_old that is recomputed at the weights
 of the update has a ratio of 1: it is ``uncorrected``, and with token-TIS it is ``token-tis``."""
 LAST = 20
@@ -94,19 +101,16 @@ def design(rates: Sequence[float], *, world: str = "chain", untouched: bool = Fa
     """
     tasks = (UNTOUCHED,) if untouched else TASKS
     first, second, *_ = rates
-    control = ("uncorrected",)
-    if world == ATTENTION:
-        blocks = [
-            (rate, lags, arms, seeds) for seeds in (2, SEEDS) for rate in (second, first)
-            for lags, arms in (((0,), control), ((8,), MAIN))
-        ]
-        return listed(blocks, world, tasks)
+    control = ("uncorrected", "token-tis-critic")
+    parts = [((0,), control), ((8,), (*MAIN, "past-tis"))]
+    last = []
+    if world != ATTENTION:
+        parts += [(LAGS, MAIN), ((8,), MEANT)]
+        last = [(LAGS, MEANT)]
     blocks = [
-        (first, (0,), control, 4), (first, (8,), MAIN, 4), (first, (8,), MEANT, 2),
-        (second, (8, 16), MAIN, 2), (first, (2, 4), MAIN, 2), (first, (8,), MAIN, 8),
-        (first, (1, 16), MAIN, 2), (first, (8,), MEANT, 6), (first, LAGS, MEANT, 4),
-        *((rate, lags, arms, SEEDS) for rate in (first, second)
-          for lags, arms in (((0,), control), (LAGS, MEANT))),
+        (rate, lags, arms, seeds)
+        for seeds, some in ((SEEDS // 2, parts), (SEEDS, parts), (SEEDS, last))
+        for lags, arms in some for rate in (first, second)
     ]
     return listed(blocks, world, tasks)
 
@@ -123,15 +127,32 @@ def listed(
     )]
 
 
-def sampled_gain(arm: Arm, world: World, view: View, generator: torch.Generator) -> torch.Tensor:
-    """−loss on sequences that the engine samples; a prompt's mean reward is its baseline."""
+def beyond_the_prompt(drawn: Samples) -> Tensor:
+    """What a sequence earned beyond the mean of its prompt's; "n"."""
+    prompts, answers = drawn.reward.shape
+    group = torch.arange(prompts).repeat_interleave(answers)
+    return group_advantages(drawn.reward.flatten(), group, estimator="dr-grpo")
+
+
+def beyond_a_critic(critic: Critic, learner: Learner, drawn: Samples) -> Tensor:
+    """What it earned beyond what the critic expects at each of its contexts; "n t"."""
+    world = learner.world
+    context = drawn.places // world.vocab
+    position = (context % world.length)[..., None] / world.length
+    features = learner.features.flatten(0, 2)[context]
+    return critic.advantages(drawn.reward.flatten(), torch.cat([features, position], -1))
+
+
+def sampled_gain(
+    arm: Arm, world: World, view: View, generator: torch.Generator,
+    advantages: Callable[[Samples], Tensor] = beyond_the_prompt,
+) -> Tensor:
+    """−loss on sequences that the engine samples."""
     drawn = sample(world, view.engine.exp(), ANSWERS, generator)
     policy, rollout, engine = (x.reshape(-1)[drawn.places] for x in view)
-    group = torch.arange(world.prompts).repeat_interleave(ANSWERS)
-    advantages = group_advantages(drawn.reward.flatten(), group, estimator="dr-grpo")
     loss, _ = arm.loss(
         policy, rollout_log_probs=engine, old_log_probs=arm.old_log_probs(rollout, engine),
-        advantages=advantages, mask=torch.ones_like(engine, dtype=torch.bool),
+        advantages=advantages(drawn), mask=torch.ones_like(engine, dtype=torch.bool),
     )
     return -loss
 
@@ -144,11 +165,15 @@ def learn(run: Run, steps: int = STEPS) -> Iterator[State]:
         seed=1000 * (run.seed + 1),
     )
     generator = torch.Generator().manual_seed(run.seed)
+    arm, advantages = ARMS[run.arm], beyond_the_prompt
+    if arm.critic:
+        drawn = network(world.width + 1, 1, torch.Generator().manual_seed(run.seed))
+        advantages = partial(beyond_a_critic, Critic(drawn, logits), learner)
     for step in range(steps):
         view = learner.look()
         yield state_of(world, view)
         learner.optimizer.param_groups[0]["lr"] = run.rate * min(1, (step + 1) / WARMUP)
-        learner.ascend(sampled_gain(ARMS[run.arm], world, view, generator), CLIP)
+        learner.ascend(sampled_gain(arm, world, view, generator, advantages), CLIP)
 
 
 @cache
@@ -178,15 +203,21 @@ def record(run: Run, steps: int) -> dict[str, str]:
     return {**measures([state.j_policy for state in states]), **numbers(states, every=EVERY)}
 
 
-def carry_out(runs: Sequence[Run], path: Path, steps: int) -> None:
-    """Do what is not on record, and say how far it is."""
+def carry_out(runs: Sequence[Run], path: Path, steps: int, jobs: int = 1) -> None:
+    """Do what is not on record, some at a time, and say how far it is."""
     left = due(runs, path)
-    for i, run in enumerate(left, 1):
-        began = time.process_time()
-        found = record(run, steps)
-        append(path, {**run._asdict(), **found})
-        print(f"{i}/{len(left)} {' '.join(map(str, run))}: end {found['end']}, lowest "
-              f"{found['lowest']}, {time.process_time() - began:.1f} s", flush=True)
+    alone = {"mp_context": get_context("spawn"), "initializer": torch.set_num_threads,
+             "initargs": (1,)}
+    with ProcessPoolExecutor(jobs, **alone) as workers:
+        asked = {workers.submit(record, run, steps): run for run in left}
+        try:
+            for i, done in enumerate(as_completed(asked), 1):
+                run, found = asked[done], done.result()
+                append(path, {**run._asdict(), **found})
+                print(f"{i}/{len(left)} {' '.join(map(str, run))}: end {found['end']}, lowest "
+                      f"{found['lowest']}", flush=True)
+        finally:
+            workers.shutdown(cancel_futures=True)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -196,10 +227,10 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--world", choices=[*WORLDS, ATTENTION], default="chain")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seeds", type=int, default=SEEDS, help="at most so many of each cell")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     given = parser.parse_args(arguments)
-    torch.set_num_threads(1)
     path = given.records / "behind.csv"
-    carry_out(calibration(given.world), path, given.steps)
+    carry_out(calibration(given.world), path, given.steps, given.jobs)
     rates = by_the_control(path, given.world)
     runs = design(rates, world=given.world, untouched=given.untouched)
-    carry_out([run for run in runs if run.seed < given.seeds], path, given.steps)
+    carry_out([run for run in runs if run.seed < given.seeds], path, given.steps, given.jobs)

@@ -32,6 +32,8 @@ TASKS = (10, 11, 12)
 SEED = 7
 """Of the features' nuisance; the same in every run."""
 CORE = ("uncorrected", "token-tis", "icepop")
+CRITIC = tuple(name for name in TOKEN_LOCAL if ARMS[name].critic)
+"""Here a critic knows what is to be expected."""
 KINDS = (
     "exact", "activations-10", "activations-7", "activations-4", "weights-7", "weights-4",
     "both-7", "both-5", "int8", "int4", "int3", "noise-0.3", "noise-1", "behind-1", "behind-2",
@@ -62,7 +64,7 @@ class Run(NamedTuple):
 
 def design(length: int | None = None) -> list[Run]:
     """Every run, in the order in which they are done; of one length, if one is given."""
-    arms = (*CORE, *(name for name in TOKEN_LOCAL if name not in CORE))
+    arms = (*CORE, *(name for name in TOKEN_LOCAL if name not in CORE + CRITIC))
     first, *others = TASKS
     finer = [f"{kind}-{m}" for kind in ("activations", "both") for m in BITS]
     lags = [f"behind-{lag}" for lag in LAGS]
@@ -79,6 +81,9 @@ def design(length: int | None = None) -> list[Run]:
         block("chain", 256, first, "adam", ENGINES, CORE),
         block("chain", 256, first, "adam", lags, arms),
         block("chain", 256, first, "adam", ENGINES, arms),
+        *(block(world, 256, first, "adam", KINDS, CRITIC) for world in WORLDS),
+        block("chain", 256, first, "sgd", KINDS, CRITIC),
+        *(block("chain", 256, task, "adam", KINDS, CRITIC) for task in others),
     ]
     runs = dict.fromkeys(run for part in blocks for run in part)
     return [run for run in runs if length in (None, run.length) and defined(run)]
@@ -116,7 +121,7 @@ def expected_gain(world: World, arm: str, view: View) -> Tensor:
         coefficient = positive - negative
     else:
         rewarded, punished = slopes(ARMS[arm], policy, view.rollout, view.engine)
-        positive, negative = credit(world, view.engine.exp())
+        positive, negative = credit(world, view.engine.exp(), critic=ARMS[arm].critic)
         coefficient = positive * rewarded + negative * punished
     return (coefficient * view.policy).sum() / world.prompts
 

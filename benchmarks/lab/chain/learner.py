@@ -82,12 +82,13 @@ class Learner(Holder):
     ):
         super().__init__(start, engine, optimizer=optimizer, rate=rate)
         self.world = world
+        self.features: Tensor | None = None
         self.features_seed = torch.Generator().manual_seed(seed)
         self.noise = torch.Generator().manual_seed(seed + 1)
 
     def look(self) -> View:
         """All contexts, their nuisance drawn anew, as trainer and engine see them now."""
-        features = self.world.features(self.features_seed)
+        features = self.features = self.world.features(self.features_seed)
         held = self.hold()
         policy = logits(self._on_grid(self.weights), features)
         with torch.no_grad():

@@ -19,7 +19,11 @@ OFFSET = 20.0
 
 def untrained(world: World) -> Parameters:
     """Normal weights, from the task's seed."""
-    generator = torch.Generator().manual_seed(world.task + 100)
+    return network(world.width, world.vocab, torch.Generator().manual_seed(world.task + 100))
+
+
+def network(features: int, outputs: int, generator: torch.Generator) -> Parameters:
+    """Normal weights of a network of this many features and outputs."""
 
     def drawn(rows: int, columns: int) -> Tensor:
         return torch.randn(rows, columns, generator=generator) / math.sqrt(rows)
@@ -28,7 +32,7 @@ def untrained(world: World) -> Parameters:
         f"{name}{i}": drawn(*shape) for i in range(LAYERS)
         for name, shape in (("up", (WIDTH, HIDDEN)), ("down", (HIDDEN, WIDTH)))
     }
-    return {"in": drawn(world.width, WIDTH), **layers, "head": drawn(WIDTH, world.vocab)}
+    return {"in": drawn(features, WIDTH), **layers, "head": drawn(WIDTH, outputs)}
 
 
 def logits(weights: Mapping[str, Tensor], features: Tensor) -> Tensor:

@@ -152,7 +152,7 @@ def outlook(world: World, probabilities: Tensor) -> Outlook:
 
 
 class Credit(NamedTuple):
-    """Expected advantages R − b of tokens, times the chance to draw them; b is J of the sampler.
+    """Expected advantages R − b of tokens, times the chance to draw them.
 
     Attributes:
         positive: "s p t v", of E (R − b)₊.
@@ -164,13 +164,21 @@ class Credit(NamedTuple):
     negative: Tensor
 
 
-def credit(world: World, probabilities: Tensor) -> Credit:
-    """What a sampler with these probabilities credits each token with; float64 "s p t v"."""
+def credit(world: World, probabilities: Tensor, *, critic: bool = False) -> Credit:
+    """What a sampler with these probabilities credits each token with.
+
+    Args:
+        world: with its rewards.
+        probabilities: float64 "s p t v".
+        critic: b is the reward that the sampler has to expect at the context; otherwise its J.
+    """
     seen = outlook(world, probabilities)
-    baseline = seen.reward[:, None, None]
+    expected = (probabilities * seen.values).sum(-1, keepdim=True)
+    baseline = expected if critic else seen.reward[:, None, None]
     chance = seen.visits[..., None]
     if world.dense:
-        mean = chance * (seen.values - baseline) + seen.earned[..., None]
+        earned = 0 if critic else seen.earned[..., None]
+        mean = chance * (seen.values - baseline) + earned
         return Credit(probabilities * mean, torch.zeros_like(mean))
     positive = probabilities * chance * seen.values * (1 - baseline)
     return Credit(positive, probabilities * chance * (1 - seen.values) * baseline)
