@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from scipy import stats
 
@@ -48,3 +49,34 @@ def holm(p_values: Sequence[float]) -> list[float]:
         highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
         adjusted[i] = highest
     return adjusted
+
+
+class Difference(NamedTuple):
+    """Of two means.
+
+    Attributes:
+        mean: the difference.
+        low: of its 95 % interval.
+        high: of the same.
+        p: two-sided, of no difference.
+    """
+
+    mean: float
+    low: float
+    high: float
+    p: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.3f} ({self.low:+.3f} to {self.high:+.3f})"
+
+
+def welch(a: Sequence[float], b: Sequence[float]) -> Difference:
+    """Mean of ``a`` less mean of ``b``, by Welch's test.
+
+    >>> print(welch([0.9, 0.8, 0.85], [0.4, 0.5, 0.6]))
+    +0.350 (+0.142 to +0.558)
+    """
+    test = stats.ttest_ind(a, b, equal_var=False)
+    low, high = test.confidence_interval()
+    mean = sum(a) / len(a) - sum(b) / len(b)
+    return Difference(mean, float(low), float(high), float(test.pvalue))

@@ -13,12 +13,18 @@ from benchmarks.lab.chain import behind, bias, exact
 from benchmarks.lab.chain.arms import ARMS
 from benchmarks.lab.chain.engines import BITS, ENGINES
 from benchmarks.lab.chain.records import curve, rows
-from benchmarks.lab.chain.statistics import fisher, holm, interval
+from benchmarks.lab.chain.statistics import fisher, holm, interval, welch
+from benchmarks.lab.chain.world import WORLDS
 
 Rows = list[dict[str, str]]
 LEVEL = 0.05
 LEARNT = 0.95
 """J(π) whose first step a table gives."""
+CLAIMED = 8
+"""Updates behind that the claims of the plan are about."""
+SANK = 0.05
+CANDIDATES = ("token-tis-critic", "past-tis")
+"""Arms that may do better than token-TIS and sequence-TIS."""
 
 
 def of_exact(records: Path, **key: object) -> dict[tuple[str, str], dict[str, str]]:
@@ -115,6 +121,46 @@ def reached(row: dict[str, str] | None) -> str:
     return str(step) if step is not None else f"> ({end:.2f})"
 
 
+def with_a_critic(records: Path) -> str:
+    """What mismatch does to uncorrected and token-TIS runs whose baseline knows each context."""
+    arms = ("uncorrected", "uncorrected-critic", "token-tis", "token-tis-critic")
+    found = of_exact(records, world="chain", length=256, task=10, optimizer="adam")
+    names = [name for name in exact.KINDS if (name, "uncorrected-critic") in found]
+    if not names:
+        return "No record of `python -m benchmarks.lab exact`.\n"
+    body = [[name, *(cell(found.get((name, arm))) for arm in arms)] for name in names]
+    return markdown(["engine", *arms], body)
+
+
+def critics_everywhere(records: Path) -> str:
+    """How many uncorrected runs sink below their start, without and with a critic's baseline."""
+    body = []
+    for world, task, optimizer in (
+        *((world, exact.TASKS[0], "adam") for world in WORLDS), ("chain", exact.TASKS[0], "sgd"),
+        *(("chain", task, "adam") for task in exact.TASKS[1:]),
+    ):
+        found = of_exact(records, world=world, length=256, task=task, optimizer=optimizer)
+        names = [name for name in exact.KINDS if (name, "uncorrected-critic") in found]
+        if names:
+            body.append([
+                f"`{world}`, task {task}, {optimizer}", str(len(names)),
+                *(str(sum(sank(found[name, arm]) for name in names))
+                  for arm in ("uncorrected", "uncorrected-critic", "token-tis",
+                              "token-tis-critic")),
+            ])
+    if not body:
+        return "No record of `python -m benchmarks.lab exact`.\n"
+    head = ["world", "engines", "uncorrected sank", "with a critic", "token-TIS sank",
+            "with a critic"]
+    return markdown(head, body) + (
+        f"\nSank: J(π) was below its start by more than {SANK} at some step.\n"
+    )
+
+
+def sank(row: dict[str, str]) -> bool:
+    return outcome(row)[1] < curve(row, "j_policy")[0] - SANK
+
+
 def in_worlds(records: Path) -> str:
     """Where engines make uncorrected runs fall or slow, and token-TIS runs, by world."""
     found = {
@@ -136,33 +182,102 @@ def in_worlds(records: Path) -> str:
     return markdown(head, body)
 
 
-def by_lag(records: Path, *, world: str = "chain", untouched: bool = False) -> str:
-    """One row a rate, lag and arm: counts with their intervals, ends with their errors."""
+def behind_of(records: Path, *, world: str = "chain", untouched: bool = False) -> str:
+    """One row a rate and arm, 8 behind and not behind: counts with intervals, ends with errors."""
     cells = by_cell(records, world=world, untouched=untouched)
-    if not cells:
+    shown = [key for key in cells if key[1] in (0, CLAIMED)]
+    if not shown:
         return "No record of `python -m benchmarks.lab behind`.\n"
-    order = sorted(cells, key=lambda key: (-key[0], key[1], behind.MEANT.index(key[2])))
+    order = sorted(shown, key=lambda key: (-key[0], key[1], behind.MEANT.index(key[2])))
     adjusted = against_uncorrected(cells)
     head = ["rate", "behind", "arm", "runs", "J(π) at the end", "fell", "at zero", "p (fell), Holm"]
     body = []
     for key in order:
         rate, lag, arm = key
         runs = cells[key]
-        end, error = with_error([float(row["end"]) for row in runs])
         body.append([
-            f"{rate:g}", str(lag), arm, str(len(runs)),
-            f"{end:.3f}" + (f" ± {error:.3f}" if len(runs) > 1 else ""),
+            f"{rate:g}", str(lag), arm, str(len(runs)), mean_end(runs),
             interval(fallen(runs), len(runs)), interval(zero(runs), len(runs)),
             pretty(adjusted[key]) if key in adjusted else "",
         ])
-    shown = ", ".join(sorted({row["task"] for runs in cells.values() for row in runs}))
+    tasks = ", ".join(sorted({row["task"] for key in shown for row in cells[key]}))
     return markdown(head, body) + (
-        f"\nWorld `{world}`, tasks {shown}; J at the end is the mean of the last {behind.LAST} "
+        f"\nWorld `{world}`, tasks {tasks}; J at the end is the mean of the last {behind.LAST} "
         f"steps, ± standard error over runs. Fell: J(π) below {behind.FELL} after step "
         f"{behind.AFTER}; at zero: an end below {behind.ZERO}; in brackets 95 % intervals "
         "(Wilson). p: Fisher's test of *fell* against uncorrected at the same rate and lag, "
         "Holm's correction over the arms of the cell. " + note(records / "behind.json")
     )
+
+
+def over_lags(records: Path, *, untouched: bool = False) -> str:
+    """One row a rate and lag: the KL that it makes, and what became of the main arms."""
+    cells = by_cell(records, untouched=untouched)
+    rows_of = sorted({key[:2] for key in cells if key[1]}, key=lambda key: (-key[0], key[1]))
+    if not rows_of:
+        return "No record of `python -m benchmarks.lab behind`.\n"
+    head = ["rate", "behind", "KL under token-TIS", *behind.MAIN]
+    body = []
+    for rate, lag in rows_of:
+        of = {arm: cells.get((rate, lag, arm), []) for arm in behind.MAIN}
+        body.append([
+            f"{rate:g}", str(lag), pretty(made_kl(of["token-tis"])) if of["token-tis"] else "",
+            *(f"{mean_end(runs)}; {fallen(runs)} of {len(runs)}" if runs else "not run"
+              for runs in of.values()),
+        ])
+    return markdown(head, body) + (
+        "\nA cell: J(π) at the end ± standard error over runs; runs that fell. KL(μ‖π): nats per "
+        "sequence, the median over runs of the mean over steps.\n"
+    )
+
+
+def mean_end(runs: Rows) -> str:
+    end, error = with_error([float(row["end"]) for row in runs])
+    return f"{end:.3f}" + (f" ± {error:.3f}" if len(runs) > 1 else "")
+
+
+def made_kl(runs: Rows) -> float:
+    """Nats per sequence that a lag made, the median over runs of the mean over a run."""
+    return statistics.median(statistics.fmean(curve(row, "kl")) for row in runs)
+
+
+def better(records: Path) -> str:
+    """Whether a candidate's ends are above those of token-TIS and sequence-TIS, as planned."""
+    cells, untouched = by_cell(records), by_cell(records, untouched=True)
+    rates_of = sorted({key[0] for key in cells if key[1] == CLAIMED}, reverse=True)
+    known = ("token-tis", "sequence-tis")
+    head = ["arm", "rate", "against", "difference of ends", "p, Holm", "task 23"]
+    body, said = [], []
+    for arm in CANDIDATES:
+        pairs = [
+            (rate, other) for rate in rates_of for other in known
+            if (rate, CLAIMED, arm) in cells and (rate, CLAIMED, other) in cells
+        ]
+        if not pairs:
+            continue
+        found = [welch(ends(cells[rate, CLAIMED, arm]), ends(cells[rate, CLAIMED, other]))
+                 for rate, other in pairs]
+        adjusted = holm([difference.p for difference in found])
+        for (rate, other), difference, p in zip(pairs, found, adjusted, strict=True):
+            there = [untouched.get((rate, CLAIMED, name), []) for name in (arm, other)]
+            body.append([
+                arm, f"{rate:g}", other, str(difference), pretty(p),
+                str(welch(*map(ends, there))) if all(len(of) > 1 for of in there) else "not run",
+            ])
+        holds = all(p < LEVEL and difference.mean > 0
+                    for difference, p in zip(found, adjusted, strict=True))
+        said.append(f"`{arm}` {'does better' if holds else 'is not shown to do better'}")
+    if not body:
+        return "No record of `python -m benchmarks.lab behind`.\n"
+    return markdown(head, body) + (
+        f"\n{CLAIMED} behind, tasks {', '.join(map(str, behind.TASKS))} together; 95 % intervals "
+        f"and p of Welch's test, Holm's correction over an arm's rows. By the rule of the plan "
+        f"{' and '.join(said)} than token-TIS and sequence-TIS.\n"
+    )
+
+
+def ends(runs: Rows) -> list[float]:
+    return [float(row["end"]) for row in runs]
 
 
 def by_cell(
@@ -212,10 +327,12 @@ def claim(records: Path) -> str:
         cells = by_cell(records, untouched=untouched)
         adjusted = against_uncorrected(cells)
         for rate in sorted({key[0] for key in cells}, reverse=True):
-            plain, mended = (cells.get((rate, 8, arm)) for arm in ("uncorrected", "token-tis"))
+            plain, mended = (
+                cells.get((rate, CLAIMED, arm)) for arm in ("uncorrected", "token-tis")
+            )
             if not plain or not mended:
                 continue
-            p = adjusted[rate, 8, "token-tis"]
+            p = adjusted[rate, CLAIMED, "token-tis"]
             tasks = sorted({row["task"] for row in plain})
             body.append([
                 ", ".join(tasks) + (" (untouched)" if untouched else ""), f"{rate:g}",
@@ -311,7 +428,10 @@ def note(path: Path) -> str:
 TABLES: dict[str, Callable[[Path], str]] = {
     "exact": engines, "exact_sgd": partial(engines, optimizer="sgd"),
     "exact_arms": every_arm, "exact_lengths": lengths, "exact_worlds": in_worlds,
-    "behind": by_lag, "behind_untouched": partial(by_lag, untouched=True),
-    "behind_attention": partial(by_lag, world="attention"), "behind_rates": rates,
-    "behind_claim": claim, "bias": biases, "bias_shared": shared, "coherence": coherences,
+    "exact_critic": with_a_critic, "exact_critics": critics_everywhere,
+    "behind": behind_of, "behind_untouched": partial(behind_of, untouched=True),
+    "behind_attention": partial(behind_of, world="attention"), "behind_rates": rates,
+    "behind_lags": over_lags, "behind_lags_untouched": partial(over_lags, untouched=True),
+    "behind_claim": claim, "behind_better": better, "bias": biases, "bias_shared": shared,
+    "coherence": coherences,
 }
