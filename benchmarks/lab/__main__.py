@@ -18,6 +18,7 @@ BY_THEMSELVES = {
     "behind": ("benchmarks.lab.chain.behind", "an engine some updates behind, with seeds"),
     "bias": ("benchmarks.lab.chain.bias", "bias by length and kind, and the batch that shows it"),
     "coherence": ("benchmarks.lab.chain.coherence", "n* from sketches of gradients, and exact"),
+    "published": ("benchmarks.lab.published", "numbers of others, read by the library"),
     "report": ("benchmarks.lab.report", "tables and figures from the records"),
 }
 """Commands that need no engine, by the module whose ``main`` reads their arguments."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from math import log
 from pathlib import Path
 
-from benchmarks.lab import figures
+from benchmarks.lab import figures, published_table
 from benchmarks.lab.cells import markdown, pretty, share, times, with_error
 from benchmarks.lab.chain import figures as chain_figures, tables as chain
 from benchmarks.lab.chain.statistics import fisher, interval
@@ -287,5 +287,5 @@ def floors(records: Path) -> str:
 
 TABLES: dict[str, Callable[[Path], str]] = {
     "offline": offline, "ratios": ratios, "ranking": ranking, "sanity": sanity, "map": phases,
-    "floors": floors,
+    "floors": floors, "published": published_table.table,
 }

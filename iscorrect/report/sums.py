@@ -7,7 +7,7 @@ clustered by sequence need sums of squares over sequences only.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -235,29 +235,37 @@ class Sums:
         return self.tokens / self.sequences
 
     def growth(self) -> dict[str, float]:
-        """By what factor k3 grows from the first step to the last, and its 95 % interval.
-
-        That of the line through log k3 over the steps, as if steps were independent; nothing with
-        fewer than five steps.
-        """
+        """By what factor k3 grows from the first step to the last, and its 95 % interval."""
         means = self.places.get("step", Means())
         k3 = {key: means.mean(key).value for key in means.sums}
-        dated = sorted((key, x) for key, x in k3.items() if isinstance(key, int) and x > 0)
-        if len(dated) < FEWEST_STEPS:
-            return {}
-        x = np.array([float(step) for step, _ in dated])
-        y = np.log([level for _, level in dated])
-        centred = x - x.mean()
-        slope = float(centred @ y / (centred @ centred))
-        degrees = len(x) - 2
-        residual = y - y.mean() - slope * centred
-        error = math.sqrt(float(residual @ residual) / degrees / float(centred @ centred))
-        reach = float(np.ptp(x))
-        half = student(degrees) * error * reach
-        return {
-            name: math.exp(min(slope * reach + x, 700.0))
-            for name, x in zip(GROWTH, (0.0, -half, half), strict=True)
-        }
+        return growth({key: x for key, x in k3.items() if isinstance(key, int)})
+
+
+def growth(levels: Mapping[int, float]) -> dict[str, float]:
+    """By what factor a metric grows from the first step to the last, and its 95 % interval.
+
+    That of the line through its logarithm over the steps, as if steps were independent; nothing
+    with fewer than five steps on which it is positive.
+
+    >>> {name: round(x, 3) for name, x in growth({0: 1.0, 1: 2.0, 2: 4.0, 3: 8.0, 4: 16.0}).items()}
+    {'mismatch/growth': 16.0, 'mismatch/growth/low': 16.0, 'mismatch/growth/high': 16.0}
+    """
+    dated = sorted((step, x) for step, x in levels.items() if x > 0)
+    if len(dated) < FEWEST_STEPS:
+        return {}
+    x = np.array([float(step) for step, _ in dated])
+    y = np.log([level for _, level in dated])
+    centred = x - x.mean()
+    slope = float(centred @ y / (centred @ centred))
+    degrees = len(x) - 2
+    residual = y - y.mean() - slope * centred
+    error = math.sqrt(float(residual @ residual) / degrees / float(centred @ centred))
+    reach = float(np.ptp(x))
+    half = student(degrees) * error * reach
+    return {
+        name: math.exp(min(slope * reach + x, 700.0))
+        for name, x in zip(GROWTH, (0.0, -half, half), strict=True)
+    }
 
 
 def student(degrees: int) -> float:
