@@ -19,10 +19,10 @@ from torch import Tensor
 
 from benchmarks.lab.chain import attention
 from benchmarks.lab.chain.arms import ARMS, Arm
-from benchmarks.lab.chain.critic import Critic
+from benchmarks.lab.chain.critic import Critic, layer, of_layer
 from benchmarks.lab.chain.engines import Engine, plain
 from benchmarks.lab.chain.learner import Learner, State, View, state_of
-from benchmarks.lab.chain.policy import Parameters, logits, network, warm_start
+from benchmarks.lab.chain.policy import Parameters, warm_start
 from benchmarks.lab.chain.records import append, due, numbers, rows
 from benchmarks.lab.chain.world import WORLDS, Samples, World, sample
 from iscorrect import group_advantages
@@ -167,8 +167,8 @@ def learn(run: Run, steps: int = STEPS) -> Iterator[State]:
     generator = torch.Generator().manual_seed(run.seed)
     arm, advantages = ARMS[run.arm], beyond_the_prompt
     if arm.critic:
-        drawn = network(world.width + 1, 1, torch.Generator().manual_seed(run.seed))
-        advantages = partial(beyond_a_critic, Critic(drawn, logits), learner)
+        drawn = layer(world.width + 1, torch.Generator().manual_seed(run.seed))
+        advantages = partial(beyond_a_critic, Critic(drawn, of_layer), learner)
     for step in range(steps):
         view = learner.look()
         yield state_of(world, view)

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.functional import binary_cross_entropy_with_logits, silu
 
 from benchmarks.lab.chain.policy import Parameters
 
-RATE, UPDATES = 1e-2, 2
-"""Of Adam, and how often it looks at each batch."""
+RATE, UPDATES, WIDTH = 1e-2, 2, 32
+"""Of Adam, how often it looks at each batch, and units of a network of one layer."""
+
+
+def layer(inputs: int, generator: torch.Generator) -> Parameters:
+    """Weights of a network of one hidden layer."""
+    drawn = torch.randn(inputs, WIDTH, generator=generator) / math.sqrt(inputs)
+    return {"in": drawn, "bias": torch.zeros(WIDTH), "head": torch.zeros(WIDTH, 1)}
+
+
+def of_layer(weights: Mapping[str, Tensor], contexts: Tensor) -> Tensor:
+    """Its logits; "… f" -> "… 1"."""
+    return silu(contexts @ weights["in"] + weights["bias"]) @ weights["head"]
 
 
 class Critic:

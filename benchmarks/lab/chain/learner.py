@@ -82,7 +82,7 @@ class Learner(Holder):
     ):
         super().__init__(start, engine, optimizer=optimizer, rate=rate)
         self.world = world
-        self.features: Tensor | None = None
+        self.features = torch.empty(0)
         self.features_seed = torch.Generator().manual_seed(seed)
         self.noise = torch.Generator().manual_seed(seed + 1)
 

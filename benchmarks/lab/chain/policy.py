@@ -19,11 +19,7 @@ OFFSET = 20.0
 
 def untrained(world: World) -> Parameters:
     """Normal weights, from the task's seed."""
-    return network(world.width, world.vocab, torch.Generator().manual_seed(world.task + 100))
-
-
-def network(features: int, outputs: int, generator: torch.Generator) -> Parameters:
-    """Normal weights of a network of this many features and outputs."""
+    generator = torch.Generator().manual_seed(world.task + 100)
 
     def drawn(rows: int, columns: int) -> Tensor:
         return torch.randn(rows, columns, generator=generator) / math.sqrt(rows)
@@ -32,7 +28,7 @@ def network(features: int, outputs: int, generator: torch.Generator) -> Paramete
         f"{name}{i}": drawn(*shape) for i in range(LAYERS)
         for name, shape in (("up", (WIDTH, HIDDEN)), ("down", (HIDDEN, WIDTH)))
     }
-    return {"in": drawn(features, WIDTH), **layers, "head": drawn(WIDTH, outputs)}
+    return {"in": drawn(world.width, WIDTH), **layers, "head": drawn(WIDTH, world.vocab)}
 
 
 def logits(weights: Mapping[str, Tensor], features: Tensor) -> Tensor:
