@@ -9,6 +9,7 @@ from benchmarks.lab.chain import (
     attention,
     behind,
     bias,
+    critic,
     exact,
     learner,
     records,
@@ -193,6 +194,39 @@ def test_what_is_decided_leaves_token_weights_nothing_to_bias():
     assert moved["token-is"] < 1e-14 and moved["uncorrected"] > 1e-4
 
 
+def test_a_baseline_that_knows_the_outcome_leaves_no_weights_anything_to_bias():
+    """In a decided context b = q: neither 1 nor a truncated ratio moves a logit there."""
+    world = World(length=4, task=7)
+    policy, engine = policies(world, noise=2.0)
+    for name, other in (("uncorrected-critic", "uncorrected"), ("token-tis-critic", "token-tis")):
+        assert by_recursion(world, ARMS[name], policy, engine)[1].abs().max() < 1e-15
+        assert by_recursion(world, ARMS[other], policy, engine)[1].abs().max() > 1e-4
+
+
+def test_a_critic_learns_what_its_contexts_lead_one_to_expect():
+    generator = torch.Generator().manual_seed(0)
+    of = critic.Critic(critic.layer(2, generator), critic.of_layer)
+    contexts = torch.eye(2)[torch.arange(200) % 2][:, None]
+    rewards = (torch.arange(200) % 2).double()
+    first = of.advantages(rewards, contexts)
+    assert torch.equal(first, rewards[:, None] - 0.5)
+    for _ in range(100):
+        last = of.advantages(rewards, contexts)
+    assert last.shape == (200, 1) and last.abs().max() < 0.05
+
+
+def test_a_weight_of_the_past_is_the_ratio_of_what_came_before_and_at_most_1():
+    log_ratio = torch.tensor([[0.9, -1.2, 0.1, 0.3]], dtype=torch.float64)
+    rollout = torch.full_like(log_ratio, -1.5)
+    found = ARMS["past-tis"].loss.correction(
+        old_log_probs=rollout + log_ratio, rollout_log_probs=rollout,
+        mask=torch.ones_like(log_ratio, dtype=torch.bool),
+    ).weights
+    past = torch.tensor([[0.0, 0.9, -0.3, -0.2]], dtype=torch.float64)
+    want = log_ratio.exp().clamp(max=2) * past.exp().clamp(max=1)
+    assert torch.allclose(found, want, atol=1e-12)
+
+
 def test_a_start_is_half_right_at_every_length():
     for length in (16, 256):
         world = World(length=length, task=8)
@@ -222,6 +256,7 @@ def test_designs_name_known_engines_and_arms_once():
     assert len(runs) == len(set(runs)) and {run.engine for run in runs} == set(ENGINES)
     assert {run.arm for run in runs} == {*TOKEN_LOCAL, "sequence-is"}
     sampled = behind.design((1e-3, 3e-4))
+    assert {run.arm for run in sampled} == {*behind.MEANT}
     assert len(sampled) == len(set(sampled)) and {run.arm for run in sampled} <= set(ARMS)
     assert behind.UNTOUCHED not in {run.task for run in sampled}
 
@@ -254,18 +289,25 @@ def test_ends_are_pinned_and_have_the_same_digits_again(arm, end):
 def test_everything_runs_at_toy_size_and_is_reported(tmp_path):
     exact.main(["--records", str(tmp_path), "--length", "64", "--steps", "4",
                 "--engines", "exact", "both-8", "--arms", "uncorrected", "token-tis"])
+    exact.main(["--records", str(tmp_path), "--length", "256", "--steps", "2",
+                "--engines", "behind-8", "temperature-1.3",
+                "--arms", "uncorrected", "uncorrected-critic", "token-tis",
+                "token-tis-critic"])
     runs = [
         behind.Run(world, 20, lag, arm, 1e-3, 0) for world in ("chain", "attention")
-        for lag, arm in ((0, "uncorrected"), (2, "uncorrected"), (2, "gspo"), (2, "icepop"))
+        for lag, arm in ((0, "uncorrected"), (8, "uncorrected"), (8, "token-tis"), (8, "gspo"),
+                         (8, "sequence-tis"), (8, "token-tis-critic"), (8, "past-tis"))
     ]
-    behind.carry_out(runs, tmp_path / "behind.csv", 12)
+    runs += [run._replace(seed=1) for run in runs if run.world == "chain"]
+    behind.carry_out(runs, tmp_path / "behind.csv", 12, jobs=2)
     bias.main(["--records", str(tmp_path), "--lengths", "8", "--engines", "int3"])
-    for name in ("exact_lengths", "behind", "behind_rates", "behind_attention", "bias",
-                 "bias_shared"):
+    for name in ("exact_lengths", "exact_critic", "exact_critics", "behind", "behind_lags",
+                 "behind_better", "behind_rates", "behind_attention", "bias", "bias_shared"):
         assert "|---|" in tables.TABLES[name](tmp_path), name
     figures = pytest.importorskip("benchmarks.lab.chain.figures")
     figures.main(tmp_path, tmp_path)
-    assert {path.name for path in tmp_path.glob("*.png")} >= {"behind.png", "kinds.png"}
+    assert {path.name for path in tmp_path.glob("*.png")} >= {
+        "behind.png", "behind-kl.png", "exact-critics.png", "kinds.png"}
 
 
 def test_a_missing_record_is_said_to_be_missing(tmp_path):

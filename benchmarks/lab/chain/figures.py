@@ -12,12 +12,19 @@ from benchmarks.lab.chain import behind, bias
 from benchmarks.lab.chain.engines import BITS
 from benchmarks.lab.chain.records import curve, rows
 from benchmarks.lab.chain.statistics import wilson
-from benchmarks.lab.chain.tables import Rows, by_cell, fallen, of_exact, outcome
+from benchmarks.lab.chain.tables import (
+    Rows,
+    by_cell,
+    ends,
+    fallen,
+    made_kl,
+    of_exact,
+    outcome,
+)
 
 COLOURS = {
     "uncorrected": "#D55E00", "token-tis": "#0072B2", "icepop": "#009E73", "ppo": "#CC79A7",
-    "token-mis": "#56B4E9", "sequence-tis": "#E69F00", "sequence-mis": "#8C6D31",
-    "cispo": "#444444", "gspo": "#999999",
+    "token-tis-critic": "#222222", "uncorrected-critic": "#E8A33D",
 }
 PANELS = {
     "activations-10": "FP16 rounding", "activations-7": "BF16 rounding",
@@ -31,8 +38,10 @@ def main(records: Path, folder: Path) -> None:
     if any(of_exact(records, length=256)):
         curves(records).savefig(folder / "exact-curves.png", dpi=110)
         lengths(records).savefig(folder / "exact-lengths.png", dpi=110)
+        critics(records).savefig(folder / "exact-critics.png", dpi=110)
     if by_cell(records):
         by_lag(records).savefig(folder / "behind.png", dpi=110)
+        by_kl(records).savefig(folder / "behind-kl.png", dpi=110)
     if len(rows(records / "bias.csv")) > 1:
         kinds(records).savefig(folder / "kinds.png", dpi=110)
     plt.close("all")
@@ -96,6 +105,28 @@ def lengths(records: Path) -> plt.Figure:
     return figure
 
 
+def critics(records: Path) -> plt.Figure:
+    """J(π) against the step, uncorrected, with and without a baseline that knows each context."""
+    found = of_exact(records, world="chain", length=256, task=10, optimizer="adam")
+    shown = {"int3": "INT3 weights", "noise-1": "independent noise of 1", "behind-8": "8 behind",
+             "temperature-1.3": "temperature 1.3"}
+    figure, panels = plt.subplots(1, 4, figsize=(13, 3.4), sharey=True, layout="constrained")
+    arms = ("uncorrected", "uncorrected-critic", "token-tis", "token-tis-critic")
+    for ax, (engine, title) in zip(panels, shown.items(), strict=True):
+        for arm in arms:
+            if row := found.get((engine, arm)):
+                ax.plot(curve(row, "j_policy"), color=COLOURS[arm], label=arm, linewidth=1.6,
+                        linestyle="--" if arm == "token-tis-critic" else "-")
+        ax.set_title(title, fontsize=10)
+        ax.set_xlabel("step")
+    panels[0].set_ylabel("J(π)")
+    panels[0].set_ylim(-0.03, 1.03)
+    panels[-1].legend(fontsize=8, frameon=False, loc="lower right")
+    figure.suptitle("The same mismatch, the prompt's mean or what each context leads one to expect "
+                    "as the baseline; expected updates, no seeds", fontsize=11)
+    return figure
+
+
 def by_lag(records: Path) -> plt.Figure:
     """Runs that fell, with their intervals, and ends, by lag; one column a rate."""
     cells = by_cell(records)
@@ -103,7 +134,7 @@ def by_lag(records: Path) -> plt.Figure:
     figure, panels = plt.subplots(2, len(rates), figsize=(6.5 * len(rates), 7), sharex=True,
                                   sharey="row", squeeze=False, layout="constrained")
     lags = sorted({lag for _, lag, _ in cells})
-    arms = [arm for arm in behind.MEANT if any(key[2] == arm for key in cells)]
+    arms = [arm for arm in behind.MAIN if any(key[2] == arm for key in cells)]
     for column, rate in zip(panels.T, rates, strict=True):
         for place, lag in enumerate(lags):
             there = [arm for arm in arms if (rate, lag, arm) in cells]
@@ -125,14 +156,39 @@ def by_lag(records: Path) -> plt.Figure:
     return figure
 
 
+def by_kl(records: Path) -> plt.Figure:
+    """Ends by the KL that a lag makes, a point a lag and arm; one panel a rate."""
+    cells = by_cell(records)
+    rates = sorted({rate for rate, lag, _ in cells if lag}, reverse=True)
+    figure, panels = plt.subplots(1, len(rates), figsize=(6.5 * len(rates), 4), sharey=True,
+                                  squeeze=False, layout="constrained")
+    for ax, rate in zip(panels[0], rates, strict=True):
+        for arm in behind.MAIN:
+            lags = sorted(lag for r, lag, a in cells if (r, a) == (rate, arm) and lag)
+            runs = [cells[rate, lag, arm] for lag in lags]
+            means = [with_error(ends(of)) for of in runs]
+            ax.errorbar([made_kl(of) for of in runs], [mean for mean, _ in means],
+                        [2 * error for _, error in means], color=COLOURS[arm], label=arm,
+                        marker="o", markersize=4, linewidth=1)
+        ax.axhline(0.5, color="#BBBBBB", linewidth=0.8)
+        ax.set_xscale("log")
+        ax.set_title(f"learning rate {rate:g}")
+        ax.set_xlabel("KL(μ‖π) that the lag makes, nats per sequence")
+    panels[0, 0].set_ylabel("J(π) at the end")
+    panels[0, 0].legend(fontsize=8, frameon=False)
+    figure.suptitle("Lags of " + ", ".join(map(str, sorted(behind.LAGS))) + " updates along each "
+                    "line; ± two standard errors", fontsize=10)
+    return figure
+
+
 def point(column: np.ndarray, x: float, runs: Rows, colour: str) -> None:
     count = fallen(runs)
     low, high = wilson(count, len(runs))
     column[0].plot([x, x], [low, high], color=colour, linewidth=1)
     column[0].plot(x, count / len(runs), "o", color=colour, markersize=5)
-    ends = [float(row["end"]) for row in runs]
-    column[1].plot([x] * len(ends), ends, ".", color=colour, markersize=3, alpha=0.5)
-    column[1].plot(x, with_error(ends)[0], "o", color=colour, markersize=6)
+    each = ends(runs)
+    column[1].plot([x] * len(each), each, ".", color=colour, markersize=3, alpha=0.5)
+    column[1].plot(x, with_error(each)[0], "o", color=colour, markersize=6)
 
 
 def kinds(records: Path) -> plt.Figure:
