@@ -203,6 +203,23 @@ def test_a_baseline_that_knows_the_outcome_leaves_no_weights_anything_to_bias():
         assert by_recursion(world, ARMS[other], policy, engine)[1].abs().max() > 1e-4
 
 
+def test_a_prompt_s_baseline_adds_an_ascent_of_the_kl_where_less_than_it_is_to_be_expected():
+    """Without weights, from a critic's baseline to b: Σ_c d_μ (b − V_μ) ∇KL(μ‖π), in logits."""
+    world = World(length=9, task=7, mended=True, prompts=2)
+    policy, engine = policies(world)
+    chances, own = engine.exp(), policy.exp()
+    seen = outlook(world, chances)
+    expected = (chances * seen.values).sum(-1)
+    want = (seen.visits * (seen.reward[:, None] - expected))[..., None] * (own - chances)
+
+    def moved(name):
+        gain = by_recursion(world, ARMS[name], policy, engine)
+        return gain - own * gain.sum(-1, keepdim=True)
+
+    assert torch.allclose(moved("uncorrected") - moved("uncorrected-critic"), want, atol=1e-14)
+    assert want.abs().max() > 1e-3
+
+
 def test_a_critic_learns_what_its_contexts_lead_one_to_expect():
     generator = torch.Generator().manual_seed(0)
     of = critic.Critic(critic.layer(2, generator), critic.of_layer)

@@ -84,6 +84,7 @@ def design(length: int | None = None) -> list[Run]:
         *(block(world, 256, first, "adam", KINDS, CRITIC) for world in WORLDS),
         block("chain", 256, first, "sgd", KINDS, CRITIC),
         *(block("chain", 256, task, "adam", KINDS, CRITIC) for task in others),
+        *(block("chain", size, first, "adam", ["exact", *finer], CRITIC[:1]) for size in PROMPTS),
     ]
     runs = dict.fromkeys(run for part in blocks for run in part)
     return [run for run in runs if length in (None, run.length) and defined(run)]

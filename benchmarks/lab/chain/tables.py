@@ -57,7 +57,8 @@ def engines(
     optimizer: str = "adam", arms: Iterable[str] = exact.CORE,
 ) -> str:
     """One row an engine: its KL, and what became of each arm."""
-    found = of_exact(records, world=world, length=length, task=task, optimizer=optimizer)
+    every = of_exact(records, world=world, length=length, task=task, optimizer=optimizer)
+    found = {key: row for key, row in every.items() if key[1] in arms}
     if not found:
         return "No record of `python -m benchmarks.lab exact`.\n"
     names = [name for name in ENGINES if any(engine == name for engine, _ in found)]
@@ -89,7 +90,7 @@ def every_arm(records: Path) -> str:
 
 
 def lengths(records: Path) -> str:
-    """Steps to 95 % by bits of mantissa and length, uncorrected beside token-TIS."""
+    """Steps to 95 % by bits of mantissa and length, uncorrected, with a critic, and token-TIS."""
     sizes = sorted({int(row["length"]) for row in rows(records / "exact.csv")})
     if not sizes:
         return "No record of `python -m benchmarks.lab exact`.\n"
@@ -103,12 +104,13 @@ def lengths(records: Path) -> str:
                 records, world="chain", length=size, task=10, optimizer="adam", engine=name
             )
             cells.append(" / ".join(
-                reached(found.get((name, arm))) for arm in ("uncorrected", "token-tis")))
+                reached(found.get((name, arm)))
+                for arm in ("uncorrected", "uncorrected-critic", "token-tis")))
         if any("not run" not in cell for cell in cells):
             body.append([kind, "all" if bits is None else str(bits), *cells])
     return markdown(head, body) + (
-        f"\nThe first step at J(π) = {LEARNT}, uncorrected / token-TIS; where it was never "
-        "reached, > and in brackets J(π) at the end. 10 bits are FP16's, 7 BF16's. "
+        f"\nThe first step at J(π) = {LEARNT}, uncorrected / with a critic / token-TIS; never: "
+        "> and in brackets J(π) at the end. 10 bits are FP16's, 7 BF16's. "
         "\"both\": weights and activations of the engine alone. Rows of which nothing was run are "
         "left out.\n"
     )
