@@ -78,10 +78,11 @@ def lengths(records: Path) -> plt.Figure:
     })
     run = {row["engine"] for row in rows(records / "exact.csv")}
     shown = [m for m in BITS if {f"activations-{m}", f"both-{m}"} & run]
-    figure, panels = plt.subplots(1, 4, figsize=(13, 3.8), sharey=True, layout="constrained")
-    columns = [(kind, arm) for kind in ("activations", "both")
-               for arm in ("uncorrected", "token-tis")]
-    for ax, (kind, arm) in zip(panels, columns, strict=True):
+    figure, panels = plt.subplots(2, 3, figsize=(11, 6.4), sharex=True, sharey=True,
+                                  layout="constrained")
+    pairs = [(kind, arm) for kind in ("activations", "both")
+             for arm in ("uncorrected", "uncorrected-critic", "token-tis")]
+    for ax, (kind, arm) in zip(panels.flat, pairs, strict=True):
         steps = np.full((len(shown), len(sizes)), np.nan)
         for i, bits in enumerate(shown):
             for j, size in enumerate(sizes):
@@ -99,9 +100,11 @@ def lengths(records: Path) -> plt.Figure:
         ax.set_title(f"{kind}, {arm}", fontsize=10)
         ax.set_xticks(range(len(sizes)), list(map(str, sizes)))
         ax.set_yticks(range(len(shown)), list(map(str, shown)))
+    for ax in panels[-1]:
         ax.set_xlabel("tokens of a sequence")
-    panels[0].set_ylabel("bits of mantissa")
-    figure.colorbar(image, ax=panels.tolist(), label="steps to 95 %")
+    for ax in panels[:, 0]:
+        ax.set_ylabel("bits of mantissa")
+    figure.colorbar(image, ax=panels, label="steps to 95 %")
     return figure
 
 
@@ -122,8 +125,8 @@ def critics(records: Path) -> plt.Figure:
     panels[0].set_ylabel("J(π)")
     panels[0].set_ylim(-0.03, 1.03)
     panels[-1].legend(fontsize=8, frameon=False, loc="lower right")
-    figure.suptitle("The same mismatch, the prompt's mean or what each context leads one to expect "
-                    "as the baseline; expected updates, no seeds", fontsize=11)
+    figure.suptitle("The same mismatch with two baselines, a prompt's mean and a perfect critic's; "
+                    "expected updates, no seeds", fontsize=11)
     return figure
 
 
