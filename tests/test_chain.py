@@ -56,7 +56,9 @@ def expected_by_enumeration(world, arm, policy, engine):
     taken, sampled = table.reshape(-1)[places], engine.reshape(-1)[places]
     chance = sampled.sum(-1).exp()
     expected = chance @ reward
-    if arm.critic:  # of the sequences through each token's context
+    if arm.baseline == "half":
+        expected = expected / 2
+    if arm.baseline == "critic":  # of the sequences through each token's context
         context = places // world.vocab
         through = torch.zeros(2, 2 * world.length, dtype=torch.float64)
         for row, of in zip(through, (chance, chance * reward), strict=True):
@@ -76,13 +78,14 @@ def expected_by_enumeration(world, arm, policy, engine):
 
 def by_recursion(world, arm, policy, engine):
     rewarded, punished = slopes(arm, policy, policy, engine)
-    positive, negative = credit(world, engine.exp(), critic=arm.critic)
+    positive, negative = credit(world, engine.exp(), arm.baseline)
     return positive * rewarded + negative * punished
 
 
 @pytest.mark.parametrize("name", WORLDS)
 @pytest.mark.parametrize("arm", [
-    x if x in ("token-tis", "uncorrected-critic") else pytest.param(x, marks=pytest.mark.slow)
+    x if x in ("token-tis", "uncorrected-critic", "icepop-half")
+    else pytest.param(x, marks=pytest.mark.slow)
     for x in TOKEN_LOCAL
 ])
 def test_sixteen_tokens_are_as_every_sequence_of_them_says(name, arm):

@@ -14,6 +14,8 @@ from iscorrect.loss.evidence import Evidence, Scope
 from iscorrect.loss.objectives import Objective, Reinforce
 from iscorrect.loss.ratios import at_level
 
+Baseline = Literal["mean", "half", "critic"]
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -23,12 +25,13 @@ class Arm:
         loss: of the library; it sums over tokens and averages over sequences.
         old: "omitted": none, so that weights are π/μ. "rollout": π_old, the trainer's log-probs at
             the weights that the engine sampled with. "engine": the engine's own log-probs.
-        critic: a token's baseline is what is to be expected at its context, not its prompt's mean.
+        baseline: what is taken from a reward: the mean of its prompt's, half of it, or what a
+            critic expects at each token's context.
     """
 
     loss: PolicyLoss
     old: Literal["omitted", "rollout", "engine"] = "omitted"
-    critic: bool = False
+    baseline: Baseline = "mean"
 
     def old_log_probs(self, rollout: Tensor, engine: Tensor) -> Tensor | None:
         """Of the three, the one that this arm passes."""
@@ -72,12 +75,15 @@ ARMS: dict[str, Arm] = {
         _loss(uncorrected(), PPOClip(low=1 - 3e-4, high=1 + 4e-4, level="geometric")), "rollout"
     ),
     "past-tis": Arm(_loss(Correction(bound=PastTruncate()), Reinforce())),
-    "uncorrected-critic": Arm(_loss(uncorrected(), Reinforce()), critic=True),
-    "token-tis-critic": Arm(_loss(token_tis(), Reinforce()), critic=True),
-    "icepop-critic": Arm(_loss(icepop(), Reinforce()), critic=True),
+    **{
+        f"{name}-{baseline}": Arm(_loss(preset(), Reinforce()), baseline=baseline)
+        for baseline in ("critic", "half")
+        for name, preset in (("uncorrected", uncorrected), ("token-tis", token_tis),
+                             ("icepop", icepop))
+    },
 }
 """Every preset with REINFORCE on π/μ; PPO, CISPO and GSPO on the update ratio; and what may do
-better: a weight of the past, and the baseline of a critic."""
+better: a weight of the past, and two other baselines."""
 
 TOKEN_LOCAL = tuple(name for name, arm in ARMS.items() if arm.loss.scope == "token")
 """Arms whose weights depend on context, token and the advantage's sign alone: their expectations

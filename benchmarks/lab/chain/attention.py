@@ -191,7 +191,7 @@ def learn(
     holder = Holder(start, Engine(plain, behind=lag), optimizer="adam", rate=rate)
     generator = torch.Generator().manual_seed(seed)
     group = torch.arange(len(of.kind)).repeat_interleave(each)
-    critic = Critic(untrained(of, seed, 1), logits) if ARMS[arm].critic else None
+    baseline, critic = ARMS[arm].baseline, Critic(untrained(of, seed, 1), logits)
     for step in range(steps):
         stale = holder.hold()
         if step % every == 0:
@@ -201,10 +201,13 @@ def learn(
         tokens = answers(of, stale, features, each, generator)
         rewards = of.rewards(tokens).flatten()
         wide, flat = features.repeat_interleave(each, 0), tokens.flatten(0, 1)
-        advantages = (
-            critic.advantages(rewards, wide, flat) if critic
-            else group_advantages(rewards, group, estimator="dr-grpo")
-        )
+        if baseline == "critic":
+            advantages = critic.advantages(rewards, wide, flat)
+        elif baseline == "half":
+            own = rewards.view(-1, each)
+            advantages = (own - own.mean(1, keepdim=True) / 2).flatten()
+        else:
+            advantages = group_advantages(rewards, group, estimator="dr-grpo")
 
         def scored(weights: Mapping[str, Tensor]) -> Tensor:
             table = logits(weights, wide, flat).double().log_softmax(-1)  # noqa: B023

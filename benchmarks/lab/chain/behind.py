@@ -35,9 +35,10 @@ ATTENTION = "attention"
 TASKS, UNTOUCHED = (20, 21, 22), 23
 SEEDS, CALIBRATION_SEEDS = 20, 3
 LAGS = (8, 16, 4, 2, 1, 32)
-MAIN = ("uncorrected", "token-tis", "icepop", "ppo", "token-tis-critic")
+MAIN = ("uncorrected", "token-tis", "icepop", "ppo", "token-tis-critic", "token-tis-half")
 MEANT = (
-    *MAIN, "uncorrected-critic", "icepop-critic", "past-tis", "token-mis", "sequence-tis",
+    *MAIN, "uncorrected-critic", "icepop-critic", "uncorrected-half", "icepop-half", "past-tis",
+    "token-mis", "sequence-tis",
     "sequence-mis", "cispo", "gspo", "dppo", "confidence-is", "geometric-rs", "topr",
     "off-policy-negative",
 )
@@ -101,7 +102,7 @@ def design(rates: Sequence[float], *, world: str = "chain", untouched: bool = Fa
     """
     tasks = (UNTOUCHED,) if untouched else TASKS
     first, second, *_ = rates
-    control = ("uncorrected", "token-tis-critic")
+    control = ("uncorrected", "token-tis-critic", "token-tis-half")
     parts = [((0,), control), ((8,), (*MAIN, "past-tis"))]
     last = []
     if world != ATTENTION:
@@ -132,6 +133,11 @@ def beyond_the_prompt(drawn: Samples) -> Tensor:
     prompts, answers = drawn.reward.shape
     group = torch.arange(prompts).repeat_interleave(answers)
     return group_advantages(drawn.reward.flatten(), group, estimator="dr-grpo")
+
+
+def beyond_half(drawn: Samples) -> Tensor:
+    """What it earned beyond half the mean of its prompt's; "n"."""
+    return (drawn.reward - drawn.reward.mean(1, keepdim=True) / 2).flatten()
 
 
 def beyond_a_critic(critic: Critic, learner: Learner, drawn: Samples) -> Tensor:
@@ -166,7 +172,9 @@ def learn(run: Run, steps: int = STEPS) -> Iterator[State]:
     )
     generator = torch.Generator().manual_seed(run.seed)
     arm, advantages = ARMS[run.arm], beyond_the_prompt
-    if arm.critic:
+    if arm.baseline == "half":
+        advantages = beyond_half
+    elif arm.baseline == "critic":
         drawn = layer(world.width + 1, torch.Generator().manual_seed(run.seed))
         advantages = partial(beyond_a_critic, Critic(drawn, of_layer), learner)
     for step in range(steps):

@@ -32,8 +32,10 @@ TASKS = (10, 11, 12)
 SEED = 7
 """Of the features' nuisance; the same in every run."""
 CORE = ("uncorrected", "token-tis", "icepop")
-CRITIC = tuple(name for name in TOKEN_LOCAL if ARMS[name].critic)
-"""Here a critic knows what is to be expected."""
+CRITIC, HALF = (
+    tuple(name for name in TOKEN_LOCAL if ARMS[name].baseline == of) for of in ("critic", "half")
+)
+"""With other baselines; a critic knows what is to be expected here."""
 KINDS = (
     "exact", "activations-10", "activations-7", "activations-4", "weights-7", "weights-4",
     "both-7", "both-5", "int8", "int4", "int3", "noise-0.3", "noise-1", "behind-1", "behind-2",
@@ -64,7 +66,7 @@ class Run(NamedTuple):
 
 def design(length: int | None = None) -> list[Run]:
     """Every run, in the order in which they are done; of one length, if one is given."""
-    arms = (*CORE, *(name for name in TOKEN_LOCAL if name not in CORE + CRITIC))
+    arms = (*CORE, *(name for name in TOKEN_LOCAL if name not in CORE + CRITIC + HALF))
     first, *others = TASKS
     finer = [f"{kind}-{m}" for kind in ("activations", "both") for m in BITS]
     lags = [f"behind-{lag}" for lag in LAGS]
@@ -85,6 +87,7 @@ def design(length: int | None = None) -> list[Run]:
         block("chain", 256, first, "sgd", KINDS, CRITIC),
         *(block("chain", 256, task, "adam", KINDS, CRITIC) for task in others),
         *(block("chain", size, first, "adam", ["exact", *finer], CRITIC[:1]) for size in PROMPTS),
+        *(block(world, 256, first, "adam", KINDS, HALF) for world in WORLDS),
     ]
     runs = dict.fromkeys(run for part in blocks for run in part)
     return [run for run in runs if length in (None, run.length) and defined(run)]
@@ -122,7 +125,7 @@ def expected_gain(world: World, arm: str, view: View) -> Tensor:
         coefficient = positive - negative
     else:
         rewarded, punished = slopes(ARMS[arm], policy, view.rollout, view.engine)
-        positive, negative = credit(world, view.engine.exp(), critic=ARMS[arm].critic)
+        positive, negative = credit(world, view.engine.exp(), ARMS[arm].baseline)
         coefficient = positive * rewarded + negative * punished
     return (coefficient * view.policy).sum() / world.prompts
 

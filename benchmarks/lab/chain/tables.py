@@ -23,7 +23,7 @@ LEARNT = 0.95
 CLAIMED = 8
 """Updates behind that the claims of the plan are about."""
 SANK = 0.05
-CANDIDATES = ("token-tis-critic", "past-tis")
+CANDIDATES = ("token-tis-critic", "token-tis-half", "past-tis")
 """Arms that may do better than token-TIS and sequence-TIS."""
 
 

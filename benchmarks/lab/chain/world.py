@@ -164,24 +164,29 @@ class Credit(NamedTuple):
     negative: Tensor
 
 
-def credit(world: World, probabilities: Tensor, *, critic: bool = False) -> Credit:
+def credit(world: World, probabilities: Tensor, baseline: str = "mean") -> Credit:
     """What a sampler with these probabilities credits each token with.
 
     Args:
         world: with its rewards.
         probabilities: float64 "s p t v".
-        critic: b is the reward that the sampler has to expect at the context; otherwise its J.
+        baseline: b is the sampler's J ("mean"), half of it ("half"), or the reward that it has to
+            expect at the context ("critic").
     """
     seen = outlook(world, probabilities)
-    expected = (probabilities * seen.values).sum(-1, keepdim=True)
-    baseline = expected if critic else seen.reward[:, None, None]
+    critic, mean = baseline == "critic", seen.reward[:, None, None]
+    if critic:
+        b = (probabilities * seen.values).sum(-1, keepdim=True)
+    else:
+        b = mean / 2 if baseline == "half" else mean
     chance = seen.visits[..., None]
     if world.dense:
+        # what is earned before a context is part of what a critic expects
         earned = 0 if critic else seen.earned[..., None]
-        mean = chance * (seen.values - baseline) + earned
-        return Credit(probabilities * mean, torch.zeros_like(mean))
-    positive = probabilities * chance * seen.values * (1 - baseline)
-    return Credit(positive, probabilities * chance * (1 - seen.values) * baseline)
+        advantage = chance * (seen.values - b) + earned
+        return Credit(probabilities * advantage, torch.zeros_like(advantage))
+    positive = probabilities * chance * seen.values * (1 - b)
+    return Credit(positive, probabilities * chance * (1 - seen.values) * b)
 
 
 def divergence(world: World, rollout: Tensor, policy: Tensor) -> Tensor:
