@@ -1,5 +1,6 @@
 """The lab's chain: its recursions against enumeration, and learning at toy size. Torch only."""
 
+import json
 from itertools import product
 
 import pytest
@@ -7,9 +8,9 @@ import torch
 
 from benchmarks.lab.chain import (
     attention,
+    baselines,
     behind,
     bias,
-    critic,
     exact,
     learner,
     records,
@@ -208,30 +209,32 @@ def test_a_baseline_that_knows_the_outcome_leaves_no_weights_anything_to_bias():
 
 def test_a_prompt_s_baseline_adds_an_ascent_of_the_kl_where_less_than_it_is_to_be_expected():
     """Without weights, from a critic's baseline to b: Σ_c d_μ (b − V_μ) ∇KL(μ‖π), in logits."""
-    world = World(length=9, task=7, mended=True, prompts=2)
-    policy, engine = policies(world)
-    chances, own = engine.exp(), policy.exp()
-    seen = outlook(world, chances)
-    expected = (chances * seen.values).sum(-1)
-    want = (seen.visits * (seen.reward[:, None] - expected))[..., None] * (own - chances)
-
-    def moved(name):
-        gain = by_recursion(world, ARMS[name], policy, engine)
-        return gain - own * gain.sum(-1, keepdim=True)
-
-    assert torch.allclose(moved("uncorrected") - moved("uncorrected-critic"), want, atol=1e-14)
-    assert want.abs().max() > 1e-3
+    for name in WORLDS:
+        world = WORLDS[name](length=9, task=7, prompts=2)
+        policy, engine = policies(world)
+        chances, own = engine.exp(), policy.exp()
+        seen = outlook(world, chances)
+        expected = seen.visits * (chances * seen.values).sum(-1) + seen.earned
+        apart = seen.visits * seen.reward[:, None] - expected
+        want = apart[..., None] * (own - chances)
+        moved = {}
+        for arm in ("uncorrected", "uncorrected-critic"):
+            gain = by_recursion(world, ARMS[arm], policy, engine)
+            moved[arm] = gain - own * gain.sum(-1, keepdim=True)
+        difference = moved["uncorrected"] - moved["uncorrected-critic"]
+        assert torch.allclose(difference, want, atol=1e-14)
+        assert want.abs().max() > 1e-3
 
 
 def test_a_critic_learns_what_its_contexts_lead_one_to_expect():
     generator = torch.Generator().manual_seed(0)
-    of = critic.Critic(critic.layer(2, generator), critic.of_layer)
+    of = baselines.Critic(baselines.layer(2, generator), baselines.of_layer)
     contexts = torch.eye(2)[torch.arange(200) % 2][:, None]
-    rewards = (torch.arange(200) % 2).double()
-    first = of.advantages(rewards, contexts)
-    assert torch.equal(first, rewards[:, None] - 0.5)
+    rewards = (torch.arange(200) % 2).double().view(4, 50)
+    first = of.beyond((contexts,), rewards)
+    assert torch.equal(first, rewards.flatten()[:, None] - 0.5)
     for _ in range(100):
-        last = of.advantages(rewards, contexts)
+        last = of.beyond((contexts,), rewards)
     assert last.shape == (200, 1) and last.abs().max() < 0.05
 
 
@@ -321,7 +324,7 @@ def test_everything_runs_at_toy_size_and_is_reported(tmp_path):
     runs += [run._replace(seed=1) for run in runs if run.world == "chain"]
     behind.carry_out(runs, tmp_path / "behind.csv", 12, jobs=2)
     bias.main(["--records", str(tmp_path), "--lengths", "8", "--engines", "int3"])
-    for name in ("exact_lengths", "exact_critic", "exact_critics", "behind", "behind_lags",
+    for name in ("exact_lengths", "exact_baselines", "exact_critics", "behind", "behind_lags",
                  "behind_better", "behind_rates", "behind_attention", "bias", "bias_shared"):
         assert "|---|" in tables.TABLES[name](tmp_path), name
     figures = pytest.importorskip("benchmarks.lab.chain.figures")
@@ -350,6 +353,39 @@ def test_sampled_tokens_of_attention_come_from_its_own_log_probs():
     counts = torch.bincount(same[:, 3], minlength=3) / len(same)
     scored = attention.logits(weights, features, drawn[:1]).softmax(-1)[0, 3]
     assert torch.allclose(counts, scored, atol=4 / len(same) ** 0.5)
+
+
+def test_records_say_on_what_all_of_them_were_made(tmp_path):
+    path = tmp_path / "runs.csv"
+    records.note(path)
+    said = json.loads(path.with_suffix(".json").read_text())
+    records.append(path, {"run": 1})
+    path.with_suffix(".json").write_text(json.dumps(said | {"commit": "abc to def"}))
+    records.note(path)
+    assert json.loads(path.with_suffix(".json").read_text()) == said | {
+        "commit": f"abc to {said['commit']}"}
+
+
+def test_a_candidate_is_judged_by_all_four_comparisons(tmp_path):
+    def ran(arm, rate, *ends):
+        for seed, end in enumerate(ends):
+            run = behind.Run("chain", 20, 8, arm, rate, seed)
+            records.append(tmp_path / "behind.csv", {**run._asdict(), "end": end})
+
+    for rate in behind.RATES[1:]:
+        ran("token-tis-critic", rate, 0.98, 0.97, 0.99)
+        ran("token-tis", rate, 0.5, 0.4, 0.45, 0.9)
+    said = tables.better(tmp_path)
+    assert "`token-tis-critic` is not decided, 2 of 4 comparisons" in said
+    assert "| 3 | +0.530" in said  # the fourth seed is of one arm alone
+    for rate in behind.RATES[1:]:
+        ran("sequence-tis", rate, 0.6, 0.5, 0.4)
+    assert "`token-tis-critic` does better" in tables.better(tmp_path)
+
+
+def test_every_main_arm_has_a_colour():
+    figures = pytest.importorskip("benchmarks.lab.chain.figures")
+    assert {*behind.MAIN} <= {*figures.COLOURS}
 
 
 def test_counts_have_the_intervals_and_tests_of_the_books():

@@ -42,6 +42,7 @@ MARKED = re.compile(
     r"(<!-- lab:(?P<table>\w+)(?:/(?P<folder>\w+))? -->\n).*?(<!-- /lab -->)", re.DOTALL
 )
 COARSEST = "int3"
+EXPLAINS = ("token", "pair", "position")
 CLAIMED = ("fp16 / fp16", "bf16 / fp16", "fp16 / bf16", "bf16 / bf16")
 """Rollout / trainer, best first, as the claim that the lab looks into has it."""
 
@@ -309,7 +310,6 @@ def shared_cell(of: Shared | None) -> str:
     return f"{of.share:.4f} ({of.null:.4f})" if of else "nothing repeats"
 
 
-EXPLAINS = ("token", "pair", "position")
 TABLES: dict[str, Callable[[Path], str]] = {
     "offline": offline, "ratios": ratios, "ranking": ranking, "sanity": sanity, "map": phases,
     "floors": floors, "published": published_table.table, "explained": explained,

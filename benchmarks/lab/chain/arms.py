@@ -8,13 +8,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from benchmarks.lab.chain.world import Baseline
 from iscorrect import CISPO, PRESETS, PolicyLoss, PPOClip, icepop, token_tis, uncorrected
 from iscorrect.loss.correction import Correction
 from iscorrect.loss.evidence import Evidence, Scope
 from iscorrect.loss.objectives import Objective, Reinforce
 from iscorrect.loss.ratios import at_level
-
-Baseline = Literal["mean", "half", "critic"]
 
 
 @dataclass(frozen=True)
@@ -25,8 +24,7 @@ class Arm:
         loss: of the library; it sums over tokens and averages over sequences.
         old: "omitted": none, so that weights are π/μ. "rollout": π_old, the trainer's log-probs at
             the weights that the engine sampled with. "engine": the engine's own log-probs.
-        baseline: what is taken from a reward: the mean of its prompt's, half of it, or what a
-            critic expects at each token's context.
+        baseline: what is taken from a reward.
     """
 
     loss: PolicyLoss

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -18,11 +18,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.lab.chain.arms import ARMS
-from benchmarks.lab.chain.critic import Critic
+from benchmarks.lab.chain.baselines import Critic, beyond_half, beyond_the_mean
 from benchmarks.lab.chain.engines import Engine, plain
 from benchmarks.lab.chain.learner import Holder
 from benchmarks.lab.chain.policy import HIDDEN, WIDTH, Parameters, normalised
-from iscorrect import group_advantages
 
 BACK = 2
 """How far back the token lies that says what is right."""
@@ -190,8 +189,7 @@ def learn(
     of, start = at_start(task)
     holder = Holder(start, Engine(plain, behind=lag), optimizer="adam", rate=rate)
     generator = torch.Generator().manual_seed(seed)
-    group = torch.arange(len(of.kind)).repeat_interleave(each)
-    baseline, critic = ARMS[arm].baseline, Critic(untrained(of, seed, 1), logits)
+    critic = Critic(untrained(of, seed, 1), logits)
     for step in range(steps):
         stale = holder.hold()
         if step % every == 0:
@@ -199,15 +197,12 @@ def learn(
             yield of.rewards(own).mean().item()
         features = of.features(generator)
         tokens = answers(of, stale, features, each, generator)
-        rewards = of.rewards(tokens).flatten()
+        rewards = of.rewards(tokens)
         wide, flat = features.repeat_interleave(each, 0), tokens.flatten(0, 1)
-        if baseline == "critic":
-            advantages = critic.advantages(rewards, wide, flat)
-        elif baseline == "half":
-            own = rewards.view(-1, each)
-            advantages = (own - own.mean(1, keepdim=True) / 2).flatten()
-        else:
-            advantages = group_advantages(rewards, group, estimator="dr-grpo")
+        advantages = {
+            "mean": beyond_the_mean, "half": beyond_half,
+            "critic": partial(critic.beyond, (wide, flat)),
+        }[ARMS[arm].baseline](rewards)
 
         def scored(weights: Mapping[str, Tensor]) -> Tensor:
             table = logits(weights, wide, flat).double().log_softmax(-1)  # noqa: B023

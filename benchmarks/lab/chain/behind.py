@@ -6,7 +6,8 @@ What is run, in which order, and how it is judged was written down before: ``PLA
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache, partial
 from itertools import product
@@ -19,13 +20,18 @@ from torch import Tensor
 
 from benchmarks.lab.chain import attention
 from benchmarks.lab.chain.arms import ARMS, Arm
-from benchmarks.lab.chain.critic import Critic, layer, of_layer
+from benchmarks.lab.chain.baselines import (
+    Critic,
+    beyond_half,
+    beyond_the_mean,
+    layer,
+    of_layer,
+)
 from benchmarks.lab.chain.engines import Engine, plain
 from benchmarks.lab.chain.learner import Learner, State, View, state_of
 from benchmarks.lab.chain.policy import Parameters, warm_start
 from benchmarks.lab.chain.records import append, due, numbers, rows
 from benchmarks.lab.chain.world import WORLDS, Samples, World, sample
-from iscorrect import group_advantages
 
 LENGTH, PROMPTS, ANSWERS, STEPS, WARMUP, CLIP = 256, 4, 16, 150, 5, 1.0
 RATES = (3e-4, 1e-3, 3e-3)
@@ -38,9 +44,8 @@ LAGS = (8, 16, 4, 2, 1, 32)
 MAIN = ("uncorrected", "token-tis", "icepop", "ppo", "token-tis-critic", "token-tis-half")
 MEANT = (
     *MAIN, "uncorrected-critic", "icepop-critic", "uncorrected-half", "icepop-half", "past-tis",
-    "token-mis", "sequence-tis",
-    "sequence-mis", "cispo", "gspo", "dppo", "confidence-is", "geometric-rs", "topr",
-    "off-policy-negative",
+    "token-mis", "sequence-tis", "sequence-mis", "cispo", "gspo", "dppo", "confidence-is",
+    "geometric-rs", "topr", "off-policy-negative",
 )
 """The arms of the plan. With one update a batch, PPO on a π_old that is recomputed at the weights
 of the update has a ratio of 1: it is ``uncorrected``, and with token-TIS it is ``token-tis``."""
@@ -82,21 +87,31 @@ def calibration(world: str) -> list[Run]:
     ]
 
 
+def written(run: Run) -> tuple[str, ...]:
+    """The key of a run, as its record has it."""
+    return tuple(map(str, run))
+
+
+def key_of(row: Mapping[str, str]) -> tuple[str, ...]:
+    """The key of a record."""
+    return tuple(row[name] for name in Run._fields)
+
+
 def by_the_control(path: Path, world: str) -> list[float]:
     """Rates on record, from the one at which the control ends highest."""
     ends: dict[float, list[float]] = {rate: [] for rate in RATES}
-    wanted = {tuple(map(str, run)) for run in calibration(world)}
+    wanted = {*map(written, calibration(world))}
     for row in rows(path):
-        if tuple(row[name] for name in Run._fields) in wanted:
+        if key_of(row) in wanted:
             ends[float(row["rate"])].append(float(row["end"]))
     return sorted(RATES, key=lambda rate: -sum(ends[rate]) / len(ends[rate]))
 
 
 def design(rates: Sequence[float], *, world: str = "chain", untouched: bool = False) -> list[Run]:
-    """Every run, in the order in which they are done: the main claim first.
+    """Every run, in the order in which they are done: the control and the main claim first.
 
     Args:
-        rates: the first is that of all arms and lags, the second of fewer.
+        rates: of which the first two are run, alike.
         world: a name in ``WORLDS``.
         untouched: the fourth task in place of the three.
     """
@@ -128,30 +143,26 @@ def listed(
     )]
 
 
-def beyond_the_prompt(drawn: Samples) -> Tensor:
-    """What a sequence earned beyond the mean of its prompt's; "n"."""
-    prompts, answers = drawn.reward.shape
-    group = torch.arange(prompts).repeat_interleave(answers)
-    return group_advantages(drawn.reward.flatten(), group, estimator="dr-grpo")
+def of_mean(drawn: Samples) -> Tensor:
+    return beyond_the_mean(drawn.reward)
 
 
-def beyond_half(drawn: Samples) -> Tensor:
-    """What it earned beyond half the mean of its prompt's; "n"."""
-    return (drawn.reward - drawn.reward.mean(1, keepdim=True) / 2).flatten()
+def of_half(drawn: Samples) -> Tensor:
+    return beyond_half(drawn.reward)
 
 
-def beyond_a_critic(critic: Critic, learner: Learner, drawn: Samples) -> Tensor:
-    """What it earned beyond what the critic expects at each of its contexts; "n t"."""
+def of_critic(critic: Critic, learner: Learner, drawn: Samples) -> Tensor:
+    """The critic is shown the features of each context and how far into the answer it is."""
     world = learner.world
     context = drawn.places // world.vocab
     position = (context % world.length)[..., None] / world.length
     features = learner.features.flatten(0, 2)[context]
-    return critic.advantages(drawn.reward.flatten(), torch.cat([features, position], -1))
+    return critic.beyond((torch.cat([features, position], -1),), drawn.reward)
 
 
 def sampled_gain(
     arm: Arm, world: World, view: View, generator: torch.Generator,
-    advantages: Callable[[Samples], Tensor] = beyond_the_prompt,
+    advantages: Callable[[Samples], Tensor] = of_mean,
 ) -> Tensor:
     """−loss on sequences that the engine samples."""
     drawn = sample(world, view.engine.exp(), ANSWERS, generator)
@@ -171,12 +182,12 @@ def learn(run: Run, steps: int = STEPS) -> Iterator[State]:
         seed=1000 * (run.seed + 1),
     )
     generator = torch.Generator().manual_seed(run.seed)
-    arm, advantages = ARMS[run.arm], beyond_the_prompt
-    if arm.baseline == "half":
-        advantages = beyond_half
-    elif arm.baseline == "critic":
-        drawn = layer(world.width + 1, torch.Generator().manual_seed(run.seed))
-        advantages = partial(beyond_a_critic, Critic(drawn, of_layer), learner)
+    arm = ARMS[run.arm]
+    drawn = layer(world.width + 1, torch.Generator().manual_seed(run.seed))
+    advantages = {
+        "mean": of_mean, "half": of_half,
+        "critic": partial(of_critic, Critic(drawn, of_layer), learner),
+    }[arm.baseline]
     for step in range(steps):
         view = learner.look()
         yield state_of(world, view)
@@ -193,6 +204,8 @@ def at_start(name: str, task: int) -> tuple[World, Parameters]:
 
 def measures(policy: Sequence[float], every: int = 1) -> dict[str, str]:
     """What a run is judged by, from J(π) at every so many steps."""
+    if not all(map(math.isfinite, policy)):
+        raise ArithmeticError("the run has diverged: J(π) is not finite, so it has no end")
     last = policy[-LAST // every :]
     lowest = min(policy[-(-AFTER // every) :])
     return {"end": f"{sum(last) / len(last):.4f}", "lowest": f"{lowest:.4f}"}
@@ -214,18 +227,18 @@ def record(run: Run, steps: int) -> dict[str, str]:
 def carry_out(runs: Sequence[Run], path: Path, steps: int, jobs: int = 1) -> None:
     """Do what is not on record, some at a time, and say how far it is."""
     left = due(runs, path)
-    alone = {"mp_context": get_context("spawn"), "initializer": torch.set_num_threads,
-             "initargs": (1,)}
-    with ProcessPoolExecutor(jobs, **alone) as workers:
-        asked = {workers.submit(record, run, steps): run for run in left}
-        try:
-            for i, done in enumerate(as_completed(asked), 1):
-                run, found = asked[done], done.result()
-                append(path, {**run._asdict(), **found})
-                print(f"{i}/{len(left)} {' '.join(map(str, run))}: end {found['end']}, lowest "
-                      f"{found['lowest']}", flush=True)
-        finally:
-            workers.shutdown(cancel_futures=True)
+    workers = ProcessPoolExecutor(
+        jobs, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+    )
+    asked = {workers.submit(record, run, steps): run for run in left}
+    try:
+        for i, done in enumerate(as_completed(asked), 1):
+            run, found = asked[done], done.result()
+            append(path, {**run._asdict(), **found})
+            print(f"{i}/{len(left)} {' '.join(map(str, run))}: end {found['end']}, lowest "
+                  f"{found['lowest']}", flush=True)
+    finally:
+        workers.shutdown(cancel_futures=True)
 
 
 def main(arguments: Sequence[str]) -> None:

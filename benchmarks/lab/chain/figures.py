@@ -24,7 +24,7 @@ from benchmarks.lab.chain.tables import (
 
 COLOURS = {
     "uncorrected": "#D55E00", "token-tis": "#0072B2", "icepop": "#009E73", "ppo": "#CC79A7",
-    "token-tis-critic": "#222222", "uncorrected-critic": "#E8A33D",
+    "token-tis-critic": "#222222", "uncorrected-critic": "#E8A33D", "token-tis-half": "#7F7F7F",
 }
 PANELS = {
     "activations-10": "FP16 rounding", "activations-7": "BF16 rounding",
@@ -179,8 +179,9 @@ def by_kl(records: Path) -> plt.Figure:
         ax.set_xlabel("KL(μ‖π) that the lag makes, nats per sequence")
     panels[0, 0].set_ylabel("J(π) at the end")
     panels[0, 0].legend(fontsize=8, frameon=False)
-    figure.suptitle("Lags of " + ", ".join(map(str, sorted(behind.LAGS))) + " updates along each "
-                    "line; ± two standard errors", fontsize=10)
+    lags = sorted({lag for _, lag, _ in cells if lag})
+    figure.suptitle(f"Lags of {', '.join(map(str, lags))} updates along each line; ± two standard "
+                    "errors", fontsize=10)
     return figure
 
 

@@ -50,10 +50,16 @@ def append(path: Path, row: Mapping[str, object]) -> None:
 
 
 def note(path: Path) -> None:
-    """Beside the records: on what they are made."""
+    """Beside the records: on what they are made, from the first run on."""
     said = {"processor": processor("cpu"), "torch": torch.__version__, "commit": commit(),
             "date": time.strftime("%Y-%m-%d")}
-    path.with_suffix(".json").write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
+    beside = path.with_suffix(".json")
+    if path.exists() and beside.exists():
+        before = json.loads(beside.read_text(encoding="utf-8"))
+        for name, now in said.items():
+            first = before[name].split(" to ")[0]
+            said[name] = first if now == first else f"{first} to {now}"
+    beside.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
 
 
 def numbers(states: Sequence[State], every: int = 1) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isnan
 from typing import NamedTuple
 
 from scipy import stats
@@ -40,9 +41,14 @@ def fisher(a: int, of_a: int, b: int, of_b: int) -> float:
 def holm(p_values: Sequence[float]) -> list[float]:
     """The same p, adjusted for how many of them there are.
 
+    Raises:
+        ValueError: a p is not a number, which has no rank.
+
     >>> holm([0.01, 0.04, 0.03])
     [0.03, 0.06, 0.06]
     """
+    if any(map(isnan, p_values)):
+        raise ValueError(f"holm: p_values must be numbers, got {list(p_values)}")
     order = sorted(range(len(p_values)), key=p_values.__getitem__)
     adjusted, highest = [0.0] * len(p_values), 0.0
     for rank, i in enumerate(order):

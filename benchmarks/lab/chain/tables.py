@@ -106,7 +106,7 @@ def lengths(records: Path) -> str:
             cells.append(" / ".join(
                 reached(found.get((name, arm)))
                 for arm in ("uncorrected", "uncorrected-critic", "token-tis")))
-        if any("not run" not in cell for cell in cells):
+        if any(part != "not run" for cell in cells for part in cell.split(" / ")):
             body.append([kind, "all" if bits is None else str(bits), *cells])
     return markdown(head, body) + (
         f"\nThe first step at J(π) = {LEARNT}, uncorrected / with a critic / token-TIS; never: "
@@ -123,9 +123,10 @@ def reached(row: dict[str, str] | None) -> str:
     return str(step) if step is not None else f"> ({end:.2f})"
 
 
-def with_a_critic(records: Path) -> str:
-    """What mismatch does to uncorrected and token-TIS runs whose baseline knows each context."""
-    arms = ("uncorrected", "uncorrected-critic", "token-tis", "token-tis-critic")
+def baselines(records: Path) -> str:
+    """What mismatch does to uncorrected and token-TIS runs, by what is taken from a reward."""
+    arms = [f"{weights}{of}" for weights in ("uncorrected", "token-tis")
+            for of in ("", "-critic", "-half")]
     found = of_exact(records, world="chain", length=256, task=10, optimizer="adam")
     names = [name for name in exact.KINDS if (name, "uncorrected-critic") in found]
     if not names:
@@ -135,26 +136,21 @@ def with_a_critic(records: Path) -> str:
 
 
 def critics_everywhere(records: Path) -> str:
-    """How many uncorrected runs sink below their start, without and with a critic's baseline."""
+    """How many runs sink below their start, without and with a critic's baseline."""
+    arms = ("uncorrected", "uncorrected-critic", "token-tis", "token-tis-critic")
     body = []
     for world, task, optimizer in (
         *((world, exact.TASKS[0], "adam") for world in WORLDS), ("chain", exact.TASKS[0], "sgd"),
         *(("chain", task, "adam") for task in exact.TASKS[1:]),
     ):
         found = of_exact(records, world=world, length=256, task=task, optimizer=optimizer)
-        names = [name for name in exact.KINDS if (name, "uncorrected-critic") in found]
+        names = [name for name in exact.KINDS if all((name, arm) in found for arm in arms)]
         if names:
-            body.append([
-                f"`{world}`, task {task}, {optimizer}", str(len(names)),
-                *(str(sum(sank(found[name, arm]) for name in names))
-                  for arm in ("uncorrected", "uncorrected-critic", "token-tis",
-                              "token-tis-critic")),
-            ])
+            body.append([f"`{world}`, task {task}, {optimizer}", str(len(names)), *(
+                str(sum(sank(found[name, arm]) for name in names)) for arm in arms)])
     if not body:
         return "No record of `python -m benchmarks.lab exact`.\n"
-    head = ["world", "engines", "uncorrected sank", "with a critic", "token-TIS sank",
-            "with a critic"]
-    return markdown(head, body) + (
+    return markdown(["world", "engines", *(f"`{arm}` sank" for arm in arms)], body) + (
         f"\nSank: J(π) was below its start by more than {SANK} at some step.\n"
     )
 
@@ -246,36 +242,52 @@ def made_kl(runs: Rows) -> float:
 def better(records: Path) -> str:
     """Whether a candidate's ends are above those of token-TIS and sequence-TIS, as planned."""
     cells, untouched = by_cell(records), by_cell(records, untouched=True)
-    rates_of = sorted({key[0] for key in cells if key[1] == CLAIMED}, reverse=True)
-    known = ("token-tis", "sequence-tis")
-    head = ["arm", "rate", "against", "difference of ends", "p, Holm", "task 23"]
+    rates_of = sorted({key[0] for key in cells if key[1] == CLAIMED}, reverse=True)[:2]
+    pairs = [(rate, other) for rate in rates_of for other in ("token-tis", "sequence-tis")]
+    head = ["arm", "rate", "against", "runs of each", "difference of ends", "p, Holm",
+            f"on task {behind.UNTOUCHED}"]
     body, said = [], []
     for arm in CANDIDATES:
-        pairs = [
-            (rate, other) for rate in rates_of for other in known
-            if (rate, CLAIMED, arm) in cells and (rate, CLAIMED, other) in cells
-        ]
-        if not pairs:
-            continue
-        found = [welch(ends(cells[rate, CLAIMED, arm]), ends(cells[rate, CLAIMED, other]))
-                 for rate, other in pairs]
-        adjusted = holm([difference.p for difference in found])
-        for (rate, other), difference, p in zip(pairs, found, adjusted, strict=True):
-            there = [untouched.get((rate, CLAIMED, name), []) for name in (arm, other)]
+        found = {
+            (rate, other): both for rate, other in pairs
+            if len((both := common(cells, (rate, CLAIMED, arm), (rate, CLAIMED, other)))[0]) > 1
+        }
+        differences = [welch(*both) for both in found.values()]
+        adjusted = holm([difference.p for difference in differences])
+        for ((rate, other), both), difference, p in zip(
+            found.items(), differences, adjusted, strict=True
+        ):
+            there = common(untouched, (rate, CLAIMED, arm), (rate, CLAIMED, other))
             body.append([
-                arm, f"{rate:g}", other, str(difference), pretty(p),
-                str(welch(*map(ends, there))) if all(len(of) > 1 for of in there) else "not run",
+                arm, f"{rate:g}", other, str(len(both[0])), str(difference), pretty(p),
+                f"{welch(*there)}, {len(there[0])} runs" if len(there[0]) > 1 else "not run",
             ])
         holds = all(p < LEVEL and difference.mean > 0
-                    for difference, p in zip(found, adjusted, strict=True))
-        said.append(f"`{arm}` {'does better' if holds else 'is not shown to do better'}")
+                    for difference, p in zip(differences, adjusted, strict=True))
+        said.append(f"`{arm}` " + (
+            f"is not decided, {len(found)} of 4 comparisons" if len(found) < 4
+            else "does better" if holds else "is not shown to do better"
+        ))
     if not body:
         return "No record of `python -m benchmarks.lab behind`.\n"
     return markdown(head, body) + (
-        f"\n{CLAIMED} behind, tasks {', '.join(map(str, behind.TASKS))} together; 95 % intervals "
-        f"and p of Welch's test, Holm's correction over an arm's rows. By the rule of the plan "
-        f"{' and '.join(said)} than token-TIS and sequence-TIS.\n"
+        f"\n{CLAIMED} behind, tasks {', '.join(map(str, behind.TASKS))} together, the tasks and "
+        "seeds that both arms have; 95 % intervals and p of Welch's test, Holm's correction over "
+        "an arm's rows and not over the arms. By the rule of the plan, against token-TIS and "
+        f"sequence-TIS at both rates: {'; '.join(said)}.\n"
     )
+
+
+def common(
+    cells: dict[tuple[float, int, str], Rows], a: tuple[float, int, str], b: tuple[float, int, str],
+) -> tuple[list[float], list[float]]:
+    """Ends of two cells, of the tasks and seeds that both have."""
+    one, other = (
+        {(row["task"], row["seed"]): float(row["end"]) for row in cells.get(key, [])}
+        for key in (a, b)
+    )
+    both = sorted(one.keys() & other.keys())
+    return [one[key] for key in both], [other[key] for key in both]
 
 
 def ends(runs: Rows) -> list[float]:
@@ -348,15 +360,15 @@ def claim(records: Path) -> str:
 
 def rates(records: Path) -> str:
     """What the control says of learning rates."""
-    ends: dict[tuple[str, float], list[float]] = {}
+    found: dict[tuple[str, float], list[float]] = {}
     for row in rows(records / "behind.csv"):
-        if row["lag"] == "0" and row["task"] == str(behind.TASKS[0]):
-            ends.setdefault((row["world"], float(row["rate"])), []).append(float(row["end"]))
-    if not ends:
+        if behind.key_of(row) in map(behind.written, behind.calibration(row["world"])):
+            found.setdefault((row["world"], float(row["rate"])), []).append(float(row["end"]))
+    if not found:
         return "No record of `python -m benchmarks.lab behind`.\n"
     body = [
-        [world, f"{rate:g}", str(len(found)), f"{statistics.fmean(found):.3f}"]
-        for (world, rate), found in sorted(ends.items())
+        [world, f"{rate:g}", str(len(ends)), f"{statistics.fmean(ends):.3f}"]
+        for (world, rate), ends in sorted(found.items())
     ]
     return markdown(["world", "rate", "runs", "J(π) at the end"], body)
 
@@ -430,7 +442,7 @@ def note(path: Path) -> str:
 TABLES: dict[str, Callable[[Path], str]] = {
     "exact": engines, "exact_sgd": partial(engines, optimizer="sgd"),
     "exact_arms": every_arm, "exact_lengths": lengths, "exact_worlds": in_worlds,
-    "exact_critic": with_a_critic, "exact_critics": critics_everywhere,
+    "exact_baselines": baselines, "exact_critics": critics_everywhere,
     "behind": behind_of, "behind_untouched": partial(behind_of, untouched=True),
     "behind_attention": partial(behind_of, world="attention"), "behind_rates": rates,
     "behind_lags": over_lags, "behind_lags_untouched": partial(over_lags, untouched=True),

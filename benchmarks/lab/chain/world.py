@@ -8,17 +8,19 @@ context, part of which are drawn anew at every step, and share their parameters 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 OK, ERR = 0, 1
+Baseline = Literal["mean", "half", "critic"]
+"""What is taken from a reward: the mean of its prompt's, half of it, or what a critic expects at
+each token's context."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,7 @@ class Credit(NamedTuple):
     negative: Tensor
 
 
-def credit(world: World, probabilities: Tensor, baseline: str = "mean") -> Credit:
+def credit(world: World, probabilities: Tensor, baseline: Baseline = "mean") -> Credit:
     """What a sampler with these probabilities credits each token with.
 
     Args:
@@ -174,17 +176,16 @@ def credit(world: World, probabilities: Tensor, baseline: str = "mean") -> Credi
             expect at the context ("critic").
     """
     seen = outlook(world, probabilities)
-    critic, mean = baseline == "critic", seen.reward[:, None, None]
-    if critic:
-        b = (probabilities * seen.values).sum(-1, keepdim=True)
-    else:
-        b = mean / 2 if baseline == "half" else mean
-    chance = seen.visits[..., None]
+    chance, mean = seen.visits[..., None], seen.reward[:, None, None]
+    expected = (probabilities * seen.values).sum(-1, keepdim=True)
+    earned = seen.earned[..., None]
     if world.dense:
-        # what is earned before a context is part of what a critic expects
-        earned = 0 if critic else seen.earned[..., None]
-        advantage = chance * (seen.values - b) + earned
+        # of the reward that a critic expects at a context, what is earned before is a part
+        b = {"mean": chance * mean, "half": chance * mean / 2,
+             "critic": chance * expected + earned}[baseline]
+        advantage = chance * seen.values + earned - b
         return Credit(probabilities * advantage, torch.zeros_like(advantage))
+    b = {"mean": mean, "half": mean / 2, "critic": expected}[baseline]
     positive = probabilities * chance * seen.values * (1 - b)
     return Credit(positive, probabilities * chance * (1 - seen.values) * b)
 
@@ -228,11 +229,3 @@ def sample(
     after = torch.cat([ok[:, 1:], state[:, None]], 1).double()
     reward = after.mean(1) if world.dense else after[:, -1]
     return Samples(places.transpose(1, 2).reshape(p * answers, t), reward)
-
-
-def finite(value: Tensor) -> float:
-    """The number, which a diverged run does not have."""
-    number = value.item()
-    if not math.isfinite(number):
-        raise ArithmeticError("the run has diverged: a number on record would not be finite")
-    return number

@@ -1,4 +1,4 @@
-"""What reward is to be expected at a context, learnt from the samples that a policy learns from."""
+"""What is taken from a reward: its prompt's mean, half of it, or what a critic expects."""
 
 from __future__ import annotations
 
@@ -10,9 +10,22 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, silu
 
 from benchmarks.lab.chain.policy import Parameters
+from iscorrect import group_advantages
 
 RATE, UPDATES, WIDTH = 1e-2, 2, 32
 """Of Adam, how often it looks at each batch, and units of a network of one layer."""
+
+
+def beyond_the_mean(rewards: Tensor) -> Tensor:
+    """What each sequence earned beyond the mean of its prompt's; "p n" -> "(p n)"."""
+    prompts, answers = rewards.shape
+    group = torch.arange(prompts).repeat_interleave(answers)
+    return group_advantages(rewards.flatten(), group, estimator="dr-grpo")
+
+
+def beyond_half(rewards: Tensor) -> Tensor:
+    """What it earned beyond half of that mean; "p n" -> "(p n)"."""
+    return (rewards - rewards.mean(1, keepdim=True) / 2).flatten()
 
 
 def layer(inputs: int, generator: torch.Generator) -> Parameters:
@@ -41,13 +54,17 @@ class Critic:
         parameters = [x.requires_grad_() for x in self.weights.values()]
         self.optimizer = torch.optim.Adam(parameters, lr=RATE)
 
-    def advantages(self, rewards: Tensor, *contexts: Tensor) -> Tensor:
+    def beyond(self, contexts: tuple[Tensor, ...], rewards: Tensor) -> Tensor:
         """What each token's sequence earned beyond what was expected; it then learns from them.
 
         Args:
-            rewards: float64 "n".
-            contexts: of tokens "n t …".
+            contexts: of tokens, "(p n) t …".
+            rewards: float64 "p n".
+
+        Returns:
+            "(p n) t".
         """
+        rewards = rewards.flatten()
         with torch.no_grad():
             expected = self.network(self.weights, *contexts)[..., 0].sigmoid().double()
         for _ in range(UPDATES):
