@@ -37,9 +37,9 @@ def table(records: Path) -> str:
         "the line through the logarithm, with its 95 % interval as if points were independent; the "
         "monitor's first alarm. *Drifts* agrees if there is an alarm, *bounded* if there is none. "
         "Ratios: agreed if theirs lies between the lowest and the highest of the lab's models, "
-        "which are given here, two standard errors included where there are seeds. Others: agreed if the "
-        "number is the one given, up to rounding, |Δp| up to 0.05. Quoted: what they say is read "
-        "from a text. Read on "
+        "which are given here, two standard errors included where there are seeds. Others: agreed "
+        "if the number is the one given, up to rounding, |Δp| up to 0.05. Quoted: what they say is "
+        "read from a text. Read on "
         f"{note['read']}.\n"
     )
 
