@@ -153,7 +153,7 @@ def by_lag(records: Path) -> plt.Figure:
     panels[1, 0].set_ylabel("J(π) at the end: runs, means")
     for ax in panels[1]:
         ax.axhline(0.5, color="#BBBBBB", linewidth=0.8)
-    panels[0, 0].legend(fontsize=8, frameon=False, loc="upper left")
+    panels[0, -1].legend(fontsize=8, frameon=False, loc="upper left")
     figure.suptitle("An engine behind the trainer, sampled; 95 % intervals; the start is at 0.5; "
                     "tasks " + ", ".join(map(str, behind.TASKS)))
     return figure
@@ -178,7 +178,7 @@ def by_kl(records: Path) -> plt.Figure:
         ax.set_title(f"learning rate {rate:g}")
         ax.set_xlabel("KL(μ‖π) that the lag makes, nats per sequence")
     panels[0, 0].set_ylabel("J(π) at the end")
-    panels[0, 0].legend(fontsize=8, frameon=False)
+    panels[0, -1].legend(fontsize=8, frameon=False, loc="lower left")
     lags = sorted({lag for _, lag, _ in cells if lag})
     figure.suptitle(f"Lags of {', '.join(map(str, lags))} updates along each line; ± two standard "
                     "errors", fontsize=10)
