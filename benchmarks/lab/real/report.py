@@ -511,6 +511,10 @@ BESIDE = {
         ("vllm-fp16-token-tis-cap=2", "vllm-fp16-uncorrected"),
     ),
     **dict.fromkeys(("every4-2e-05", "every1-1e-05"), CONTRASTS[:2]),
+    "every8-2e-05": (
+        ("vllm-bf16-stochastic-token-tis-cap=2", "vllm-bf16-stochastic-uncorrected"),
+        ("vllm-bf16-stochastic-icepop-low=0.5,high=5", "vllm-bf16-stochastic-uncorrected"),
+    ),
 }
 """Those of the arms beside, by schedule, of which no p is given."""
 
