@@ -95,12 +95,13 @@ def test_the_map_has_every_rounding_and_correction(folder):
 
 def test_the_report_fills_its_tables_and_draws_its_figures(folder):
     page = folder / "page.md"
-    page.write_text("".join(f"<!-- lab:{name} -->\n<!-- /lab -->\n" for name in report.TABLES))
+    made = report.TABLES.keys() - {"published"}  # of others' files, which are not here
+    page.write_text("".join(f"<!-- lab:{name} -->\n<!-- /lab -->\n" for name in made))
     main(["report", "--records", str(folder / "transformers"), "--pages", str(page),
           "--pictures", str(folder / "pictures")])
     text = page.read_text()
     assert "No record" not in text
-    assert sum(line.startswith("|---") for line in text.splitlines()) == len(report.TABLES)
+    assert sum(line.startswith("|---") for line in text.splitlines()) == len(made)
     names = {path.name for path in (folder / "pictures").iterdir()}
     assert names == {"offline-sort.png", "offline-sharp.png", f"sanity-{TASK}.png", "map.png"}
 
