@@ -124,7 +124,7 @@ def critics(records: Path) -> plt.Figure:
         ax.set_xlabel("step")
     panels[0].set_ylabel("J(π)")
     panels[0].set_ylim(-0.03, 1.03)
-    panels[-1].legend(fontsize=8, frameon=False, loc="lower right")
+    panels[2].legend(fontsize=8, frameon=False, loc="lower left")
     figure.suptitle("The same mismatch with two baselines, a prompt's mean and a perfect critic's; "
                     "expected updates, no seeds", fontsize=11)
     return figure

@@ -220,18 +220,18 @@ def over_lags(records: Path, *, untouched: bool = False) -> str:
         of = {arm: cells.get((rate, lag, arm), []) for arm in behind.MAIN}
         body.append([
             f"{rate:g}", str(lag), pretty(made_kl(of["token-tis"])) if of["token-tis"] else "",
-            *(f"{mean_end(runs)}; {fallen(runs)} of {len(runs)}" if runs else "not run"
+            *(f"{mean_end(runs, 2)}; {fallen(runs)}/{len(runs)}" if runs else "not run"
               for runs in of.values()),
         ])
     return markdown(head, body) + (
-        "\nA cell: J(π) at the end ± standard error over runs; runs that fell. KL(μ‖π): nats per "
-        "sequence, the median over runs of the mean over steps.\n"
+        "\nA cell: J(π) at the end ± standard error over runs; how many runs fell. KL(μ‖π): nats "
+        "per sequence, the median over runs of the mean over steps.\n"
     )
 
 
-def mean_end(runs: Rows) -> str:
-    end, error = with_error([float(row["end"]) for row in runs])
-    return f"{end:.3f}" + (f" ± {error:.3f}" if len(runs) > 1 else "")
+def mean_end(runs: Rows, digits: int = 3) -> str:
+    end, error = with_error(ends(runs))
+    return f"{end:.{digits}f}" + (f" ± {error:.{digits}f}" if len(runs) > 1 else "")
 
 
 def made_kl(runs: Rows) -> float:
