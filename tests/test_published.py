@@ -121,10 +121,5 @@ def test_the_record_that_is_committed_is_what_the_page_shows():
     assert len(table.splitlines()) > 15
 
 
-def test_the_report_knows_the_table():
-    report = pytest.importorskip("benchmarks.lab.report")
-    assert report.TABLES["published"] is published_table.table
-
-
 def test_without_a_record_the_table_says_so(tmp_path):
     assert "No record of `python -m benchmarks.lab published`" in published_table.table(tmp_path)

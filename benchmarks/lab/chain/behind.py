@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache, partial
 from itertools import product
@@ -87,23 +87,19 @@ def calibration(world: str) -> list[Run]:
     ]
 
 
-def written(run: Run) -> tuple[str, ...]:
-    """The key of a run, as its record has it."""
-    return tuple(map(str, run))
-
-
-def key_of(row: Mapping[str, str]) -> tuple[str, ...]:
-    """The key of a record."""
-    return tuple(row[name] for name in Run._fields)
+def control_ends(path: Path, world: str) -> dict[float, list[float]]:
+    """Of the control that is on record, the ends at each rate."""
+    ends: dict[float, list[float]] = {rate: [] for rate in RATES}
+    wanted = {tuple(map(str, run)) for run in calibration(world)}
+    for row in rows(path):
+        if tuple(row[name] for name in Run._fields) in wanted:
+            ends[float(row["rate"])].append(float(row["end"]))
+    return ends
 
 
 def by_the_control(path: Path, world: str) -> list[float]:
     """Rates on record, from the one at which the control ends highest."""
-    ends: dict[float, list[float]] = {rate: [] for rate in RATES}
-    wanted = {*map(written, calibration(world))}
-    for row in rows(path):
-        if key_of(row) in wanted:
-            ends[float(row["rate"])].append(float(row["end"]))
+    ends = control_ends(path, world)
     return sorted(RATES, key=lambda rate: -sum(ends[rate]) / len(ends[rate]))
 
 

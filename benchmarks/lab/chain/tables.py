@@ -360,16 +360,13 @@ def claim(records: Path) -> str:
 
 def rates(records: Path) -> str:
     """What the control says of learning rates."""
-    found: dict[tuple[str, float], list[float]] = {}
-    for row in rows(records / "behind.csv"):
-        if behind.key_of(row) in map(behind.written, behind.calibration(row["world"])):
-            found.setdefault((row["world"], float(row["rate"])), []).append(float(row["end"]))
-    if not found:
-        return "No record of `python -m benchmarks.lab behind`.\n"
     body = [
         [world, f"{rate:g}", str(len(ends)), f"{statistics.fmean(ends):.3f}"]
-        for (world, rate), ends in sorted(found.items())
+        for world in (behind.ATTENTION, *WORLDS)
+        for rate, ends in behind.control_ends(records / "behind.csv", world).items() if ends
     ]
+    if not body:
+        return "No record of `python -m benchmarks.lab behind`.\n"
     return markdown(["world", "rate", "runs", "J(π) at the end"], body)
 
 
