@@ -77,6 +77,10 @@ def with_an_engine(arguments: list[str]) -> None:
     ):
         command = commands.add_parser(name, parents=[common, learning], help=help_)
         command.add_argument("tasks", nargs="*", default=usual)
+        if name == "sanity":
+            command.add_argument("--models-each", type=int, default=0, help="so many models of a "
+                                 "task, each at every rate, with records apart")
+            command.add_argument("--rates", type=float, nargs="*", default=[1.5e-4, 5e-4, 1.5e-3])
     for name, (_, help_) in BY_THEMSELVES.items():
         commands.add_parser(name, help=help_)
 
@@ -99,10 +103,17 @@ def with_an_engine(arguments: list[str]) -> None:
         if unknown := set(given.arms or []) - set(known):
             raise SystemExit(f"no arms {', '.join(sorted(unknown))}: there are {', '.join(known)}")
         schedule = replace(Schedule(), steps=given.steps, prompts=given.prompts)
+        folder = given.records / given.command
+        settings = [(0, schedule, folder)]
+        if given.command == "sanity" and given.models_each:
+            settings = [
+                (which, replace(schedule, learning_rate=rate), folder / f"{which}-{rate:g}")
+                for which in range(given.models_each) for rate in given.rates
+            ]
         runs = [
-            Run(arm, task, model(task), schedule, seed, given.engine,
-                given.records / given.command)
+            Run(arm, task, model(task, which), plan, seed, given.engine, records)
             for seed in range(given.seeds)
+            for which, plan, records in settings
             for task in given.tasks
             for arm in experiment.arms(tasks.parse(task).longest)
             if not given.arms or arm.name in given.arms
