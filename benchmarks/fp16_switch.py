@@ -10,6 +10,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,10 +50,10 @@ class Arm:
 
 def run(setting: Setting) -> Iterator[Workload]:
     if setting.small:
-        yield measure("vocabulary-256", 256, 16, setting, steps=5)
+        yield on_a_chain("vocabulary-256", 256, 16, setting, steps=5)
         return
-    yield measure("vocabulary-512", 512, 64, setting, steps=150)
-    yield measure("vocabulary-32768", 32768, 64, setting, steps=60)
+    yield on_a_chain("vocabulary-512", 512, 64, setting, steps=150)
+    yield on_a_chain("vocabulary-32768", 32768, 64, setting, steps=60)
 
 
 def arms() -> list[Arm]:
@@ -122,9 +124,27 @@ def pretrain(vocabulary: int, steps: int, device: str) -> Transformer:
     return model.requires_grad_(True)
 
 
+class Rolled(NamedTuple):
+    """What an engine sampled.
+
+    Attributes:
+        ids: "b t+1", from the first token on.
+        log_probs: "b t", the engine's of all but the first; 0 outside the mask.
+        mask: bool "b t", which of these it sampled.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    mask: Tensor
+
+
+Roll = Callable[[nn.Module, torch.dtype], Rolled]
+"""Of a model and what its logits are rounded to."""
+
+
 @torch.no_grad()
-def rollout(model: Transformer, head: torch.dtype, n: int, length: int) -> tuple[Tensor, Tensor]:
-    """Sampled ids "b t+1" and the engine's log-probs "b t"."""
+def rollout(model: Transformer, head: torch.dtype, n: int, length: int) -> Rolled:
+    """n answers of a length."""
     torch.manual_seed(1)
     device = model.head.weight.device
     ids = torch.zeros(n, 1, dtype=torch.int64, device=device)
@@ -137,38 +157,62 @@ def rollout(model: Transformer, head: torch.dtype, n: int, length: int) -> tuple
         token = torch.multinomial(log_probs.exp(), 1)
         ids = torch.cat([ids, token], 1)
         found.append(log_probs.gather(-1, token))
-    return ids, torch.cat(found, 1)
+    engine = torch.cat(found, 1)
+    return Rolled(ids, engine, torch.ones_like(engine, dtype=torch.bool))
 
 
-def measure(name: str, vocabulary: int, length: int, setting: Setting, *, steps: int) -> Workload:
+def on_a_chain(
+    name: str, vocabulary: int, length: int, setting: Setting, *, steps: int
+) -> Workload:
     master = pretrain(vocabulary, steps, setting.device)
     size = sum(x.numel() for x in master.parameters())
     n = 4 if setting.small else 32
-    workload = Workload(
-        name,
+    note = (
         f"A transformer of {size / 1e6:.1f} M parameters, vocabulary {vocabulary}; {n} sequences "
         f"of {length} tokens sampled in the same dtype with a key-value cache. "
-        f"Times relative to the "
+    )
+    return measure(name, note, master, partial(rollout, n=n, length=length), setting)
+
+
+def measure(
+    name: str, note: str, master: nn.Module, roll: Roll, setting: Setting
+) -> Workload:
+    """Every arm on a model.
+
+    Args:
+        name: of the table.
+        note: what the model is and what it samples, a sentence and a space.
+        master: float32; of ids "b t" gives hidden states, and has a ``head``.
+        roll: samples from it in a dtype.
+        setting: where it is run.
+    """
+    workload = Workload(
+        name,
+        note + "Times relative to the "
         "first row; a step is loss and backward, scoring the log-probs alone. Against engine: what "
         "trainer and engine differ by. Against float32: the trainer's log-probs, and its gradient "
         "beside the float32 model's, with token-IS weights, on the same samples.",
     )
-    generator = torch.Generator().manual_seed(2)
-    advantages = torch.randn(n, generator=generator).to(setting.device)
-    mask = torch.ones(n, length, dtype=torch.bool, device=setting.device)
     runs: dict[str, Callable[[], object]] = {}
     scoring: dict[str, Callable[[], object]] = {}
     rows: dict[str, dict[str, float | str]] = {}
-    rolled: dict[tuple[torch.dtype, torch.dtype], tuple[Transformer, Tensor, Tensor]] = {}
+    rolled: dict[tuple[torch.dtype, torch.dtype], tuple[nn.Module, Rolled]] = {}
     for arm in arms():
         if (arm.dtype, arm.head) not in rolled:
             model = copy.deepcopy(master).to(arm.dtype)
-            rolled[arm.dtype, arm.head] = model, *rollout(model, arm.head, n, length)
-        model, ids, engine = rolled[arm.dtype, arm.head]
+            rolled[arm.dtype, arm.head] = model, roll(model, arm.head)
+        model, samples = rolled[arm.dtype, arm.head]
+        ids, engine, mask = samples
+        advantages = torch.randn(len(ids), generator=torch.Generator().manual_seed(2))
+        advantages = advantages.to(setting.device)
         loss_fn = PolicyLoss(correction=PRESETS[arm.correction]())
         scale = LOSS_SCALE if arm.dtype == torch.float16 else 1.0
 
-        def step(model=model, ids=ids, engine=engine, loss_fn=loss_fn, head=arm.head, scale=scale):
+        def step(
+            model=model, samples=samples, advantages=advantages, loss_fn=loss_fn, head=arm.head,
+            scale=scale,
+        ):
+            ids, engine, mask = samples
             model.zero_grad()
             loss, _ = fused_policy_loss(
                 loss_fn, hidden=model(ids[:, :-1]), weight=model.head.weight, target=ids[:, 1:],
@@ -186,15 +230,16 @@ def measure(name: str, vocabulary: int, length: int, setting: Setting, *, steps:
         step()
         gradient = flat_gradient(model) / scale
         memory = extra_memory(step, setting.device)
-        exact, oracle = oracle_of(master, ids, engine, advantages, mask)
+        exact, oracle = oracle_of(master, samples, advantages)
         trainer = score()
-        d = trainer - engine
+        d = (trainer - engine).where(mask, 0)
+        one = torch.ones_like(d[:, :1], dtype=torch.bool)
         rows[arm.name] = {
             "memory, MiB": memory if isinstance(memory, str) else memory / 2**20,
-            "|Δ log p| to engine": d.abs().mean().item(),
-            "k3 to engine": k3(d).mean().item(),
-            "ESS": effective_sample_size(d.sum(-1, keepdim=True).exp(), mask[:, :1]).item(),
-            "|Δ log p| to float32": (trainer - exact).abs().mean().item(),
+            "|Δ log p| to engine": d.abs()[mask].mean().item(),
+            "k3 to engine": k3(d)[mask].mean().item(),
+            "ESS": effective_sample_size(d.sum(-1, keepdim=True).exp(), one).item(),
+            "|Δ log p| to float32": (trainer - exact).abs()[mask].mean().item(),
             "gradient cosine": torch.cosine_similarity(gradient, oracle, dim=0).item(),
             "gradient error": ((gradient - oracle).norm() / oracle.norm()).item(),
         }
@@ -210,9 +255,10 @@ def measure(name: str, vocabulary: int, length: int, setting: Setting, *, steps:
 
 
 def oracle_of(
-    master: Transformer, ids: Tensor, engine: Tensor, advantages: Tensor, mask: Tensor
+    master: nn.Module, samples: Rolled, advantages: Tensor
 ) -> tuple[Tensor, Tensor]:
     """float32 log-probs and gradient on an engine's samples."""
+    ids, engine, mask = samples
     master.zero_grad()
     log_probs = linear_log_probs(master(ids[:, :-1]), master.head.weight, ids[:, 1:])
     loss, _ = PolicyLoss(correction=PRESETS["token-is"]())(

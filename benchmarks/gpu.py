@@ -118,7 +118,7 @@ def tables(setting: Setting) -> Mapping[str, Callable[[], Workload]]:
         "overhead": lambda: overhead.measure(
             "overhead", overhead.make_batch(rows, columns, setting.device, old=False), setting
         ),
-        "switch": partial(fp16_switch.measure, "switch", setting=setting, **switch),
+        "switch": partial(fp16_switch.on_a_chain, "switch", setting=setting, **switch),
         f"head-{long[0]}-bfloat16": partial(
             heads, *long, bf16, replace(setting, rounds=min(setting.rounds, 2))
         ),

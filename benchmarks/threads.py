@@ -54,7 +54,7 @@ def cases(beside: str, setting: Setting) -> Iterator[Workload]:
     yield correction(f"correction, ppo{beside}", setting, old=True)
     torch.set_num_threads(setting.threads)
     steps, length = (5, 16) if setting.small else (150, 64)
-    yield fp16_switch.measure(f"switch{beside}", 512, length, setting, steps=steps)
+    yield fp16_switch.on_a_chain(f"switch{beside}", 512, length, setting, steps=steps)
 
 
 def head(name: str, tokens: str, problem: Problem, setting: Setting) -> Workload:

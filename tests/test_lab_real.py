@@ -19,10 +19,14 @@ from benchmarks.lab.real import (
     mechanism,
     offline,
     packed,
+    pairs,
     reinforce,
     report,
     senders,
     served,
+    stacked,
+    switch,
+    together,
 )
 from iscorrect.dumps import read_dump
 
@@ -42,7 +46,7 @@ class Tokens:
         return [14, 13, *(int(c) if c.isdigit() else 10 + "+?.".find(c) for c in text[8:14]), 12]
 
     def decode(self, ids, **_):
-        return " ".join(str(int(i)) if i < 10 else "." for i in ids)
+        return "".join(f" {int(i)}" if i < 10 else "." for i in ids)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +64,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def tokenizer(monkeypatch):
-    for module in (learner, offline):
+    for module in (learner, offline, pairs, switch, together):
         monkeypatch.setattr(module, "open_tokenizer", lambda _: Tokens())
 
 
@@ -92,7 +96,7 @@ def test_the_greedy_answer_is_that_of_generate(folder):
 
 
 def test_an_answer_is_right_where_its_last_number_is_the_sum():
-    task = learner.Sums(Tokens(), largest=2)
+    task = learner.Sums(Tokens(), [(1, 1), (1, 2), (2, 1), (2, 2)])
     assert task.right == [2, 3, 3, 4]
     ids = torch.tensor([[[7, 2, 11], [2, 7, 11]], [[3, END, 5], [11, 11, 11]]])
     mask = torch.ones_like(ids, dtype=torch.bool)
@@ -222,9 +226,9 @@ def test_errors_of_their_own_grow_as_a_random_walk_and_shared_ones_as_a_line():
     generator = torch.Generator().manual_seed(0)
     mask = torch.ones(400, 256, dtype=torch.bool)
     own = torch.randn(400, 256, generator=generator, dtype=torch.float64)
-    assert report.growth(own, mask) == pytest.approx(1, abs=0.1)
-    assert report.growth(own[:, :1].expand(-1, 256), mask) == pytest.approx(2, abs=0.01)
-    assert math.isnan(report.growth(own[:, :16], mask[:, :16]))
+    assert pairs.growth(own, mask) == pytest.approx(1, abs=0.1)
+    assert pairs.growth(own[:, :1].expand(-1, 256), mask) == pytest.approx(2, abs=0.01)
+    assert math.isnan(pairs.growth(own[:, :16], mask[:, :16]))
 
 
 def test_planned_differences_are_paired_by_seed(tmp_path):
@@ -308,3 +312,151 @@ def test_a_difference_is_of_runs_of_one_schedule(tmp_path):
         path.write_text(f"step,sampled,greedy\n0,0,0\n8,{right},{right}\n")
     found = report.differences(tmp_path, "a", "b", "every1-2e-05")
     assert found == {"sampled": [pytest.approx(0.4)], "greedy": [pytest.approx(0.4)]}
+
+
+@pytest.fixture(scope="module")
+def three():
+    """Models of several runs, each alone and all together."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
+        initializer_range=0.2,
+    )
+    alone = [LlamaForCausalLM(config) for _ in range(3)]
+    together_ = {
+        name: torch.stack([model.get_parameter(name).detach() for model in alone]).requires_grad_()
+        for name, _ in alone[0].named_parameters()
+    }
+    return alone, together_
+
+
+def draws():
+    return [torch.Generator().manual_seed(i) for i in range(3)]
+
+
+def test_runs_together_have_the_log_probs_and_gradients_that_they_have_alone(three):
+    alone, weights = three
+    model = stacked.Model.of(stacked.Config.of(alone[0].config), weights)
+    prompts = torch.randint(0, 10, (3, 4, 7), generator=torch.Generator().manual_seed(1))
+    drawn = stacked.sample(model, prompts, 5, 6, END, draws())
+    found = stacked.log_probs(model, prompts, drawn.token_ids)
+    assert torch.allclose(found.where(drawn.mask, 0), drawn.log_probs.where(drawn.mask, 0),
+                          atol=1e-5)
+    gradients = torch.autograd.grad(found.where(drawn.mask, 0).sum(), [*weights.values()])
+    for i, one in enumerate(alone):
+        own = packed.log_probs(one, prompts[i], drawn.token_ids[i])
+        assert torch.allclose(own, found[i], atol=1e-5)
+        wanted = torch.autograd.grad(own.where(drawn.mask[i], 0).sum(), [*one.parameters()])
+        for g, right in zip(gradients, wanted, strict=True):
+            assert torch.allclose(g[i], right, atol=1e-4 * right.abs().max())
+
+
+def test_padding_before_a_prompt_changes_nothing(three):
+    alone, weights = three
+    model = stacked.Model.of(stacked.Config.of(alone[0].config), weights)
+    prompts = torch.randint(0, 10, (3, 2, 7), generator=torch.Generator().manual_seed(1))
+    known = torch.tensor([[False] * 3 + [True] * 4, [True] * 7])
+    drawn = stacked.sample(model, prompts, 2, 6, END, draws(), known=known)
+    short = stacked.log_probs(model, prompts[:, :1, 3:], drawn.token_ids[:, :1])
+    kept = drawn.mask[:, :1]
+    assert torch.allclose(short.where(kept, 0), drawn.log_probs[:, :1].where(kept, 0), atol=1e-5)
+
+
+@pytest.mark.usefixtures("half_are_right")
+def test_a_run_among_others_is_the_run_alone(folder):
+    group = [together.Run(engine="fp32", correction=c, seed=i)
+             for i, c in enumerate(["uncorrected", together.TIS, together.PPO])]
+    every = together.train(folder, group, device="cpu", steps=2, judged=2)
+    (alone,) = together.train(folder, group[1:2], device="cpu", steps=2, judged=2)
+    for name in ("reward", "sampled", "greedy", "length"):
+        assert every[1][name] == alone[name]
+    norms = [[float(x) for x in run["gradient_norm"].split()] for run in (every[1], alone)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+
+
+@pytest.mark.usefixtures("half_are_right")
+@pytest.mark.parametrize(("engine", "trainer", "head"), [
+    ("bf16", "fp32", "same"), ("bf16", "bf16", "fp32"), ("fp16", "fp16", "same"),
+])
+def test_what_is_sent_and_what_arrives(folder, engine, trainer, head):
+    ways = ("feedback", "nearest", "stochastic")
+    group = [
+        together.Run(engine=engine, trainer=trainer, head=head, rounding=way, rate=1e-4)
+        for way in ways
+    ]
+    found = together.train(folder, group, device="cpu", steps=2, judged=2)
+    first = {way: float(run["arrival"].split()[0]) for way, run in zip(ways, found, strict=True)}
+    assert first["nearest"] == first["feedback"] < 0.75 and 0.8 < first["stochastic"] < 1.2
+    for run in found:
+        assert len(run["kl"].split()) == 3 and len(run["sampled"].split()) == 2
+        assert float(run["kl"].split()[0]) < 1e-2
+
+
+def test_the_baseline_of_a_group():
+    rewards = torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 1]])
+    assert together.advantages(rewards, "mean").tolist() == [0.75, -0.25, -0.25, -0.25, 0, 0, 0, 0]
+    assert together.advantages(rewards, "half").tolist() == [
+        0.875, -0.125, -0.125, -0.125, 0.5, 0.5, 0.5, 0.5]
+    group = together.advantages(rewards, "group")
+    assert group[0] == pytest.approx(1.5, abs=1e-3) and group[4:].tolist() == [0, 0, 0, 0]
+
+
+def test_a_clip_of_the_engines_ratio_lets_no_gradient_through_outside():
+    own = torch.tensor([[-1.0, -1.0]], requires_grad=True)
+    sampled = torch.tensor([[-1.5, -1.05]])
+    run = together.Run(correction=together.PPO, baseline="half")
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    together.loss_of(run, own, sampled, mask, torch.ones(1, 1)).backward()
+    assert own.grad[0, 0] == 0 and own.grad[0, 1] < 0
+
+
+def test_the_design_has_each_run_once_and_groups_what_can_be_together():
+    runs = [run for block in together.design() for run in block]
+    assert len({*runs}) == len(runs) == 530
+    for block in together.design():
+        groups = together.groups(block)
+        assert sorted(run for group in groups for run in group) == sorted(block)
+        for group in groups:
+            assert len(group) <= together.AT_ONCE and len({run.shared for run in group}) == 1
+            assert [run.rounding for run in group] == sorted(run.rounding for run in group)
+
+
+@pytest.mark.usefixtures("half_are_right")
+def test_runs_on_record_are_not_run_again(folder, tmp_path, monkeypatch):
+    few = [[together.Run(seed=seed) for seed in (0, 1)]]
+    monkeypatch.setattr(together, "design", lambda: few)
+    monkeypatch.setattr(together, "STEPS", 1)
+    settings = {"share": (0, 1), "seconds": 1e9, "device": "cpu"}
+    record = tmp_path / "together.csv"
+    for _ in range(2):
+        together.main(folder, record, **settings)
+        assert len(record.read_text().splitlines()) == 3
+    few[0].append(together.Run(seed=2))
+    together.main(folder, record, **settings | {"seconds": -1})
+    assert len(record.read_text().splitlines()) == 3
+
+
+def test_every_pair_has_a_line_a_seed(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(pairs, "questions", lambda seed: [f"What is {i} + {seed}?" for i in "1234"])
+    monkeypatch.setattr(pairs, "ROLLOUTS", (pairs.Side("fp32"), pairs.Side("bf16", "fp32")))
+    monkeypatch.setattr(pairs, "TRAINERS", (
+        pairs.Side("fp32"), pairs.Side("bf16", "fp32"), pairs.Side("bf16", how="autocast"),
+    ))
+    record = tmp_path / "pairs.csv"
+    for _ in range(2):
+        pairs.main(folder, record, [0, 1], device="cpu", longest=16)
+    rows = report.rows_of(record)
+    kl = {tuple(row[name] for name in pairs.Pair._fields): float(row["kl"]) for row in rows}
+    assert len(kl) == 12
+    assert kl["fp32", "fp32", "0"] < 1e-9 < kl["fp32", "bf16 fp32 head", "0"]
+    assert kl["bf16 fp32 head", "bf16 autocast", "1"] > 1e-9
+
+
+def test_the_switch_is_measured_on_the_model(folder, monkeypatch):
+    every = switch.fp16_switch.arms()
+    monkeypatch.setattr(switch.fp16_switch, "arms", lambda: every[::10])
+    found = switch.measure(folder, switch.Setting(rounds=1, small=True))
+    bf16, fp16 = found.rows.values()
+    assert fp16["gradient error"] < bf16["gradient error"] < 0.5
+    assert fp16["k3 to engine"] < bf16["k3 to engine"]

@@ -54,12 +54,13 @@ def with_an_engine(arguments: list[str]) -> None:
                         default=engines.default_kind())
     common.add_argument("--seeds", type=int, default=3)
 
+    four = ["add-3", "sort-8", "brackets-24", "sharp"]
     made = commands.add_parser("models", parents=[common], help="train the models")
-    made.add_argument("names", nargs="*", default=["add-3", "sort-8", "brackets-24", "sharp"])
+    made.add_argument("names", nargs="*", default=four)
 
     compared = commands.add_parser(
         "offline", parents=[common], help="one set of tokens in every pair of precisions")
-    compared.add_argument("names", nargs="*", default=["add-3", "sort-8", "brackets-24", "sharp"])
+    compared.add_argument("names", nargs="*", default=four)
     compared.add_argument("--sequences", type=int, default=64)
     compared.add_argument("--length", type=int, default=128)
 
@@ -104,12 +105,11 @@ def with_an_engine(arguments: list[str]) -> None:
             raise SystemExit(f"no arms {', '.join(sorted(unknown))}: there are {', '.join(known)}")
         schedule = replace(Schedule(), steps=given.steps, prompts=given.prompts)
         folder = given.records / given.command
-        settings = [(0, schedule, folder)]
-        if given.command == "sanity" and given.models_each:
-            settings = [
-                (which, replace(schedule, learning_rate=rate), folder / f"{which}-{rate:g}")
-                for which in range(given.models_each) for rate in given.rates
-            ]
+        each = given.models_each if given.command == "sanity" else 0
+        settings = [
+            (which, replace(schedule, learning_rate=rate), folder / f"{which}-{rate:g}")
+            for which in range(each) for rate in given.rates
+        ] or [(0, schedule, folder)]
         runs = [
             Run(arm, task, model(task, which), plan, seed, given.engine, records)
             for seed in range(given.seeds)

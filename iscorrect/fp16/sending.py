@@ -58,12 +58,14 @@ def stochastic_round(
             "stochastic_round", "generator", expected="a torch.Generator, or None",
             got=describe(generator), fix="pass torch.Generator(x.device).manual_seed(0)",
         )
-    pieces = torch.split(x.detach().reshape(-1), ROUNDED_AT_ONCE)
+    at_once = ROUNDED_AT_ONCE if x.device.type == "cpu" else ROUNDED_AT_ONCE_ELSEWHERE
+    pieces = torch.split(x.detach().reshape(-1), at_once)
     rounded = [_round_flat(piece, dtype, generator) for piece in pieces]
     return torch.cat(rounded).reshape(x.shape)
 
 
 ROUNDED_AT_ONCE = 2**18  # entries, which stay in a processor's cache
+ROUNDED_AT_ONCE_ELSEWHERE = 2**24  # a device works longer on so many than its host takes to ask
 
 
 def _round_flat(x: Tensor, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:

@@ -20,13 +20,13 @@ def known(path: Path, key: Sequence[str]) -> set[tuple[str, ...]]:
     return {tuple(row[name] for name in key) for row in rows(path)}
 
 
-def due(runs: Sequence[Any], path: Path) -> list[Any]:
+def due(runs: Sequence[Any], path: Path, device: str = "cpu") -> list[Any]:
     """Of runs, named tuples, those that are not on record; says how many are."""
     done = known(path, runs[0]._fields) if runs else set()
     left = [run for run in runs if tuple(map(str, run)) not in done]
     print(f"{len(runs) - len(left)} of {len(runs)} runs are on record", flush=True)
     if left:
-        note(path)
+        note(path, device)
     return left
 
 
@@ -49,9 +49,9 @@ def append(path: Path, row: Mapping[str, object]) -> None:
         writer.writerow(row)
 
 
-def note(path: Path) -> None:
+def note(path: Path, device: str = "cpu") -> None:
     """Beside the records: on what they are made, from the first run on."""
-    said = {"processor": processor("cpu"), "torch": torch.__version__, "commit": commit(),
+    said = {"processor": processor(device), "torch": torch.__version__, "commit": commit(),
             "date": time.strftime("%Y-%m-%d")}
     beside = path.with_suffix(".json")
     if path.exists() and beside.exists():

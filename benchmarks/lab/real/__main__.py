@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 
 # before torch is imported: its thread pools are sized on loading
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import torch
+
+from benchmarks import harness
 from benchmarks.diagnose import RECORDS
 from benchmarks.lab.policy import DTYPES
 from benchmarks.lab.real import (
@@ -18,16 +22,19 @@ from benchmarks.lab.real import (
     mechanism,
     model,
     offline,
+    pairs,
     reinforce,
     report,
     served,
+    switch,
+    together,
 )
 from benchmarks.lab.real.learner import Schedule
 
 LAB = Path(__file__).parents[1]
 
 
-def main(arguments: list[str] | None = None) -> None:
+def read(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.lab.real", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     common = argparse.ArgumentParser(add_help=False)
@@ -64,10 +71,25 @@ def main(arguments: list[str] | None = None) -> None:
     learning.add_argument("--kind", choices=["vllm", "simulated"], default="vllm")
     learning.add_argument("--every", type=int, default=1, help="steps from one send to the next")
     learning.add_argument("--steps", type=int, default=24)
+    card = argparse.ArgumentParser(add_help=False)
+    card.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    many = commands.add_parser(
+        "together", parents=[common, card], help="on a GPU, the runs of the plan, many at once")
+    many.add_argument("--seconds", type=float, default=inf, help="until no more is begun")
+    many.add_argument("--share", type=int, nargs=2, default=(0, 1), metavar=("I", "N"),
+                      help="of N processes, this one's number")
+    commands.add_parser(
+        "pairs", parents=[common, card], help="on a GPU, tokens in pairs of precisions")
+    commands.add_parser(
+        "switch", parents=[common, card], help="a step in FP16 beside BF16's remedies: cost, error")
     told = commands.add_parser("report", help="tables and figures from the records")
     told.add_argument("--records", type=Path, default=LAB / "records" / "real")
 
-    given = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    given = read(arguments)
     if given.command == "model":
         model.make(given.models)
         return
@@ -81,6 +103,17 @@ def main(arguments: list[str] | None = None) -> None:
     if given.command == "offline":
         offline.main(given.models, given.records / "offline", given.seeds, given.rollouts,
                      given.trainers)
+        return
+    if given.command == "together":
+        together.main(given.models, given.records / "together.csv", share=tuple(given.share),
+                      seconds=given.seconds, device=given.device)
+        return
+    if given.command == "pairs":
+        pairs.main(given.models, given.records / "pairs.csv", given.seeds, device=given.device)
+        return
+    if given.command == "switch":
+        setting = harness.Setting(given.device)
+        harness.record("fp16_switch_real", [switch.measure(given.models, setting)], setting)
         return
     schedule = replace(Schedule(), learning_rate=given.learning_rate, grid=given.grid)
     for seed in given.seeds:

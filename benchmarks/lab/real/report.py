@@ -15,14 +15,12 @@ import matplotlib
 matplotlib.use("Agg")
 
 import numpy as np
-import torch
 from matplotlib import pyplot as plt
 from scipy import stats
-from torch import Tensor
 
 from benchmarks.lab.chain.statistics import holm
+from benchmarks.lab.real.pairs import of_dump
 from benchmarks.lab.report import markdown, pretty
-from iscorrect import k3
 from iscorrect.dumps import read_dump
 
 ROOT = Path(__file__).parents[3]
@@ -321,7 +319,7 @@ def offline(records: Path) -> str:
     for path in sorted((records / "offline").glob("*.npz")):
         rollout, trainer, seed = path.stem.split("-", 2)
         pair = planned[seed.isdigit()].setdefault((rollout, trainer), [])
-        pair.append(of_dump(path))
+        pair.append(of_dump(read_dump(path)))
     parts = [pairs_table(found) for found in planned.values() if found]
     note = (
         "\nΔ = log π − log μ in nats; KL is k3, nats per token. *Growth* is the power of t with"
@@ -336,37 +334,6 @@ def offline(records: Path) -> str:
 
 Pairs = dict[tuple[str, str], list[dict[str, float]]]
 """By rollout and trainer, what each seed's dump says."""
-
-
-def of_dump(path: Path) -> dict[str, float]:
-    dump = read_dump(path)
-    mask = dump.mask
-    d = (dump.old_log_probs.double() - dump.rollout_log_probs.double()).where(mask, 0)
-    places = torch.arange(mask.shape[1]).expand_as(mask)[mask].double()
-    size = d.abs()[mask]
-    drift = ((places - places.mean()) * (size - size.mean())).sum()
-    return {
-        "tokens": int(mask.sum()), "longest": int(mask.sum(1).max()), "mean": size.mean().item(),
-        "sigma": d[mask].std().item(), "kl": k3(d)[mask].mean().item(),
-        "answer": d.sum(1).std().item(), "growth": growth(d, mask),
-        "drift": (1000 * drift / (places - places.mean()).square().sum()).item(),
-    }
-
-
-def growth(d: Tensor, mask: Tensor, fewest: int = 12) -> float:
-    """The power of t in the variance of Σ_{s≤t} Δ_s, over answers "b t" that are so long.
-
-    A line through logarithms at t = 8, 16, 32, … as long as ``fewest`` answers reach t; NaN where
-    that is at fewer than three t.
-    """
-    lengths, sums, points = mask.sum(1), d.cumsum(1), []
-    t = 8
-    while (lengths >= t).sum() >= fewest:
-        points.append((log(t), log(sums[lengths >= t, t - 1].var().item())))
-        t *= 2
-    if len(points) < 3:
-        return nan
-    return float(stats.linregress(*zip(*points, strict=True)).slope)
 
 
 def pairs_table(found: Pairs) -> str:
