@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from typing import NamedTuple
 import torch
 from einops import rearrange
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from benchmarks.lab.chain.records import append, due
 from benchmarks.lab.policy import DTYPES
@@ -37,7 +39,7 @@ from iscorrect import (
 )
 
 STEPS, JUDGED, WARMUP, PROMPTS, ANSWERS = 60, 6, 3, 4, 8
-AT_ONCE = 8
+AT_ONCE = 10
 """Runs that are computed together, at most."""
 LOSS_SCALE = 2.0**10
 """Of a trainer that computes in FP16."""
@@ -227,9 +229,8 @@ def train(
     """
     began = time.perf_counter()
     first = group[0]
-    task = Sums(open_tokenizer(folder), PAIRS[first.task])
+    task, dense = opened(folder, first.task)
     prompts = task.prompts.to(device)
-    dense = open_model(folder)
     config = stacked.Config.of(dense.config)
     masters = {
         name: w.to(device).expand(len(group), *w.shape).clone().requires_grad_()
@@ -276,6 +277,12 @@ def train(
          "seconds": f"{seconds:.3g}"}
         for run in found
     ]
+
+
+@cache
+def opened(folder: Path, task: str) -> tuple[Sums, PreTrainedModel]:
+    """A task, and the policy that every run starts from."""
+    return Sums(open_tokenizer(folder), PAIRS[task]), open_model(folder)
 
 
 class Sample:
