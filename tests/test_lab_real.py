@@ -198,7 +198,7 @@ def test_the_report_fills_every_table(folder, tmp_path, monkeypatch):
     reinforce.main(folder, tmp_path / "reinforce", arm, learner.Schedule(steps=2, judged=2), 0)
     report.main(tmp_path, [page], tmp_path)
     text = page.read_text()
-    assert text.count("No record") == 6 and text.count("|---|") == 6
+    assert text.count("No record") == 6 + len(report.on_a_gpu.TABLES) and text.count("|---|") == 6
     pictures = {path.name for path in tmp_path.glob("*.png")}
     assert pictures == {"real-arrival.png", "real-learning.png"}
 
@@ -300,6 +300,36 @@ def test_faults_are_counted_by_how_they_are_named(folder, tmp_path, capsys):
     ]
     table = faults.benchmark.real_table(record)
     assert "prompts 7: 1 starred faults, 100.0% of the draws right first" in table
+
+
+@pytest.mark.usefixtures("half_are_right")
+def test_the_report_reads_what_the_gpu_wrote(folder, tmp_path, monkeypatch):
+    gpu = report.on_a_gpu
+    runs = [arm._replace(seed=seed) for arm in (gpu.NEAREST, gpu.STOCHASTIC, gpu.FP32)
+            for seed in range(3)]
+    monkeypatch.setattr(together, "design", lambda: [runs])
+    for name, few in (("STEPS", 3), ("JUDGED", 1)):
+        monkeypatch.setattr(together, name, few)
+    together.main(folder, tmp_path / "together.csv", share=(0, 1), seconds=1e9, device="cpu")
+    assert {len(seeds) for seeds in gpu.arms(tmp_path).values()} == {3}
+    assert gpu.learning(tmp_path).count("| 3 |") == 3
+    table = gpu.contrasts(tmp_path)
+    assert table.count("| 3 |") == 2 and "bf16, stochastic, uncorrected − fp32" in table
+    gpu.figure(tmp_path).savefig(tmp_path / "learning.png")
+    assert gpu.matrix(tmp_path) == gpu.judged(tmp_path) == gpu.NONE.format("pairs")
+
+
+def test_the_order_of_pairs_is_counted_by_seed(tmp_path):
+    kl = {("fp16", "fp16"): (1, 1, 1), ("bf16", "fp16"): (4, 4, 4), ("fp16", "bf16"): (5, 5, 3),
+          ("bf16", "bf16"): (6, 6, 6), ("fp16", "fp32"): (1, 1, 1), ("bf16", "fp32"): (3, 3, 3),
+          ("fp32", "fp32"): (0.1, 0.1, 0.1)}
+    lines = ["rollout,trainer,seed,tokens,longest,mean,sigma,kl,answer,growth,drift"]
+    lines += [f"{mu},{pi},{seed},9,9,1,1,{x},1,1,1" for (mu, pi), seeds in kl.items()
+              for seed, x in enumerate(seeds)]
+    (tmp_path / "pairs.csv").write_text("\n".join(lines))
+    text = report.on_a_gpu.judged(tmp_path)
+    assert "holds in 2 of 3 seeds" in text and "farthest in 3" in text
+    assert "| bf16 / bf16 | 27 | 1 ± 0 | 1 ± 0 | 6 (6 to 6) | 6 (6 to 6) |" in text
 
 
 def test_a_difference_is_of_runs_of_one_schedule(tmp_path):
@@ -405,9 +435,8 @@ def test_the_baseline_of_a_group():
 def test_a_clip_of_the_engines_ratio_lets_no_gradient_through_outside():
     own = torch.tensor([[-1.0, -1.0]], requires_grad=True)
     sampled = torch.tensor([[-1.5, -1.05]])
-    run = together.Run(correction=together.PPO, baseline="half")
     mask = torch.ones(1, 2, dtype=torch.bool)
-    together.loss_of(run, own, sampled, mask, torch.ones(1, 1)).backward()
+    learner.loss_of(learner.PPO, own, sampled, mask, torch.ones(1)).backward()
     assert own.grad[0, 0] == 0 and own.grad[0, 1] < 0
 
 

@@ -33,13 +33,8 @@ def main(arguments: list[str] | None = None) -> None:
     with_an_engine(arguments)
 
 
-def with_an_engine(arguments: list[str]) -> None:
-    """The commands that need transformers, and vLLM where it is."""
-    from benchmarks.lab import engines, models, offline, phases, sanity, tasks
-    from benchmarks.lab.experiment import Run, carry_out
-    from benchmarks.lab.policy import Size
-    from benchmarks.lab.reinforce import Schedule
-
+def read(arguments: list[str], engine: str) -> argparse.Namespace:
+    """What is asked for; without a choice, of this kind of engine."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.lab", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     common = argparse.ArgumentParser(add_help=False)
@@ -51,7 +46,7 @@ def with_an_engine(arguments: list[str]) -> None:
     common.add_argument("--solved", type=float, default=0.4,
                         help="share of right answers at which a model's training stops")
     common.add_argument("--engine", choices=["vllm", "transformers"],
-                        default=engines.default_kind())
+                        default=engine)
     common.add_argument("--seeds", type=int, default=3)
 
     four = ["add-3", "sort-8", "brackets-24", "sharp"]
@@ -85,7 +80,17 @@ def with_an_engine(arguments: list[str]) -> None:
     for name, (_, help_) in BY_THEMSELVES.items():
         commands.add_parser(name, help=help_)
 
-    given = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def with_an_engine(arguments: list[str]) -> None:
+    """The commands that need transformers, and vLLM where it is."""
+    from benchmarks.lab import engines, models, offline, phases, sanity, tasks
+    from benchmarks.lab.experiment import Run, carry_out
+    from benchmarks.lab.policy import Size
+    from benchmarks.lab.reinforce import Schedule
+
+    given = read(arguments, engines.default_kind())
     size = Size(given.width, given.layers)
 
     def model(name: str, seed: int = 0) -> Path:

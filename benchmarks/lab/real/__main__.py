@@ -26,6 +26,7 @@ from benchmarks.lab.real import (
     reinforce,
     report,
     served,
+    sums,
     switch,
     together,
 )
@@ -71,6 +72,7 @@ def read(arguments: list[str] | None) -> argparse.Namespace:
     learning.add_argument("--kind", choices=["vllm", "simulated"], default="vllm")
     learning.add_argument("--every", type=int, default=1, help="steps from one send to the next")
     learning.add_argument("--steps", type=int, default=24)
+    learning.add_argument("--task", choices=list(sums.PAIRS), default="one digit")
     card = argparse.ArgumentParser(add_help=False)
     card.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     many = commands.add_parser(
@@ -126,8 +128,9 @@ def main(arguments: list[str] | None = None) -> None:
             served.main(given.models, given.records / "served", given.engine, schedule, seed)
         else:
             arm = reinforce.Arm(given.engine, given.correction, given.rounding, given.kind)
-            how = replace(schedule, steps=given.steps, every=given.every)
-            reinforce.main(given.models, given.records / "reinforce", arm, how, seed)
+            how = replace(schedule, steps=given.steps, every=given.every, task=given.task)
+            folder = "reinforce" if given.task == "one digit" else given.task.replace(" ", "-")
+            reinforce.main(given.models, given.records / folder, arm, how, seed)
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def after(learner: Learner, updates: int, behind: int) -> Weights:
             learner.model, learner.task.prompts[which], learner.schedule.answers, LONGEST,
             learner.task.end,
         )
-        learner.update(which, answers, uncorrected())
+        learner.update(which, answers, "uncorrected")
     return held
 
 

@@ -15,8 +15,19 @@ from torch import Tensor
 from benchmarks.harness import commit, processor
 from benchmarks.lab.real.model import open_model, open_tokenizer, weights
 from benchmarks.lab.real.packed import Answers, log_probs, sample
-from benchmarks.lab.real.sums import LONGEST, Sums
-from iscorrect import Correction, PolicyLoss, PPOClip, effective_sample_size, group_advantages, k3
+from benchmarks.lab.real.sums import LONGEST, PAIRS, Sums
+from iscorrect import (
+    PolicyLoss,
+    PPOClip,
+    effective_sample_size,
+    group_advantages,
+    k3,
+    parse,
+    uncorrected,
+)
+
+PPO = "ppo"
+"""The clip on π/μ, in the place of a correction."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +43,7 @@ class Schedule:
         every: steps from one sending of weights to the next.
         judged: steps from one evaluation of the policy to the next.
         grid: of the first weights.
+        task: a name in ``PAIRS``.
     """
 
     steps: int = 24
@@ -42,6 +54,7 @@ class Schedule:
     every: int = 1
     judged: int = 4
     grid: str = "bf16-grid"
+    task: str = "one digit"
 
 
 def conditions(schedule: Schedule, seed: int, **more: object) -> str:
@@ -60,7 +73,7 @@ class Learner:
     def __init__(self, folder: Path, schedule: Schedule, seed: int):
         torch.manual_seed(seed)
         self.schedule = schedule
-        self.task = Sums(open_tokenizer(folder))
+        self.task = Sums(open_tokenizer(folder), PAIRS[schedule.task])
         self.model = open_model(folder, schedule.grid)
         self.weights = weights(self.model)
         self.steps = 0
@@ -73,9 +86,7 @@ class Learner:
         """The numbers of the next prompts."""
         return self._random.sample(range(len(self.task.prompts)), self.schedule.prompts)
 
-    def update(
-        self, which: list[int], answers: Answers, correction: Correction
-    ) -> dict[str, float]:
+    def update(self, which: list[int], answers: Answers, correction: str) -> dict[str, float]:
         """Learn from a batch; what it was like, before the update.
 
             reward         share of right answers, and what :func:`mismatch` says
@@ -88,10 +99,7 @@ class Learner:
         advantages = group_advantages(rewards.flatten(), group, estimator="grpo")
         own = log_probs(self.model, answers.prompts, answers.token_ids).flatten(0, 1)
         mask, sampled = answers.mask.flatten(0, 1), answers.log_probs.flatten(0, 1)
-        loss, _ = PolicyLoss(correction=correction, objective=PPOClip(), aggregation="token-mean")(
-            own, old_log_probs=own.detach(), rollout_log_probs=sampled, advantages=advantages,
-            mask=mask,
-        )
+        loss = loss_of(correction, own, sampled, mask, advantages)
         self._optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -119,6 +127,29 @@ class Learner:
             found.append(self.task.rewards(which.tolist(), answers))
         greedy, sampled = torch.cat(found).mean(0).tolist()
         return greedy, sampled
+
+
+def loss_of(
+    correction: str, own: Tensor, sampled: Tensor, mask: Tensor, advantages: Tensor
+) -> Tensor:
+    """The loss of answers "b t", whose weights are π/μ.
+
+    Args:
+        correction: as :func:`iscorrect.parse` reads it, or ``PPO``.
+        own: the policy's log-probs.
+        sampled: the engine's.
+        mask: tokens that count.
+        advantages: "b".
+    """
+    of_ppo = correction == PPO
+    loss, _ = PolicyLoss(
+        correction=uncorrected() if of_ppo else parse(correction), objective=PPOClip(),
+        aggregation="token-mean",
+    )(
+        own, old_log_probs=sampled if of_ppo else own.detach(), rollout_log_probs=sampled,
+        advantages=advantages, mask=mask,
+    )
+    return loss
 
 
 def mismatch(own: Tensor, sampled: Tensor, mask: Tensor) -> dict[str, float]:

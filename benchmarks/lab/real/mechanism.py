@@ -21,7 +21,6 @@ from benchmarks.lab.real.packed import Answers, log_probs, sample
 from benchmarks.lab.real.records import keep
 from benchmarks.lab.real.senders import Send, Weights, send, some
 from benchmarks.lab.real.sums import LONGEST
-from iscorrect import uncorrected
 from iscorrect.fp16.arrival import Arrived, arrived
 
 LOOKED_AT = (1, 2, 4, 8)
@@ -65,7 +64,7 @@ def follow(folder: Path, schedule: Schedule, seed: int) -> Iterator[dict[str, ob
             send(memory, learner.weights, engine)
         if learner.steps == max(LOOKED_AT):
             return
-        learner.update(which, answers, uncorrected())
+        learner.update(which, answers, "uncorrected")
 
 
 def look(

@@ -23,7 +23,6 @@ from benchmarks.lab.real.records import keep
 from benchmarks.lab.real.senders import Send, Weights, some
 from benchmarks.lab.real.sums import LONGEST
 from benchmarks.lab.reinforce import NotSynchronisedError, magnitude
-from iscorrect import parse
 from iscorrect.fp16.arrival import Arrived, arrived
 
 ROUNDINGS = ("nearest", "stochastic", "feedback")
@@ -35,7 +34,7 @@ class Arm:
 
     Attributes:
         engine: "bf16", "fp16" or "fp32", what the engine holds and computes in.
-        correction: as :func:`iscorrect.parse` reads it.
+        correction: as :func:`iscorrect.parse` reads it, or "ppo".
         rounding: of the weights that are sent, one of ``ROUNDINGS``.
         kind: "vllm"; or "simulated", which rounds the weights alone and computes in float32.
     """
@@ -172,7 +171,7 @@ def train(
             answers = engine.generate(
                 learner.task.prompts[which], schedule.answers, learner.task.end
             )
-            batch = learner.update(which, answers, parse(arm.correction))
+            batch = learner.update(which, answers, arm.correction)
             yield {
                 "step": step, **batch, **row, "greedy": greedy, "sampled": sampled,
                 "wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from math import exp, inf, log, nan, sqrt
+from math import inf, nan
 from pathlib import Path
 
 import matplotlib
@@ -19,8 +18,10 @@ from matplotlib import pyplot as plt
 from scipy import stats
 
 from benchmarks.lab.chain.statistics import holm
+from benchmarks.lab.real import on_a_gpu
+from benchmarks.lab.real.intervals import Row, geometric, mean, number_of, rows_of, short
 from benchmarks.lab.real.pairs import of_dump
-from benchmarks.lab.report import markdown, pretty
+from benchmarks.lab.report import markdown
 from iscorrect.dumps import read_dump
 
 ROOT = Path(__file__).parents[3]
@@ -30,7 +31,6 @@ PAGES = (
 )
 PICTURES = ROOT / "docs" / "lab"
 MARKED = re.compile(r"(<!-- real:(\w+) -->\n).*?(<!-- /real -->)", re.DOTALL)
-Row = dict[str, str]
 
 
 def main(records: Path, pages: Iterable[Path], pictures: Path) -> None:
@@ -42,48 +42,12 @@ def main(records: Path, pages: Iterable[Path], pictures: Path) -> None:
         serving_figure(records).savefig(pictures / "real-served.png", dpi=110)
     if runs(records):
         learning_figure(records).savefig(pictures / "real-learning.png", dpi=110)
+    if on_a_gpu.arms(records):
+        on_a_gpu.figure(records).savefig(pictures / "real-gpu.png", dpi=110)
     plt.close("all")
     for page in pages:
         text = page.read_text(encoding="utf-8")
         page.write_text(MARKED.sub(lambda m: m[1] + TABLES[m[2]](records) + m[3], text), "utf-8")
-
-
-def rows_of(path: Path) -> list[Row]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def mean(values: Sequence[float]) -> str:
-    """A mean, with its 95 % interval where there are three values or more."""
-    middle = statistics.fmean(values)
-    if len(values) < 3:
-        return pretty(middle)
-    return f"{middle:.3g} ± {short(half_width(values))}"
-
-
-def half_width(values: Sequence[float]) -> float:
-    """Of Student's 95 % interval of the mean."""
-    point = float(stats.t.ppf(0.975, len(values) - 1))
-    return point * statistics.stdev(values) / sqrt(len(values))
-
-
-def geometric(values: Sequence[float]) -> str:
-    """A geometric mean, with the ends of its 95 % interval where there are three or more."""
-    logs = [log(x) for x in values]
-    middle = statistics.fmean(logs)
-    if len(values) < 3:
-        return short(exp(middle))
-    half = half_width(logs)
-    return f"{short(exp(middle))} ({short(exp(middle - half))} to {short(exp(middle + half))})"
-
-
-def short(x: float) -> str:
-    """Two digits that count."""
-    return f"{float(f'{x:.2g}'):,.0f}" if x >= 10 else f"{x:.2g}"
-
-
-def number_of(seeds: Sequence[object]) -> str:
-    return "1 seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
 
 
 # the mechanism
@@ -596,6 +560,5 @@ def learning_figure(records: Path) -> plt.Figure:
 TABLES: dict[str, Callable[[Path], str]] = {
     "arrival": arrival, "rests": rests, "factors": factors, "kinds": kinds, "serving": serving,
     "offline": offline, "learning": learning, "contrasts": contrasts, "beside": beside,
-    "shared": shared,
-    "summary": summary,
+    "shared": shared, "summary": summary, **on_a_gpu.TABLES,
 }

@@ -23,28 +23,18 @@ from transformers import PreTrainedModel
 from benchmarks.lab.chain.records import append, due
 from benchmarks.lab.policy import DTYPES
 from benchmarks.lab.real import stacked
-from benchmarks.lab.real.learner import mismatch
+from benchmarks.lab.real.learner import PPO, loss_of, mismatch
 from benchmarks.lab.real.model import open_model, open_tokenizer, weights
 from benchmarks.lab.real.packed import Answers
 from benchmarks.lab.real.senders import EMBEDDING
 from benchmarks.lab.real.sums import LONGEST, PAIRS, Sums
-from iscorrect import (
-    PolicyLoss,
-    PPOClip,
-    group_advantages,
-    parse,
-    round_with_feedback,
-    stochastic_round,
-    uncorrected,
-)
+from iscorrect import group_advantages, round_with_feedback, stochastic_round
 
 STEPS, JUDGED, WARMUP, PROMPTS, ANSWERS = 60, 6, 3, 4, 8
 AT_ONCE = 10
 """Runs that are computed together, at most."""
 LOSS_SCALE = 2.0**10
 """Of a trainer that computes in FP16."""
-PPO = "ppo"
-"""The clip on π/μ, in the place of a correction."""
 
 
 class Run(NamedTuple):
@@ -167,7 +157,8 @@ def main(
         if before - start + longest > seconds:
             print(f"time is over: {len(todo[number::of]) - i} groups left", flush=True)
             return
-        for run, found in zip(group, train(folder, group, device=device, steps=STEPS), strict=True):
+        rows = train(folder, group, device=device, steps=STEPS, judged=JUDGED)
+        for run, found in zip(group, rows, strict=True):
             append(record, {**run._asdict(), **found})
         longest = max(longest, time.perf_counter() - before)
         print(f"{time.perf_counter() - start:.0f} s: {len(group)} runs of {group[0].shared} in "
@@ -214,7 +205,7 @@ class Senders:
 
 def train(
     folder: Path, group: Sequence[Run], *, device: str, steps: int,
-    judged: int = JUDGED,
+    judged: int,
 ) -> list[dict[str, str]]:
     """Runs together; of each, by step with spaces between (``sampled``, ``greedy``: every
     ``judged`` steps; ``arrival``, ``arrival_all``: at every sending but the first):
@@ -304,7 +295,7 @@ class Sample:
         self.masters, self.sent = torch.cat(mine, 1), torch.cat(theirs, 1)
 
     def since(self, before: Sample) -> list[float]:
-        """The share that arrived of what has changed."""
+        """The share that arrived of what has changed; NaN where nothing has."""
         moved = (self.masters - before.masters).double()
         arrived = ((self.sent - before.sent).double() * moved).sum(1)
         return (arrived / moved.square().sum(1)).tolist()
@@ -345,7 +336,8 @@ def update(
     host = stacked.Drawn(*(x.cpu() for x in drawn))
     rewards = [task.rewards(rows, answers_of(host, i)) for i, rows in enumerate(which)]
     loss = sum(
-        loss_of(run, own[i], sampled[i], mask[i], rewards[i].to(own.device))
+        loss_of(run.correction, own[i], sampled[i], mask[i],
+                advantages(rewards[i].to(own.device), run.baseline))
         for i, run in enumerate(group)
     )
     (loss * scale).backward()
@@ -363,20 +355,6 @@ def update(
         }
         for i in range(len(group))
     ]
-
-
-def loss_of(run: Run, own: Tensor, sampled: Tensor, mask: Tensor, rewards: Tensor) -> Tensor:
-    """A run's loss on its answers "(g n) t", of rewards "g n"."""
-    of_ppo = run.correction == PPO
-    loss = PolicyLoss(
-        correction=uncorrected() if of_ppo else parse(run.correction), objective=PPOClip(),
-        aggregation="token-mean",
-    )
-    found, _ = loss(
-        own, old_log_probs=sampled if of_ppo else own.detach(), rollout_log_probs=sampled,
-        advantages=advantages(rewards, run.baseline), mask=mask,
-    )
-    return found
 
 
 def advantages(rewards: Tensor, baseline: str) -> Tensor:
