@@ -27,7 +27,8 @@ BEHIND = Run(rounding="stochastic", every=8)
 BESIDE = (
     (FP16._replace(correction=TIS), FP16), (FP32._replace(correction=TIS), FP32),
     (CORRECTED, STOCHASTIC), (FP16, FP32), (FP16, STOCHASTIC),
-    (BEHIND._replace(correction=TIS), BEHIND), (BEHIND, STOCHASTIC), (BEHIND._replace(correction=TIS), STOCHASTIC),
+    (BEHIND._replace(correction=TIS), BEHIND), (BEHIND, STOCHASTIC),
+    (BEHIND._replace(correction=TIS), STOCHASTIC),
 )
 """Differences of which no p is given."""
 NONE = "No record of `python -m benchmarks.lab.real {}`.\n"
