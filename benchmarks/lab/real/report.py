@@ -266,11 +266,13 @@ def learned(records: Path) -> str:
         return "What that does to learning has not been measured on three seeds."
     stochastic, fp16, tis = (mean([100 * x for x in of["sampled"]]) for of in found.values())
     seeds = sorted({len(x["sampled"]) for x in found.values()})
+    before = f"with vLLM on a CPU (24 steps, {' to '.join(map(str, seeds))} seeds)"
+    if gained := on_a_gpu.learned(records):
+        return f"{gained}; {before} it is {stochastic}, {fp16} and {tis}."
     return (
-        f"While it learns sums, the policy answers {stochastic} points more of them right with"
-        f" stochastic than with nearest rounding to BF16, {tis} points more with nearest rounding"
-        f" and token-TIS, and {fp16} points more with FP16 (means over the run,"
-        f" {' to '.join(map(str, seeds))} seeds)."
+        f"While it learns sums {before}, the policy answers {stochastic} points more of them right"
+        f" with stochastic than with nearest rounding to BF16, {fp16} more with FP16, and {tis}"
+        " more with nearest rounding and token-TIS (means over the run)."
     )
 
 
