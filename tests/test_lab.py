@@ -84,6 +84,19 @@ def test_every_arm_runs_and_what_is_on_record_is_not_run_again(folder, kind, cap
     assert again[:4] == before[:4]  # a seed fixes what is sampled
 
 
+def test_models_and_rates_have_records_apart(folder):
+    short = ["--steps", "17", "--seeds", "1", "--jobs", "1", "--prompts", "4", "--pool", "24"]
+    lab(folder, "transformers", "sanity", TASK, *short, "--models-each", "2", "--arms", "fp32",
+        "--rates", "1e-4", "1e-3")
+    apart = folder / "transformers" / "sanity"
+    assert {path.name for path in apart.glob("*/")} == {
+        "0-0.0001", "0-0.001", "1-0.0001", "1-0.001"}
+    rows = [line.split(" | ") for line in report.several(folder / "transformers").splitlines()[2:6]]
+    assert [(row[0].strip("| "), row[1]) for row in rows] == [
+        ("0", "0.0001"), ("0", "0.001"), ("1", "0.0001"), ("1", "0.001")]
+    assert all("%" in cell for row in rows for cell in row[4:8])
+
+
 def test_the_map_has_every_rounding_and_correction(folder):
     short = ["--steps", "2", "--seeds", "1", "--jobs", "1", "--prompts", "4", "--pool", "24"]
     lab(folder, "transformers", "map", TASK, *short)

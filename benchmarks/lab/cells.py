@@ -27,6 +27,8 @@ def pretty(value: float) -> str:
 
 
 def share(mean: float, error: float, digits: int = 1) -> str:
+    if isnan(mean):
+        return "not measured"
     return f"{mean:.{digits}%}" + ("" if isnan(error) else f" ± {error:.{digits}%}")
 
 

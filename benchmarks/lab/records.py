@@ -85,10 +85,14 @@ def outcome(run: Curves) -> Outcome:
     return Outcome(rewards[-1], min(rewards))
 
 
+def own_rewards(run: Curves) -> list[tuple[int, float]]:
+    """π's reward on fixed prompts, by the step after which it was looked at."""
+    return [(i, value) for i, value in enumerate(run["policy_reward"]) if not isnan(value)]
+
+
 def own_reward(run: Curves) -> float | None:
     """π's reward on fixed prompts when it was last looked at; None in records without it."""
-    seen = [value for value in run.get("policy_reward", []) if not isnan(value)]
-    return seen[-1] if seen else None
+    return own_rewards(run)[-1][1] if "policy_reward" in run else None
 
 
 def batch_kl(run: Curves, answers: int) -> float:

@@ -7,7 +7,7 @@ import json
 import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from math import log
+from math import log, nan
 from pathlib import Path
 
 from benchmarks.lab import figures, published_table
@@ -25,6 +25,7 @@ from benchmarks.lab.records import (
     offline_rows,
     outcome,
     own_reward,
+    own_rewards,
     pair,
     reached,
     runs,
@@ -42,6 +43,8 @@ MARKED = re.compile(
     r"(<!-- lab:(?P<table>\w+)(?:/(?P<folder>\w+))? -->\n).*?(<!-- /lab -->)", re.DOTALL
 )
 COARSEST = "int3"
+AFTER = 10
+"""Step after which the lowest reward of a policy is looked for."""
 EXPLAINS = ("token", "pair", "position")
 CLAIMED = ("fp16 / fp16", "bf16 / fp16", "fp16 / bf16", "bf16 / bf16")
 """Rollout / trainer, best first, as the claim that the lab looks into has it."""
@@ -186,6 +189,39 @@ def sanity(records: Path) -> str:
     return "\n".join(parts)
 
 
+def several(records: Path) -> str:
+    """The policy's own reward, by model, learning rate and arm."""
+    rows, note = [], ""
+    for folder in sorted((records / "sanity").glob("*-*/"), key=of_folder):
+        for (task, arm), seeds in runs(folder).items():
+            mine = [own_rewards(run) for run in seeds]
+            lowest = [min((x for step, x in run if step > AFTER), default=nan) for run in mine]
+            found = [outcome(run) for run in seeds]
+            fell = sum(run.fell or low < FELL for run, low in zip(found, lowest, strict=True))
+            note = conditions(folder / f"{task}.json")
+            rows.append([
+                *map(str, of_folder(folder)), arm, str(len(seeds)),
+                share(*with_error([run[0][1] for run in mine])), share(min(lowest), nan, 0),
+                share(*with_error([statistics.fmean(x for _, x in run[-2:]) for run in mine])),
+                share(*with_error([run.end for run in found])), f"{fell} of {len(seeds)}",
+                whole_batch(seeds, answers_of(folder, task)),
+            ])
+    if not rows:
+        return "No record of `python -m benchmarks.lab sanity --models-each`.\n"
+    return markdown(
+        ["model", "learning rate", "arm", "runs", "π after the first step",
+         f"lowest after step {AFTER}", "at the end", "engine's reward at the end", "fell",
+         "KL of a batch, nats"], rows,
+    ) + "\nπ on fixed prompts; the end: of π the last two looks, of the engine the last" + (
+        f" {LAST} steps. Of the last model and rate: {note}")
+
+
+def of_folder(folder: Path) -> tuple[int, float]:
+    """Number of a trained model, and learning rate."""
+    which, rate = folder.name.split("-", 1)
+    return int(which), float(rate)
+
+
 def own(seeds: Sequence[Curves]) -> str:
     """π's reward on fixed prompts at the end."""
     found = [value for run in seeds if (value := own_reward(run)) is not None]
@@ -311,6 +347,7 @@ def shared_cell(of: Shared | None) -> str:
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
-    "offline": offline, "ratios": ratios, "ranking": ranking, "sanity": sanity, "map": phases,
-    "floors": floors, "published": published_table.table, "explained": explained,
+    "offline": offline, "ratios": ratios, "ranking": ranking, "sanity": sanity,
+    "several": several, "map": phases, "floors": floors, "published": published_table.table,
+    "explained": explained,
 }
