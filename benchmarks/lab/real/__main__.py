@@ -82,8 +82,9 @@ def read(arguments: list[str] | None) -> argparse.Namespace:
                       help="of N processes, this one's number")
     commands.add_parser(
         "pairs", parents=[common, card], help="on a GPU, tokens in pairs of precisions")
-    commands.add_parser(
+    switched = commands.add_parser(
         "switch", parents=[common, card], help="a step in FP16 beside BF16's remedies: cost, error")
+    switched.add_argument("--rounds", type=int, default=3)
     told = commands.add_parser("report", help="tables and figures from the records")
     told.add_argument("--records", type=Path, default=LAB / "records" / "real")
 
@@ -114,7 +115,7 @@ def main(arguments: list[str] | None = None) -> None:
         pairs.main(given.models, given.records / "pairs.csv", given.seeds, device=given.device)
         return
     if given.command == "switch":
-        setting = harness.Setting(given.device)
+        setting = harness.Setting(given.device, rounds=given.rounds)
         harness.record("fp16_switch_real", [switch.measure(given.models, setting)], setting)
         return
     schedule = replace(Schedule(), learning_rate=given.learning_rate, grid=given.grid)

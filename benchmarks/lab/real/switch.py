@@ -14,7 +14,7 @@ from benchmarks.lab.real import stacked
 from benchmarks.lab.real.model import ask, open_model, open_tokenizer, weights
 from benchmarks.lab.real.senders import EMBEDDING
 
-STORIES, LONGEST = 64, 128
+STORIES, LONGEST = 12, 48
 
 
 class Trainer(nn.Module):
