@@ -12,6 +12,8 @@ from benchmarks.harness import RECORDS
 
 ROOT = Path(__file__).parents[1]
 GPU_ONLY = {"gpu"}
+MADE_BY = {"fp16_switch_real": "benchmarks.lab.real switch"}
+"""The commands of cases that have one of their own."""
 CPU_ONLY = {"emulated", "predicted", "threads", "newest", "monitor"}
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "monitor.md")
 MARKED = re.compile(
@@ -45,7 +47,7 @@ def tables(case: str, workload: str | None) -> str:
         if workload in (None, name)
     ]
     parts += [
-        f"Not run on {name}: no record of `python -m benchmarks {case}"
+        f"Not run on {name}: no record of `python -m {MADE_BY.get(case, f'benchmarks {case}')}"
         f"{'' if case in GPU_ONLY else f' --device {device}'}`.\n"
         for device, name in {"cpu": "a CPU", "cuda": "a GPU"}.items()
         if not (RECORDS / f"{case}-{device}.csv").exists()
