@@ -23,6 +23,7 @@ from benchmarks.lab.real import (
     model,
     offline,
     pairs,
+    quantised,
     reinforce,
     report,
     served,
@@ -62,6 +63,8 @@ def read(arguments: list[str] | None) -> argparse.Namespace:
     compared.add_argument("--rollouts", nargs="*", choices=list(DTYPES), default=["bf16", "fp16"])
     compared.add_argument("--trainers", nargs="*", choices=list(DTYPES), default=["bf16", "fp16"])
 
+    commands.add_parser(
+        "quantised", parents=[common], help="llama.cpp serves the quantised model; needs xllamacpp")
     commands.add_parser(
         "faults", parents=[common], help="is the diagnosis right on this model and vLLM")
     learning = commands.add_parser(
@@ -106,6 +109,9 @@ def main(arguments: list[str] | None = None) -> None:
     if given.command == "offline":
         offline.main(given.models, given.records / "offline", given.seeds, given.rollouts,
                      given.trainers)
+        return
+    if given.command == "quantised":
+        quantised.main(given.models, given.records / "quantised", given.seeds)
         return
     if given.command == "together":
         together.main(given.models, given.records / "together.csv", share=tuple(given.share),

@@ -14,10 +14,16 @@ GRIDS = {"bf16-grid": torch.bfloat16, "off-grid": torch.float32}
 """Folders of weights: rounded to BF16 once, as published checkpoints are, or not."""
 
 
-def make(folder: Path) -> None:
-    """Make dense checkpoints of both grids out of the installed package; needs ``gguf``."""
+def gguf() -> Path:
+    """The quantised file, in the installed package."""
     files = importlib.metadata.files(PACKAGE) or []
     (found,) = [Path(file.locate()) for file in files if file.name == GGUF]
+    return found
+
+
+def make(folder: Path) -> None:
+    """Make dense checkpoints of both grids out of the installed package; needs ``gguf``."""
+    found = gguf()
     source = {"pretrained_model_name_or_path": found.parent, "gguf_file": GGUF}
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     # or it refuses to be saved
