@@ -70,8 +70,8 @@ def draw(folder: Path, seeds: list[int]) -> list[list[Answer]]:
     def answer(asked: tuple[list[int], int]) -> Answer:
         prompt, seed = asked
         out = server.handle_completions({
-            "prompt": prompt, "max_tokens": LONGEST, "temperature": 1.0, "samplers": ["temperature"],
-            "logprobs": 1, "seed": seed, "cache_prompt": False,
+            "prompt": prompt, "max_tokens": LONGEST, "temperature": 1.0,
+            "samplers": ["temperature"], "logprobs": 1, "seed": seed, "cache_prompt": False,
         })
         content = out["choices"][0]["logprobs"]["content"]
         return Answer(prompt, [x["id"] for x in content], [x["logprob"] for x in content])
