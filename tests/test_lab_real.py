@@ -20,6 +20,7 @@ from benchmarks.lab.real import (
     offline,
     packed,
     pairs,
+    quantised,
     reinforce,
     report,
     senders,
@@ -173,6 +174,27 @@ def test_a_dump_for_every_pair_of_precisions(folder, tmp_path, monkeypatch):
     assert (tmp_path / "fp32-bf16-0.npz").exists()
 
 
+def test_a_dump_for_every_trainer_of_the_quantised_model(folder, tmp_path, monkeypatch):
+    def drawn(folder, seeds):
+        torch.manual_seed(0)
+        model = learner.open_model(folder)
+        prompts = torch.randint(0, 10, (24, 5))
+        answers = packed.sample(model, prompts, 1, 12, END)
+        return [[
+            offline.Answer(p.tolist(), ids[0][kept[0]].tolist(), lp[0][kept[0]].tolist())
+            for p, ids, kept, lp in zip(*answers, strict=True)
+        ] for _ in seeds]
+
+    exact, rounded = quantised.Scored("bf16-grid", "fp32"), quantised.Scored("bf16-grid", "bf16")
+    monkeypatch.setattr(quantised, "TRAINERS", {"dense-fp32": exact, "bf16-grid-bf16": rounded})
+    monkeypatch.setattr(quantised, "draw", drawn)
+    quantised.main(folder, tmp_path / "quantised", [0, 1])
+    assert len(list((tmp_path / "quantised").glob("*.npz"))) == 4
+    rows = report.quantised(tmp_path).splitlines()[2:4]
+    assert [row.split(" | ")[0] for row in rows] == ["| dense fp32", "| bf16 grid bf16"]
+    assert "of 2)" in rows[0]
+
+
 @pytest.mark.usefixtures("half_are_right")
 def test_an_engine_that_is_sent_rounded_weights(folder, monkeypatch):
     monkeypatch.setattr(served, "LOOKED_AT", (1, 2))
@@ -198,7 +220,7 @@ def test_the_report_fills_every_table(folder, tmp_path, monkeypatch):
     reinforce.main(folder, tmp_path / "reinforce", arm, learner.Schedule(steps=2, judged=2), 0)
     report.main(tmp_path, [page], tmp_path)
     text = page.read_text()
-    assert text.count("No record") == 6 + len(report.on_a_gpu.TABLES) and text.count("|---|") == 6
+    assert text.count("No record") == 7 + len(report.on_a_gpu.TABLES) and text.count("|---|") == 6
     pictures = {path.name for path in tmp_path.glob("*.png")}
     assert pictures == {"real-arrival.png", "real-learning.png"}
 

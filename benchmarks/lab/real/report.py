@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from math import inf, nan
 from pathlib import Path
@@ -21,7 +22,9 @@ from benchmarks.lab.chain.statistics import holm
 from benchmarks.lab.real import on_a_gpu
 from benchmarks.lab.real.intervals import Row, geometric, mean, number_of, rows_of, short
 from benchmarks.lab.real.pairs import of_dump
+from benchmarks.lab.real.quantised import TRAINERS
 from benchmarks.lab.report import markdown
+from iscorrect.diagnose import diagnose
 from iscorrect.dumps import read_dump
 
 ROOT = Path(__file__).parents[3]
@@ -322,6 +325,31 @@ def pairs_table(found: Pairs) -> str:
     return markdown(head, table) + f"\nAnswers of up to {longest:.0f} tokens. {order(found)}\n"
 
 
+def quantised(records: Path) -> str:
+    """llama.cpp's quantised rollouts, by trainer, and what the diagnosis says of them."""
+    rows = []
+    for trainer in TRAINERS:
+        dumps = [read_dump(path)
+                 for path in sorted((records / "quantised").glob(f"{trainer}-[0-9]*.npz"))]
+        found = [of_dump(dump) for dump in dumps]
+        if not found:
+            continue
+        said = Counter(first.cause or first.pattern for first, *_ in map(diagnose, dumps))
+        rows.append([
+            trainer.replace("-", " "), str(len(found)), f"{sum(x['tokens'] for x in found):,.0f}",
+            *(mean([x[column] for x in found]) for column in ("mean", "sigma")),
+            geometric([x["kl"] for x in found]),
+            *(mean([x[column] for x in found]) for column in ("answer", "growth", "drift")),
+            "; ".join(f"{name} ({times} of {len(found)})" for name, times in said.most_common()),
+        ])
+    if not rows:
+        return "No record of `python -m benchmarks.lab.real quantised`.\n"
+    return markdown(
+        ["trainer", "seeds", "tokens", r"mean \|Δ\|", "σ", "KL", "σ of an answer's log-ratio",
+         "growth", "drift", "the diagnosis, first"], rows,
+    ) + "\nAnswers of up to 256 tokens.\n"
+
+
 CLAIMED = (("fp16", "fp16"), ("bf16", "fp16"), ("fp16", "bf16"), ("bf16", "bf16"))
 
 
@@ -562,5 +590,5 @@ def learning_figure(records: Path) -> plt.Figure:
 TABLES: dict[str, Callable[[Path], str]] = {
     "arrival": arrival, "rests": rests, "factors": factors, "kinds": kinds, "serving": serving,
     "offline": offline, "learning": learning, "contrasts": contrasts, "beside": beside,
-    "shared": shared, "summary": summary, **on_a_gpu.TABLES,
+    "quantised": quantised, "shared": shared, "summary": summary, **on_a_gpu.TABLES,
 }
