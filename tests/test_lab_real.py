@@ -65,7 +65,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def tokenizer(monkeypatch):
-    for module in (learner, offline, pairs, switch, together):
+    for module in (learner, offline, pairs, quantised, switch, together):
         monkeypatch.setattr(module, "open_tokenizer", lambda _: Tokens())
 
 
@@ -189,10 +189,31 @@ def test_a_dump_for_every_trainer_of_the_quantised_model(folder, tmp_path, monke
     monkeypatch.setattr(quantised, "TRAINERS", {"dense-fp32": exact, "bf16-grid-bf16": rounded})
     monkeypatch.setattr(quantised, "draw", drawn)
     quantised.main(folder, tmp_path / "quantised", [0, 1])
-    assert len(list((tmp_path / "quantised").glob("*.npz"))) == 4
-    rows = report.quantised(tmp_path).splitlines()[2:4]
-    assert [row.split(" | ")[0] for row in rows] == ["| dense fp32", "| bf16 grid bf16"]
-    assert "of 2)" in rows[0]
+    assert len(list((tmp_path / "quantised").glob("*.npz"))) == 8
+    rows = report.quantised(tmp_path).splitlines()[2:6]
+    assert [row.split(" | ")[0] for row in rows] == [
+        "| dense fp32", "| dense fp32, whole answers", "| bf16 grid bf16",
+        "| bf16 grid bf16, whole answers",
+    ]
+    assert all("of 2)" in row for row in rows)
+
+
+def test_answers_with_a_part_of_a_character_are_told_from_whole_ones():
+    class Bytes:
+        def decode(self, ids):
+            return bytes(ids.tolist()).decode(errors="replace")
+
+    texts = [b"plain text", "na\u00efve".encode(), b"na\xafve text", b"the end \xc3"]
+    longest = max(map(len, texts))
+    ids = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts])
+    mask = torch.tensor([[i < len(text) for i in range(longest)] for text in texts])
+    dump = offline.LogProbDump(
+        rollout_log_probs=-torch.ones(4, longest), old_log_probs=-torch.ones(4, longest),
+        mask=mask, token_ids=ids,
+    )
+    kept = quantised.whole(dump, Bytes())
+    assert [row[:3].tolist() for row in kept.token_ids] == [[*text[:3]] for text in (
+        texts[0], texts[1], texts[3])]
 
 
 @pytest.mark.usefixtures("half_are_right")
@@ -417,14 +438,55 @@ def test_padding_before_a_prompt_changes_nothing(three):
 
 @pytest.mark.usefixtures("half_are_right")
 def test_a_run_among_others_is_the_run_alone(folder):
-    group = [together.Run(engine="fp32", correction=c, seed=i)
-             for i, c in enumerate(["uncorrected", together.TIS, together.PPO])]
-    every = together.train(folder, group, device="cpu", steps=2, judged=2)
-    (alone,) = together.train(folder, group[1:2], device="cpu", steps=2, judged=2)
-    for name in ("reward", "sampled", "greedy", "length"):
-        assert every[1][name] == alone[name]
-    norms = [[float(x) for x in run["gradient_norm"].split()] for run in (every[1], alone)]
-    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+    group = [
+        together.Run(engine="fp32", every=9, rate=1e-3, correction=c, baseline=b, seed=seed)
+        for c, b, seed in (("uncorrected", "group", 0), (together.TIS, "group", 0),
+                           (together.PPO, "group", 0), ("uncorrected", "half", 0),
+                           (together.TIS, "group", 1))
+    ]
+    settings = {"device": "cpu", "steps": 3, "judged": 3}
+    every = together.train(folder, group, **settings)
+    norms = [[float(x) for x in run["gradient_norm"].split()] for run in every]
+    for run, found, norm in zip(group, every, norms, strict=True):
+        (alone,) = together.train(folder, [run], **settings)
+        for name in ("reward", "sampled", "greedy", "length"):
+            assert found[name] == alone[name]
+        assert norm == pytest.approx([float(x) for x in alone["gradient_norm"].split()], rel=2e-3)
+    # an engine that is behind: each correction and baseline is another update
+    assert len({norm[-1] for norm in norms}) == len(group)
+    assert norms[0][0] == norms[1][0] == norms[2][0]
+
+
+@pytest.mark.usefixtures("half_are_right")
+def test_many_runs_learn_as_the_learner_of_one_does(folder):
+    schedule = learner.Schedule(learning_rate=1e-3)
+    one = learner.Learner(folder, schedule, 0)
+    run = together.Run(engine="fp32", rate=1e-3, correction=together.TIS)
+    config = stacked.Config.of(one.model.config)
+    masters = {name: w[None].clone().requires_grad_() for name, w in one.weights.items()}
+    optimizer = torch.optim.AdamW(masters.values(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0)
+    first = {name: w.clone() for name, w in one.weights.items()}
+    start = stacked.Model.of(config, {name: w[None] for name, w in first.items()})
+    own = [torch.Generator().manual_seed(0)]
+    for step in range(2):
+        which = one.draw()
+        prompts = one.task.prompts[which][None]
+        drawn = stacked.sample(start, prompts, schedule.answers, learner.LONGEST, END, own)
+        optimizer.param_groups[0]["lr"] = 1e-3 * (step + 1) / schedule.warmup
+        (many,) = together.update(config, masters, optimizer, [run], one.task, [which], drawn)
+        alone = one.update(which, together.answers_of(drawn, 0), together.TIS)
+        for name, value in many.items():
+            assert value == pytest.approx(alone[name], rel=1e-3, abs=1e-6), name
+    assert many["ess_token"] < 1
+    for name, w in one.weights.items():
+        moved = (w - first[name]).norm()
+        assert moved > 0 and (masters[name][0] - w).norm() < 0.01 * moved, name
+
+
+def test_what_is_not_finite_is_no_update_of_its_run_alone():
+    gradients = [torch.tensor([[3.0, 4], [torch.inf, 1], [0.3, 0.4]]), torch.zeros(3, 2)]
+    assert together.clipped(gradients, 1.0) == pytest.approx([5, torch.inf, 0.5])
+    assert torch.allclose(gradients[0], torch.tensor([[0.6, 0.8], [0, 0], [0.3, 0.4]]), atol=1e-5)
 
 
 @pytest.mark.usefixtures("half_are_right")

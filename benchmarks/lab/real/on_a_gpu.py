@@ -15,7 +15,7 @@ from scipy import stats
 from benchmarks.lab.cells import markdown
 from benchmarks.lab.chain.statistics import holm
 from benchmarks.lab.real.intervals import Row, geometric, mean, number_of, rows_of
-from benchmarks.lab.real.together import JUDGED, TIS, Run
+from benchmarks.lab.real.together import AT_ONCE, JUDGED, STEPS, TIS, Run
 
 Arm = Run
 """A run whose seed says nothing."""
@@ -48,11 +48,6 @@ def arms(records: Path) -> dict[Arm, dict[int, Row]]:
 
 def curve(row: Row, name: str) -> list[float]:
     return [float(x) for x in row[name].split()]
-
-
-def known(row: Row, name: str) -> list[float]:
-    """Without the steps at which there was nothing to measure."""
-    return [x for x in curve(row, name) if not isnan(x)]
 
 
 def over_the_run(row: Row, name: str = "sampled") -> float:
@@ -100,8 +95,8 @@ def learning(records: Path) -> str:
                           for pick in (lambda x: x[0], max, lambda x: x[-1])),
             *(mean([min(curve(row, column)) for row in rows])
               for column in ("ess_token", "ess_sequence")),
-            *(mean([pick(known(row, "arrival")) for row in rows])
-              for pick in (lambda x: x[0], lambda x: x[-1])),
+            *(mean([x for row in rows if not isnan(x := curve(row, "arrival")[i])])
+              for i in (0, -1)),
             mean([statistics.median(curve(row, "gradient_norm")) for row in rows]),
         ])
     note = json.loads((records / "together.json").read_text(encoding="utf-8"))
@@ -111,15 +106,15 @@ def learning(records: Path) -> str:
             ["engine, correction", "seeds", "right at T = 1, over the run", "greedily",
              "at the end", "lowest after step 12", "80 % at step, median",
              "engine's reward, last 5 steps"], learned,
-        ) + "\nShares of right answers of the policy, in float32; 60 steps; the end is the mean"
-        " of the last three that were judged, in brackets the lowest and the highest of a run.\n\n"
+        ) + f"\nShares of right answers of the policy, in float32; {STEPS} steps; the end is the"
+        " mean of the last three that were judged, in brackets the lowest and highest run's.\n\n"
         + markdown(
             ["engine, correction", "KL: first", "largest", "last", "ESS of tokens, least",
              "of sequences, least", "arrives of the first sending", "of the last",
              "gradient norm, median"], apart,
-        ) + f"\nKL is k3 of KL(μ‖π), nats per token. {statistics.median(every):.0f} s a run, ten"
-        f" at a time and two processes on the card. {note['processor']}, torch"
-        f" {note['torch']}, commit {note['commit']}, {note['date']}.\n"
+        ) + f"\nKL is k3 of KL(μ‖π), nats per token. {statistics.median(every):.0f} s a run,"
+        f" up to {AT_ONCE} at a time, on a card that three processes used. {note['processor']},"
+        f" torch {note['torch']}, commit {note['commit']}, {note['date']}.\n"
     )
 
 
@@ -137,7 +132,7 @@ def learned(records: Path) -> str:
         return ""
     stochastic, fp16, corrected = (mean([100 * x for x in each]) for each in of)
     return (
-        f"While it learns sums on a GPU (60 steps, {number_of(of[0])}), the policy answers"
+        f"While it learns sums on a GPU ({STEPS} steps, {number_of(of[0])}), the policy answers"
         f" {stochastic} points more of them right over the run with stochastic than with nearest"
         f" rounding to BF16, {fp16} more with FP16, and {corrected} more with nearest rounding and"
         " token-TIS"

@@ -189,10 +189,11 @@ def growth(d: Tensor, mask: Tensor, fewest: int = 12) -> float:
     that is at fewer than three t.
     """
     lengths, sums = mask.sum(1), d.cumsum(1)
-    points = [
-        (log(t), log(sums[lengths >= t, t - 1].var().item()))
+    spread = {
+        t: sums[lengths >= t, t - 1].var().item()
         for t in sizes(mask.shape[1]) if (lengths >= t).sum() >= fewest
-    ]
+    }
+    points = [(log(t), log(variance)) for t, variance in spread.items() if variance > 0]
     if len(points) < 3:
         return nan
     return float(stats.linregress(*zip(*points, strict=True)).slope)

@@ -2,6 +2,9 @@
 
 llama.cpp multiplies Q4_1 weights by activations that it rounds to eight bits and keeps its cache in
 FP16; the trainer has the same weights made dense, or rounded to BF16 once.
+
+Where a character takes several tokens, llama.cpp's server lists only the last of them, so that the
+trainer scores another text. What has all its tokens is kept apart.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import torch
 from benchmarks.lab.policy import DTYPES
 from benchmarks.lab.real.model import ask, gguf, open_model, open_tokenizer
 from benchmarks.lab.real.offline import Answer, dump_of, questions
-from iscorrect.dumps import write_dump
+from iscorrect.dumps import LogProbDump, read_dump, write_dump
 
 LONGEST, AT_ONCE = 256, 4
 
@@ -39,21 +42,39 @@ TRAINERS = {
 
 
 def main(folder: Path, records: Path, seeds: list[int]) -> None:
-    """Write ``trainer-seed.npz`` for every trainer and seed that is not there."""
+    """Write ``trainer-seed.npz``, and ``trainer-whole-seed.npz``, that are not there."""
     records.mkdir(parents=True, exist_ok=True)
 
     def record(trainer: str, seed: int) -> Path:
         return records / f"{trainer}-{seed}.npz"
 
     due = [seed for seed in seeds if not all(record(t, seed).exists() for t in TRAINERS)]
-    if not due:
-        return
-    found = draw(folder, due)
-    for trainer, scored in TRAINERS.items():
+    found = draw(folder, due) if due else []
+    for trainer, scored in TRAINERS.items() if due else ():
         model = open_model(folder, scored.grid, DTYPES[scored.dtype])
         for seed, answers in zip(due, found, strict=True):
             write_dump(dump_of(model, answers), record(trainer, seed))
             print(record(trainer, seed).name, flush=True)
+    tokenizer = open_tokenizer(folder)
+    for trainer in TRAINERS:
+        for seed in seeds:
+            if not record(f"{trainer}-whole", seed).exists():
+                dump = whole(read_dump(record(trainer, seed)), tokenizer)
+                write_dump(dump, record(f"{trainer}-whole", seed))
+
+
+def whole(dump: LogProbDump, tokenizer) -> LogProbDump:
+    """The answers whose tokens are text, but for a character that the end cuts."""
+    assert dump.token_ids is not None
+    texts = [
+        tokenizer.decode(ids[kept]) for ids, kept in zip(dump.token_ids, dump.mask, strict=True)
+    ]
+    part = "\ufffd"
+    rows = torch.tensor([i for i, x in enumerate(texts) if part not in x.rstrip(part)])
+    return LogProbDump(
+        rollout_log_probs=dump.rollout_log_probs[rows], old_log_probs=dump.old_log_probs[rows],
+        mask=dump.mask[rows], token_ids=dump.token_ids[rows],
+    )
 
 
 def draw(folder: Path, seeds: list[int]) -> list[list[Answer]]:

@@ -22,7 +22,7 @@ from benchmarks.lab.chain.statistics import holm
 from benchmarks.lab.real import on_a_gpu
 from benchmarks.lab.real.intervals import Row, geometric, mean, number_of, rows_of, short
 from benchmarks.lab.real.pairs import of_dump
-from benchmarks.lab.real.quantised import TRAINERS
+from benchmarks.lab.real.quantised import LONGEST, TRAINERS
 from benchmarks.lab.report import markdown
 from iscorrect.diagnose import diagnose
 from iscorrect.dumps import read_dump
@@ -328,7 +328,7 @@ def pairs_table(found: Pairs) -> str:
 def quantised(records: Path) -> str:
     """llama.cpp's quantised rollouts, by trainer, and what the diagnosis says of them."""
     rows = []
-    for trainer in TRAINERS:
+    for trainer in (f"{name}{kept}" for name in TRAINERS for kept in ("", "-whole")):
         dumps = [read_dump(path)
                  for path in sorted((records / "quantised").glob(f"{trainer}-[0-9]*.npz"))]
         found = [of_dump(dump) for dump in dumps]
@@ -336,7 +336,8 @@ def quantised(records: Path) -> str:
             continue
         said = Counter(first.cause or first.pattern for first, *_ in map(diagnose, dumps))
         rows.append([
-            trainer.replace("-", " "), str(len(found)), f"{sum(x['tokens'] for x in found):,.0f}",
+            trainer.replace("-whole", ", whole answers").replace("-", " "), str(len(found)),
+            f"{sum(x['tokens'] for x in found):,.0f}",
             *(mean([x[column] for x in found]) for column in ("mean", "sigma")),
             geometric([x["kl"] for x in found]),
             *(mean([x[column] for x in found]) for column in ("answer", "growth", "drift")),
@@ -347,7 +348,10 @@ def quantised(records: Path) -> str:
     return markdown(
         ["trainer", "seeds", "tokens", r"mean \|Δ\|", "σ", "KL", "σ of an answer's log-ratio",
          "growth", "drift", "the diagnosis, first"], rows,
-    ) + "\nAnswers of up to 256 tokens.\n"
+    ) + (
+        f"\nAnswers of up to {LONGEST} tokens. Whole answers: those whose listed tokens are text,"
+        " without a part of a character.\n"
+    )
 
 
 CLAIMED = (("fp16", "fp16"), ("bf16", "fp16"), ("fp16", "bf16"), ("bf16", "bf16"))
@@ -475,6 +479,8 @@ BESIDE = {
     "every8-2e-05": (
         ("vllm-bf16-stochastic-token-tis-cap=2", "vllm-bf16-stochastic-uncorrected"),
         ("vllm-bf16-stochastic-icepop-low=0.5,high=5", "vllm-bf16-stochastic-uncorrected"),
+        ("vllm-bf16-stochastic-sequence-tis-cap=2", "vllm-bf16-stochastic-uncorrected"),
+        ("vllm-bf16-stochastic-ppo", "vllm-bf16-stochastic-uncorrected"),
     ),
 }
 """Those of the arms beside, by schedule, of which no p is given."""
@@ -489,6 +495,9 @@ def beside(records: Path) -> str:
             names = (named(f"{x}-{schedule}") for x in pair)
             rows.append([" − ".join(names), str(len(of["sampled"])),
                          *(mean(x) if x else "not run" for x in of.values())])
+    of = differences(records, *CONTRASTS[0], MAIN, "two-digits")
+    rows.append(["two digits: " + " − ".join(named(f"{x}-{MAIN}") for x in CONTRASTS[0]),
+                 str(len(of["sampled"])), *(mean(x) if x else "not run" for x in of.values())])
     if not any(int(row[1]) for row in rows):
         return "No record of `python -m benchmarks.lab.real reinforce`.\n"
     return markdown(
@@ -517,11 +526,13 @@ def contrasts(records: Path) -> str:
     ) + "\nPaired by seed, Student's t.\n"
 
 
-def differences(records: Path, a: str, b: str, schedule: str) -> dict[str, list[float]]:
+def differences(
+    records: Path, a: str, b: str, schedule: str, folder: str = "reinforce"
+) -> dict[str, list[float]]:
     """How much more an arm's policy got right over the run than another's, by seed."""
     arms = [
         {path.stem.rsplit("-", 1)[1]: rows_of(path)
-         for path in (records / "reinforce").glob(f"{arm}-{schedule}-*.csv")}
+         for path in (records / folder).glob(f"{arm}-{schedule}-*.csv")}
         for arm in (a, b)
     ]
     both = sorted(arms[0].keys() & arms[1].keys())

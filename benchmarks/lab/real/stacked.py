@@ -222,11 +222,17 @@ def sample(
     likeliest = (torch.arange(n, device=device) < greedy).repeat(g)
     alive = torch.ones(r, g * n, dtype=torch.bool, device=device)
     ids, found, masks = [], [], []
+    noise = torch.empty(r, g * n, len(model.embedding[0]), device=device)
     for i in range(longest):
-        every = logits(hidden, model.head).log_softmax(-1)
-        noise = torch.empty_like(every)
         for row, generator in zip(noise, generators, strict=True):
             row.exponential_(generator=generator)
+        if not alive.any():
+            continue  # so that a run's next draws do not depend on the others' lengths
+        if i:
+            known = torch.cat([known, known.new_ones(len(known), 1)], 1)
+            place = place + 1
+            hidden = hidden_states(model, ids[-1][..., None], place, known[:, None], cache)[:, :, 0]
+        every = logits(hidden, model.head).log_softmax(-1)
         drawn = (every.exp() / noise).argmax(-1)
         if greedy:
             drawn = drawn.where(~likeliest, every.argmax(-1))
@@ -234,11 +240,6 @@ def sample(
         found.append(every.gather(-1, drawn[..., None])[..., 0])
         masks.append(alive)
         alive = alive & (drawn != end)
-        if i == longest - 1 or not alive.any():
-            break
-        known = torch.cat([known, known.new_ones(len(known), 1)], 1)
-        place = place + 1
-        hidden = hidden_states(model, drawn[..., None], place, known[:, None], cache)[:, :, 0]
     token_ids, mask, log_probs = (
         torch.stack(x, -1).unflatten(1, (g, n)) for x in (ids, masks, found)
     )
