@@ -229,6 +229,26 @@ def over_lags(records: Path, *, untouched: bool = False) -> str:
     )
 
 
+def others_by_lag(records: Path) -> str:
+    """One row a rate and arm that is not main: what became of its runs at each lag."""
+    cells = by_cell(records)
+    rates = sorted({rate for rate, _, _ in cells}, reverse=True)
+    lags = sorted(behind.LAGS)
+    body = [
+        [f"{rate:g}", arm, *(
+            f"{mean_end(runs, 2)}; {fallen(runs)}/{len(runs)}" if runs else "not run"
+            for runs in found
+        )]
+        for rate in rates for arm in behind.MEANT if arm not in behind.MAIN
+        if any(found := [cells.get((rate, lag, arm), []) for lag in lags])
+    ]
+    if not body:
+        return "No record of `python -m benchmarks.lab behind`.\n"
+    return markdown(["rate", "arm", *(f"{lag} behind" for lag in lags)], body) + (
+        "\nA cell as above; tasks 20 to 22.\n"
+    )
+
+
 def mean_end(runs: Rows, digits: int = 3) -> str:
     end, error = with_error(ends(runs))
     return f"{end:.{digits}f}" + (f" ± {error:.{digits}f}" if len(runs) > 1 else "")
@@ -443,6 +463,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "behind": behind_of, "behind_untouched": partial(behind_of, untouched=True),
     "behind_attention": partial(behind_of, world="attention"), "behind_rates": rates,
     "behind_lags": over_lags, "behind_lags_untouched": partial(over_lags, untouched=True),
+    "behind_lags_others": others_by_lag,
     "behind_claim": claim, "behind_better": better, "bias": biases, "bias_shared": shared,
     "coherence": coherences,
 }
