@@ -354,14 +354,11 @@ def quantised(records: Path) -> str:
     )
 
 
-CLAIMED = (("fp16", "fp16"), ("bf16", "fp16"), ("fp16", "bf16"), ("bf16", "bf16"))
-
-
 def order(found: Pairs) -> str:
     """Whether the published order of the four 16-bit pairs holds, seed by seed."""
-    if not set(CLAIMED) <= found.keys():
+    if not set(on_a_gpu.CLAIMED) <= found.keys():
         return ""
-    seeds = list(zip(*([x["kl"] for x in found[pair]] for pair in CLAIMED), strict=True))
+    seeds = list(zip(*([x["kl"] for x in found[pair]] for pair in on_a_gpu.CLAIMED), strict=True))
     same = sum(list(kls) == sorted(kls) for kls in seeds)
     return (
         "The published order of the four 16-bit pairs, FP16 / FP16, BF16 / FP16, FP16 / BF16,"
