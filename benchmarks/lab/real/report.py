@@ -465,6 +465,10 @@ CONTRASTS = (
 )
 """Those of the plan."""
 MAIN = "every1-2e-05"
+OF_AGE = tuple(
+    (f"vllm-bf16-stochastic-{correction}", "vllm-bf16-stochastic-uncorrected")
+    for correction in ("token-tis-cap=2", "icepop-low=0.5,high=5", "sequence-tis-cap=2", "ppo")
+)
 BESIDE = {
     MAIN: (
         ("vllm-bf16-feedback-uncorrected", "vllm-bf16-uncorrected"),
@@ -472,13 +476,8 @@ BESIDE = {
         ("vllm-bf16-sequence-mis-high=2", "vllm-bf16-uncorrected"),
         ("vllm-fp16-token-tis-cap=2", "vllm-fp16-uncorrected"),
     ),
-    **dict.fromkeys(("every4-2e-05", "every1-1e-05"), CONTRASTS[:2]),
-    "every8-2e-05": (
-        ("vllm-bf16-stochastic-token-tis-cap=2", "vllm-bf16-stochastic-uncorrected"),
-        ("vllm-bf16-stochastic-icepop-low=0.5,high=5", "vllm-bf16-stochastic-uncorrected"),
-        ("vllm-bf16-stochastic-sequence-tis-cap=2", "vllm-bf16-stochastic-uncorrected"),
-        ("vllm-bf16-stochastic-ppo", "vllm-bf16-stochastic-uncorrected"),
-    ),
+    "every4-2e-05": (*CONTRASTS[:2], *OF_AGE), "every8-2e-05": OF_AGE,
+    "every1-1e-05": CONTRASTS[:2],
 }
 """Those of the arms beside, by schedule, of which no p is given."""
 
