@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, silu
 from transformers import PretrainedConfig
 
+from benchmarks.lab.real.packed import Answers
 from benchmarks.lab.real.senders import EMBEDDING
 
 LAYERS = "model.layers."
@@ -176,28 +177,14 @@ def logits(hidden: Tensor, head: Tensor) -> Tensor:
     return torch.bmm(hidden.to(head.dtype), head.mT).float()
 
 
-class Drawn(NamedTuple):
-    """Answers of several runs.
-
-    Attributes:
-        prompts: "r g p".
-        token_ids: "r g n t": n answers to each prompt; anything after the end.
-        mask: bool "r g n t".
-        log_probs: "r g n t", as the sampler had them; anything outside the mask.
-    """
-
-    prompts: Tensor
-    token_ids: Tensor
-    mask: Tensor
-    log_probs: Tensor
-
-
 @torch.no_grad()
 def sample(
     model: Model, prompts: Tensor, n: int, longest: int, end: int,
     generators: Sequence[torch.Generator], *, greedy: int = 0, known: Tensor | None = None,
-) -> Drawn:
+) -> Answers:
     """n answers to each prompt of each run, from the whole vocabulary at temperature 1.
+
+    They have a dimension of runs before those that one run's have: prompts "r g p", and "r g n t".
 
     Args:
         model: what samples.
@@ -243,7 +230,7 @@ def sample(
     token_ids, mask, log_probs = (
         torch.stack(x, -1).unflatten(1, (g, n)) for x in (ids, masks, found)
     )
-    return Drawn(prompts, token_ids, mask, log_probs)
+    return Answers(prompts, token_ids, mask, log_probs)
 
 
 def log_probs(model: Model, prompts: Tensor, token_ids: Tensor) -> Tensor:

@@ -304,7 +304,7 @@ class Sample:
         return (arrived / moved.square().sum(1)).tolist()
 
 
-def answers_of(drawn: stacked.Drawn, i: int) -> Answers:
+def answers_of(drawn: Answers, i: int) -> Answers:
     return Answers(*(x[i].cpu() for x in drawn))
 
 
@@ -316,7 +316,7 @@ def right(
     policy = stacked.Model.of(config, {name: w.detach() for name, w in masters.items()})
     asked = prompts.expand(len(draws), -1, -1)
     drawn = stacked.sample(policy, asked, 2, LONGEST, task.end, draws, greedy=1)
-    drawn = stacked.Drawn(*(x.cpu() for x in drawn))
+    drawn = Answers(*(x.cpu() for x in drawn))
     every = range(len(prompts))
     shares = [task.rewards(every, answers_of(drawn, i)).mean(0) for i in range(len(draws))]
     greedy, sampled = torch.stack(shares).T.tolist()
@@ -325,7 +325,7 @@ def right(
 
 def update(
     config: stacked.Config, masters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer,
-    group: Sequence[Run], task: Sums, which: Sequence[Sequence[int]], drawn: stacked.Drawn,
+    group: Sequence[Run], task: Sums, which: Sequence[Sequence[int]], drawn: Answers,
 ) -> list[dict[str, float]]:
     """Every run learns from its batch; what each was like, before the update."""
     dtype = DTYPES[group[0].trainer]
@@ -336,7 +336,7 @@ def update(
         stacked.Model.of(config, cast, head), drawn.prompts, drawn.token_ids
     ).flatten(1, 2)
     mask, sampled = drawn.mask.flatten(1, 2), drawn.log_probs.flatten(1, 2)
-    host = stacked.Drawn(*(x.cpu() for x in drawn))
+    host = Answers(*(x.cpu() for x in drawn))
     rewards = [task.rewards(rows, answers_of(host, i)) for i, rows in enumerate(which)]
     loss = sum(
         loss_of(run.correction, own[i], sampled[i], mask[i],
