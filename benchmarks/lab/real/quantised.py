@@ -49,12 +49,13 @@ def main(folder: Path, records: Path, seeds: list[int]) -> None:
         return records / f"{trainer}-{seed}.npz"
 
     due = [seed for seed in seeds if not all(record(t, seed).exists() for t in TRAINERS)]
-    found = draw(folder, due) if due else []
-    for trainer, scored in TRAINERS.items() if due else ():
-        model = open_model(folder, scored.grid, DTYPES[scored.dtype])
-        for seed, answers in zip(due, found, strict=True):
-            write_dump(dump_of(model, answers), record(trainer, seed))
-            print(record(trainer, seed).name, flush=True)
+    if due:
+        found = draw(folder, due)
+        for trainer, scored in TRAINERS.items():
+            model = open_model(folder, scored.grid, DTYPES[scored.dtype])
+            for seed, answers in zip(due, found, strict=True):
+                write_dump(dump_of(model, answers), record(trainer, seed))
+                print(record(trainer, seed).name, flush=True)
     tokenizer = open_tokenizer(folder)
     for trainer in TRAINERS:
         for seed in seeds:
@@ -78,7 +79,7 @@ def whole(dump: LogProbDump, tokenizer) -> LogProbDump:
 
 
 def draw(folder: Path, seeds: list[int]) -> list[list[Answer]]:
-    """Answers of llama.cpp to the prompts of each seed, without their end tokens."""
+    """Answers of llama.cpp to the prompts of each seed."""
     import xllamacpp
 
     settings = xllamacpp.CommonParams()

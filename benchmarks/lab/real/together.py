@@ -87,9 +87,9 @@ FIVE = (*MAIN[:4], MAIN[5])
 
 def design() -> list[list[Run]]:
     """Blocks of runs, in the order in which they are done."""
-    def behind(every: int, rate: float = 2e-5, **settings: str) -> list[Run]:
+    def behind(every: int, rate: float = 2e-5) -> list[Run]:
         return [
-            Run(every=every, rate=rate, correction=correction, rounding="stochastic", **settings)
+            Run(every=every, rate=rate, correction=correction, rounding="stochastic")
             for correction in BEHIND
         ]
 
@@ -186,7 +186,7 @@ class Senders:
     def __call__(self, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found = {}
         for name, w in masters.items():
-            sent = torch.empty_like(w, dtype=self._dtype, requires_grad=False)
+            sent = torch.empty_like(w, dtype=self._dtype)
             for way, piece in self._pieces.items():
                 sent[piece] = self._rounded(name, w[piece], way)
             found[name] = sent
@@ -207,8 +207,7 @@ class Senders:
 
 
 def train(
-    folder: Path, group: Sequence[Run], *, device: str, steps: int,
-    judged: int,
+    folder: Path, group: Sequence[Run], *, device: str, steps: int, judged: int
 ) -> list[dict[str, str]]:
     """Runs together; of each, by step with spaces between (``sampled``, ``greedy``: every
     ``judged`` steps; ``arrival``, ``arrival_all``: at every sending but the first):
