@@ -272,6 +272,9 @@ def test_errors_of_their_own_grow_as_a_random_walk_and_shared_ones_as_a_line():
     assert pairs.growth(own, mask) == pytest.approx(1, abs=0.1)
     assert pairs.growth(own[:, :1].expand(-1, 256), mask) == pytest.approx(2, abs=0.01)
     assert math.isnan(pairs.growth(own[:, :16], mask[:, :16]))
+    late = own.clone()
+    late[:, :8] = 0  # no error yet: a power is that of what follows
+    assert 1 < pairs.growth(late, mask) < 1.6
 
 
 def test_planned_differences_are_paired_by_seed(tmp_path):
