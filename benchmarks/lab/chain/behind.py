@@ -28,10 +28,10 @@ from benchmarks.lab.chain.baselines import (
     of_layer,
 )
 from benchmarks.lab.chain.engines import Engine, plain
-from benchmarks.lab.chain.learner import Learner, State, View, state_of
+from benchmarks.lab.chain.learner import Learner, View, state_of
 from benchmarks.lab.chain.policy import Parameters, warm_start
 from benchmarks.lab.chain.records import append, due, numbers, rows
-from benchmarks.lab.chain.world import WORLDS, Samples, World, sample
+from benchmarks.lab.chain.world import WORLDS, Samples, World, ahead, sample
 
 LENGTH, PROMPTS, ANSWERS, STEPS, WARMUP, CLIP = 256, 4, 16, 150, 5, 1.0
 RATES = (3e-4, 1e-3, 3e-3)
@@ -42,11 +42,15 @@ TASKS, UNTOUCHED = (20, 21, 22), 23
 SEEDS, CALIBRATION_SEEDS = 20, 3
 LAGS = (8, 16, 4, 2, 1, 32)
 MAIN = ("uncorrected", "token-tis", "icepop", "ppo", "token-tis-critic", "token-tis-half")
-MEANT = (
-    *MAIN, "uncorrected-critic", "icepop-critic", "uncorrected-half", "icepop-half", "past-tis",
-    "token-mis", "sequence-tis", "sequence-mis", "cispo", "gspo", "dppo", "confidence-is",
-    "geometric-rs", "topr", "off-policy-negative",
+FIRST = (
+    "uncorrected", "token-tis", "icepop", "ppo", "token-mis", "sequence-tis", "sequence-mis",
+    "cispo", "gspo", "dppo", "confidence-is", "geometric-rs", "topr", "off-policy-negative",
 )
+"""The arms that were meant before a better one was looked for."""
+MEANT = tuple(dict.fromkeys((
+    *MAIN, "uncorrected-critic", "icepop-critic", "uncorrected-half", "icepop-half", "past-tis",
+    *FIRST,
+)))
 """The arms of the plan. With one update a batch, PPO on a π_old that is recomputed at the weights
 of the update has a ratio of 1: it is ``uncorrected``, and with token-TIS it is ``token-tis``."""
 LAST = 20
@@ -115,13 +119,13 @@ def design(rates: Sequence[float], *, world: str = "chain", untouched: bool = Fa
     first, second, *_ = rates
     control = ("uncorrected", "token-tis-critic", "token-tis-half")
     parts = [((0,), control), ((8,), (*MAIN, "past-tis"))]
-    last = []
+    most, last = [], []
     if world != ATTENTION:
         parts += [(LAGS, MAIN), ((8,), MEANT)]
-        last = [(LAGS, MEANT)]
+        most, last = [(LAGS, FIRST)], [(LAGS, MEANT)]
     blocks = [
         (rate, lags, arms, seeds)
-        for seeds, some in ((SEEDS // 2, parts), (SEEDS, parts), (SEEDS, last))
+        for seeds, some in ((SEEDS // 2, parts), (SEEDS, most), (SEEDS, parts), (SEEDS, last))
         for lags, arms in some for rate in (first, second)
     ]
     return listed(blocks, world, tasks)
@@ -170,9 +174,8 @@ def sampled_gain(
     return -loss
 
 
-def learn(run: Run, steps: int = STEPS) -> Iterator[State]:
-    """The state before each step; J is exact, the update is sampled."""
-    world, start = at_start(run.world, run.task)
+def learn(run: Run, world: World, start: Parameters, steps: int) -> Iterator[View]:
+    """What is seen before each step, whose update is sampled."""
     learner = Learner(
         world, start, Engine(plain, behind=run.lag), optimizer="adam", rate=run.rate,
         seed=1000 * (run.seed + 1),
@@ -186,7 +189,7 @@ def learn(run: Run, steps: int = STEPS) -> Iterator[State]:
     }[arm.baseline]
     for step in range(steps):
         view = learner.look()
-        yield state_of(world, view)
+        yield view
         learner.optimizer.param_groups[0]["lr"] = run.rate * min(1, (step + 1) / WARMUP)
         learner.ascend(sampled_gain(arm, world, view, generator, advantages), CLIP)
 
@@ -216,8 +219,13 @@ def record(run: Run, steps: int) -> dict[str, str]:
         )]
         curve = " ".join(f"{value:.4g}" for value in found)
         return {**measures(found, EVERY), "j_policy": curve, "j_engine": "", "kl": ""}
-    states = [*learn(run, steps)]
-    return {**measures([state.j_policy for state in states]), **numbers(states, every=EVERY)}
+    world, start = at_start(run.world, run.task)
+    rewards, states = [], []
+    for step, view in enumerate(learn(run, world, start, steps)):
+        rewards.append(ahead(world, view.policy.detach().exp()).reward.mean().item())
+        if step % EVERY == 0:
+            states.append(state_of(world, view))
+    return {**measures(rewards), **numbers(states)}
 
 
 def carry_out(runs: Sequence[Run], path: Path, steps: int, jobs: int = 1) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.lab.chain.engines import Engine, plain
 from benchmarks.lab.chain.policy import Parameters, logits, to_bits
-from benchmarks.lab.chain.world import World, divergence, outlook
+from benchmarks.lab.chain.world import World, ahead, divergence
 
 Optimizer = Literal["adam", "sgd"]
 
@@ -90,15 +90,18 @@ class Learner(Holder):
         """All contexts, their nuisance drawn anew, as trainer and engine see them now."""
         features = self.features = self.world.features(self.features_seed)
         held = self.hold()
-        policy = logits(self._on_grid(self.weights), features)
+        policy = logits(self._on_grid(self.weights), features).double().log_softmax(-1)
         with torch.no_grad():
             stale = self._on_grid(held)
-            rollout = logits(stale, features) if self.engine.behind else policy.detach()
+            rollout = (
+                logits(stale, features).double().log_softmax(-1) if self.engine.behind
+                else policy.detach()
+            )
             engine = (
                 rollout if self.engine.sampler is plain
-                else self.engine.sampler(stale, features, self.noise)
+                else self.engine.sampler(stale, features, self.noise).double().log_softmax(-1)
             )
-        return View(*(x.double().log_softmax(-1) for x in (policy, rollout, engine)))
+        return View(policy, rollout, engine)
 
     def _on_grid(self, weights: Mapping[str, Tensor]) -> Parameters:
         """Rounded to the engine's bits, the gradient as if they were not."""
@@ -128,7 +131,7 @@ def state_of(world: World, view: View) -> State:
     """Means over the prompts, exact."""
     policy, engine = view.policy.detach(), view.engine
     return State(
-        outlook(world, policy.exp()).reward.mean().item(),
-        outlook(world, engine.exp()).reward.mean().item(),
+        ahead(world, policy.exp()).reward.mean().item(),
+        ahead(world, engine.exp()).reward.mean().item(),
         divergence(world, engine, policy).mean().item(),
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.lab.chain.world import ERR, OK, World, features_of, outlook
+from benchmarks.lab.chain.world import ERR, OK, World, ahead, features_of
 
 Parameters = dict[str, Tensor]
 WIDTH, HIDDEN, LAYERS = 32, 64, 2
@@ -115,7 +115,7 @@ def scaled_to(
     raw = [logits(weights, world.features(generator)).double() for _ in range(8)]
 
     def reached(scale: float) -> float:
-        each = [outlook(world, (scale * x).softmax(-1)).reward.mean() for x in raw]
+        each = [ahead(world, (scale * x).softmax(-1)).reward.mean() for x in raw]
         return torch.stack(each).mean().item()
 
     low, high = 0.1, 10.0

@@ -62,10 +62,10 @@ def note(path: Path, device: str = "cpu") -> None:
     beside.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
 
 
-def numbers(states: Sequence[State], every: int = 1) -> dict[str, str]:
-    """J(π), J(μ) and KL of every so many steps, each in one cell."""
+def numbers(states: Sequence[State]) -> dict[str, str]:
+    """J(π), J(μ) and KL of states, each in one cell."""
     return {
-        name: " ".join(f"{getattr(state, name):.4g}" for state in states[::every])
+        name: " ".join(f"{getattr(state, name):.4g}" for state in states)
         for name in State._fields
     }
 

@@ -130,6 +130,34 @@ class Outlook(NamedTuple):
     reward: Tensor
 
 
+class Ahead(NamedTuple):
+    """What is left to be earned, and by which recursion.
+
+    Attributes:
+        keeps: "p t", how much likelier a token leads to OK from OK than from ERR.
+        mends: "p t", the chance that it does from ERR.
+        gain: "p t", what is to be earned by a token that leads to OK beyond one that does not.
+        lost: "p t+1", what is to be earned from ERR.
+        reward: "p", J.
+    """
+
+    keeps: Tensor
+    mends: Tensor
+    gain: Tensor
+    lost: Tensor
+    reward: Tensor
+
+
+def ahead(world: World, probabilities: Tensor) -> Ahead:
+    """Backward over the positions; float64 "s p t v"."""
+    stays, mends = (probabilities * world.good).sum(-1)
+    keeps, pay = stays - mends, world.pay
+    more = recursion(keeps.flip(-1), pay * keeps.flip(-1), 0.0 if world.dense else 1.0).flip(-1)
+    gain = pay + more[..., 1:]
+    lost = functional.pad((mends * gain).flip(-1).cumsum(-1).flip(-1), (0, 1))
+    return Ahead(keeps, mends, gain, lost, more[..., 0] + lost[..., 0])
+
+
 def outlook(world: World, probabilities: Tensor) -> Outlook:
     """Visits forward and values backward, exact to rounding.
 
@@ -137,19 +165,14 @@ def outlook(world: World, probabilities: Tensor) -> Outlook:
         world: with its rewards.
         probabilities: float64 "s p t v".
     """
-    stays, mends = (probabilities * world.good).sum(-1)
-    keeps, pay = stays - mends, world.pay
-    ok = recursion(keeps, mends, 1.0)
-    ahead = recursion(keeps.flip(-1), pay * keeps.flip(-1), 0.0 if world.dense else 1.0).flip(-1)
-    gain = pay + ahead[..., 1:]
-    # of ERR, from each position on
-    lost = functional.pad((mends * gain).flip(-1).cumsum(-1).flip(-1), (0, 1))
+    keeps, mends, gain, lost, reward = ahead(world, probabilities)
+    ok, pay = recursion(keeps, mends, 1.0), world.pay
     values = world.good * gain[..., None] + lost[..., 1:, None]
     total = functional.pad(pay * ok[..., 1:].cumsum(-1), (1, 0))
     in_ok = recursion(keeps, mends * total[..., :-1] + pay * ok[..., 1:], 0.0)
     return Outlook(
         torch.stack([ok, 1 - ok])[..., :-1], values,
-        torch.stack([in_ok, total - in_ok])[..., :-1], ahead[..., 0] + lost[..., 0],
+        torch.stack([in_ok, total - in_ok])[..., :-1], reward,
     )
 
 
@@ -209,6 +232,23 @@ class Samples(NamedTuple):
     reward: Tensor
 
 
+def passed(from_ok: Tensor, from_err: Tensor) -> Tensor:
+    """Whether a sequence is in OK after each token, by doubling; bool "p t n".
+
+    Args:
+        from_ok: whether the token that it would draw in OK leads to OK.
+        from_err: the same of ERR.
+    """
+    shift = 1
+    while shift < from_ok.shape[1]:
+        # where the span before leads, from OK and from ERR
+        ok = functional.pad(from_ok[:, :-shift], (0, 0, shift, 0), value=True)
+        err = functional.pad(from_err[:, :-shift], (0, 0, shift, 0), value=False)
+        from_ok, from_err = from_ok.where(ok, from_err), from_ok.where(err, from_err)
+        shift *= 2
+    return from_ok
+
+
 def sample(
     world: World, probabilities: Tensor, answers: int, generator: torch.Generator
 ) -> Samples:
@@ -217,15 +257,10 @@ def sample(
     below = probabilities.cumsum(-1)[..., None, :-1]
     draw = torch.rand(p, t, answers, 1, generator=generator, dtype=torch.float64)
     tokens = (draw > below).sum(-1)  # in either state: s p t n
-    leads = world.good.gather(-1, tokens)
-    states, state = [], torch.ones(p, answers, dtype=torch.bool)
-    for stays, mends in zip(leads[OK].unbind(1), leads[ERR].unbind(1), strict=True):
-        states.append(state)
-        state = torch.where(state, stays, mends)
-    ok = torch.stack(states, 1)
+    after = passed(*world.good.gather(-1, tokens))
+    ok = torch.cat([torch.ones_like(after[:, :1]), after[:, :-1]], 1)
     token = torch.where(ok, tokens[OK], tokens[ERR])
     prompt, position = torch.arange(p)[:, None, None], torch.arange(t)[:, None]
     places = (((~ok).long() * p + prompt) * t + position) * v + token
-    after = torch.cat([ok[:, 1:], state[:, None]], 1).double()
-    reward = after.mean(1) if world.dense else after[:, -1]
+    reward = after.double().mean(1) if world.dense else after[:, -1].double()
     return Samples(places.transpose(1, 2).reshape(p * answers, t), reward)
