@@ -20,7 +20,16 @@ from benchmarks.lab.chain import (
 from benchmarks.lab.chain.arms import ARMS, SIGNED, TOKEN_LOCAL, slopes
 from benchmarks.lab.chain.engines import ENGINES, Engine, plain
 from benchmarks.lab.chain.policy import logits, rounded_logits, untrained, warm_start
-from benchmarks.lab.chain.world import WORLDS, World, credit, divergence, outlook, recursion, sample
+from benchmarks.lab.chain.world import (
+    WORLDS,
+    World,
+    credit,
+    divergence,
+    outlook,
+    passed,
+    recursion,
+    sample,
+)
 from iscorrect.testing import TabularPolicy, audit
 
 SMALL = {"prompts": 1, "vocab": 2, "right": 1, "kinds": 3, "nuisance": 2}
@@ -224,6 +233,17 @@ def test_a_prompt_s_baseline_adds_an_ascent_of_the_kl_where_less_than_it_is_to_b
         difference = moved["uncorrected"] - moved["uncorrected-critic"]
         assert torch.allclose(difference, want, atol=1e-14)
         assert want.abs().max() > 1e-3
+
+
+def test_states_by_doubling_are_those_of_a_walk():
+    generator = torch.Generator().manual_seed(0)
+    for length in (1, 2, 7, 16):
+        from_ok, from_err = torch.rand(2, 3, length, 50, generator=generator) < 0.6
+        state, walked = torch.ones(3, 50, dtype=torch.bool), []
+        for ok, err in zip(from_ok.unbind(1), from_err.unbind(1), strict=True):
+            state = torch.where(state, ok, err)
+            walked.append(state)
+        assert torch.equal(passed(from_ok, from_err), torch.stack(walked, 1))
 
 
 def test_a_critic_learns_what_its_contexts_lead_one_to_expect():

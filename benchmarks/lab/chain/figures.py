@@ -26,6 +26,8 @@ COLOURS = {
     "uncorrected": "#D55E00", "token-tis": "#0072B2", "icepop": "#009E73", "ppo": "#CC79A7",
     "token-tis-critic": "#222222", "uncorrected-critic": "#E8A33D", "token-tis-half": "#7F7F7F",
 }
+OF_RATES = ("#0072B2", "#D55E00")
+"""From the lower rate."""
 PANELS = {
     "activations-10": "FP16 rounding", "activations-7": "BF16 rounding",
     "weights-4": "weights of 4 bits of mantissa", "int4": "INT4 weights", "int3": "INT3 weights",
@@ -42,6 +44,7 @@ def main(records: Path, folder: Path) -> None:
     if by_cell(records):
         by_lag(records).savefig(folder / "behind.png", dpi=110)
         by_kl(records).savefig(folder / "behind-kl.png", dpi=110)
+        by_arm(records).savefig(folder / "behind-arms.png", dpi=110)
     if len(rows(records / "bias.csv")) > 1:
         kinds(records).savefig(folder / "kinds.png", dpi=110)
     plt.close("all")
@@ -182,6 +185,40 @@ def by_kl(records: Path) -> plt.Figure:
     lags = sorted({lag for _, lag, _ in cells if lag})
     figure.suptitle(f"Lags of {', '.join(map(str, lags))} updates along each line; ± two standard "
                     "errors", fontsize=10)
+    return figure
+
+
+def by_arm(records: Path) -> plt.Figure:
+    """Ends and runs that fell, by lag; one panel an arm of the first plan."""
+    cells = by_cell(records)
+    rates = sorted({rate for rate, lag, _ in cells if lag})
+    lags = sorted(behind.LAGS)
+    figure, panels = plt.subplots(3, 5, figsize=(15, 8.5), sharex=True, sharey=True,
+                                  layout="constrained")
+    for ax, arm in zip(panels.flat, behind.FIRST, strict=False):
+        for rate, colour, shift in zip(rates, OF_RATES, (-0.1, 0.1), strict=False):
+            there = [(i + shift, cells[rate, lag, arm]) for i, lag in enumerate(lags)
+                     if (rate, lag, arm) in cells]
+            places = [place for place, _ in there]
+            ax.plot(places, [with_error(ends(runs))[0] for _, runs in there], color=colour,
+                    linewidth=2)
+            shares = [fallen(runs) / len(runs) for _, runs in there]
+            ax.plot(places, shares, "o", color=colour, markersize=5, markerfacecolor="white")
+            for place, runs in there:
+                ax.plot([place, place], wilson(fallen(runs), len(runs)), color=colour, linewidth=1)
+        ax.axhline(0.5, color="#BBBBBB", linewidth=0.8, zorder=0)
+        ax.set_title(arm, fontsize=10)
+        ax.set_xticks(range(len(lags)), list(map(str, lags)))
+    *_, last = panels.flat
+    last.axis("off")
+    for rate, colour in zip(rates, OF_RATES, strict=False):
+        last.plot([], [], color=colour, linewidth=2, label=f"J(π) at the end, rate {rate:g}")
+        last.plot([], [], "o", color=colour, markerfacecolor="white",
+                  label=f"share of runs that fell, rate {rate:g}")
+    last.legend(loc="center", frameon=False, fontsize=9)
+    figure.supxlabel("updates behind")
+    figure.suptitle("Arms by lag and learning rate; means of ends, and shares with 95 % intervals; "
+                    "the start is at 0.5; tasks " + ", ".join(map(str, behind.TASKS)))
     return figure
 
 
