@@ -181,7 +181,10 @@ def test_a_dump_for_every_trainer_of_the_quantised_model(folder, tmp_path, monke
         prompts = torch.randint(0, 10, (24, 5))
         answers = packed.sample(model, prompts, 1, 12, END)
         return [[
-            offline.Answer(p.tolist(), ids[0][kept[0]].tolist(), lp[0][kept[0]].tolist())
+            quantised.Drawn(
+                offline.Answer(p.tolist(), ids[0][kept[0]].tolist(), lp[0][kept[0]].tolist()),
+                int(kept.sum()),
+            )
             for p, ids, kept, lp in zip(*answers, strict=True)
         ] for _ in seeds]
 
@@ -198,22 +201,18 @@ def test_a_dump_for_every_trainer_of_the_quantised_model(folder, tmp_path, monke
     assert all("of 2)" in row for row in rows)
 
 
-def test_answers_with_a_part_of_a_character_are_told_from_whole_ones():
-    class Bytes:
-        def decode(self, ids):
-            return bytes(ids.tolist()).decode(errors="replace")
-
-    texts = [b"plain text", "na\u00efve".encode(), b"na\xafve text", b"the end \xc3"]
-    longest = max(map(len, texts))
-    ids = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts])
-    mask = torch.tensor([[i < len(text) for i in range(longest)] for text in texts])
+def test_answers_of_which_a_token_is_not_listed_are_told_from_whole_ones():
+    lengths, counted = (3, 5, 4), (3, 6, 4)
+    drawn = [
+        quantised.Drawn(offline.Answer([], [*range(n)], [-1.0] * n), tokens)
+        for n, tokens in zip(lengths, counted, strict=True)
+    ]
+    mask = torch.arange(5) < torch.tensor(lengths)[:, None]
     dump = offline.LogProbDump(
-        rollout_log_probs=-torch.ones(4, longest), old_log_probs=-torch.ones(4, longest),
-        mask=mask, token_ids=ids,
+        rollout_log_probs=-torch.ones(3, 5), old_log_probs=-torch.ones(3, 5), mask=mask,
+        token_ids=torch.arange(5).expand(3, 5),
     )
-    kept = quantised.whole(dump, Bytes())
-    assert [row[:3].tolist() for row in kept.token_ids] == [[*text[:3]] for text in (
-        texts[0], texts[1], texts[3])]
+    assert quantised.whole(dump, drawn).mask.sum(1).tolist() == [3, 4]
 
 
 @pytest.mark.usefixtures("half_are_right")

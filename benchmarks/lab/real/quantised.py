@@ -3,8 +3,9 @@
 llama.cpp multiplies Q4_1 weights by activations that it rounds to eight bits and keeps its cache in
 FP16; the trainer has the same weights made dense, or rounded to BF16 once.
 
-Where a character takes several tokens, llama.cpp's server lists only the last of them, so that the
-trainer scores another text. What has all its tokens is kept apart.
+Where a character takes several tokens, or is begun and not ended, llama.cpp's server lists only the
+last token of the piece of text that it holds back, so that the trainer scores another text. Answers
+of which it lists as many tokens as it counts are kept apart.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from benchmarks.lab.policy import DTYPES
 from benchmarks.lab.real.model import ask, gguf, open_model, open_tokenizer
 from benchmarks.lab.real.offline import Answer, dump_of, questions
-from iscorrect.dumps import LogProbDump, read_dump, write_dump
+from iscorrect.dumps import LogProbDump, write_dump
 
 LONGEST, AT_ONCE = 256, 4
 
@@ -41,44 +42,48 @@ TRAINERS = {
 }
 
 
+class Drawn(NamedTuple):
+    """An answer as it is listed.
+
+    Attributes:
+        answer: the tokens that are listed.
+        tokens: how many the server counts.
+    """
+
+    answer: Answer
+    tokens: int
+
+
 def main(folder: Path, records: Path, seeds: list[int]) -> None:
     """Write ``trainer-seed.npz``, and ``trainer-whole-seed.npz``, that are not there."""
     records.mkdir(parents=True, exist_ok=True)
 
-    def record(trainer: str, seed: int) -> Path:
-        return records / f"{trainer}-{seed}.npz"
+    def paths(trainer: str, seed: int) -> tuple[Path, Path]:
+        return records / f"{trainer}-{seed}.npz", records / f"{trainer}-whole-{seed}.npz"
 
-    due = [seed for seed in seeds if not all(record(t, seed).exists() for t in TRAINERS)]
-    if due:
-        found = draw(folder, due)
-        for trainer, scored in TRAINERS.items():
-            model = open_model(folder, scored.grid, DTYPES[scored.dtype])
-            for seed, answers in zip(due, found, strict=True):
-                write_dump(dump_of(model, answers), record(trainer, seed))
-                print(record(trainer, seed).name, flush=True)
-    tokenizer = open_tokenizer(folder)
-    for trainer in TRAINERS:
-        for seed in seeds:
-            if not record(f"{trainer}-whole", seed).exists():
-                dump = whole(read_dump(record(trainer, seed)), tokenizer)
-                write_dump(dump, record(f"{trainer}-whole", seed))
+    due = [seed for seed in seeds if not all(x.exists() for t in TRAINERS for x in paths(t, seed))]
+    found = draw(folder, due) if due else []
+    for trainer, scored in TRAINERS.items():
+        model = open_model(folder, scored.grid, DTYPES[scored.dtype])
+        for seed, drawn in zip(due, found, strict=True):
+            every, apart = paths(trainer, seed)
+            dump = dump_of(model, [x.answer for x in drawn])
+            write_dump(dump, every)
+            write_dump(whole(dump, drawn), apart)
+            print(every.name, apart.name, flush=True)
 
 
-def whole(dump: LogProbDump, tokenizer) -> LogProbDump:
-    """The answers whose tokens are text, but for a character that the end cuts."""
+def whole(dump: LogProbDump, drawn: list[Drawn]) -> LogProbDump:
+    """The answers whose tokens are all listed."""
     assert dump.token_ids is not None
-    texts = [
-        tokenizer.decode(ids[kept]) for ids, kept in zip(dump.token_ids, dump.mask, strict=True)
-    ]
-    part = "\ufffd"
-    rows = torch.tensor([i for i, x in enumerate(texts) if part not in x.rstrip(part)])
+    rows = torch.tensor([i for i, x in enumerate(drawn) if len(x.answer.token_ids) == x.tokens])
     return LogProbDump(
         rollout_log_probs=dump.rollout_log_probs[rows], old_log_probs=dump.old_log_probs[rows],
         mask=dump.mask[rows], token_ids=dump.token_ids[rows],
     )
 
 
-def draw(folder: Path, seeds: list[int]) -> list[list[Answer]]:
+def draw(folder: Path, seeds: list[int]) -> list[list[Drawn]]:
     """Answers of llama.cpp to the prompts of each seed."""
     import xllamacpp
 
@@ -89,14 +94,15 @@ def draw(folder: Path, seeds: list[int]) -> list[list[Answer]]:
     server = xllamacpp.Server(settings)
     tokenizer = open_tokenizer(folder)
 
-    def answer(asked: tuple[list[int], int]) -> Answer:
+    def answer(asked: tuple[list[int], int]) -> Drawn:
         prompt, seed = asked
         out = server.handle_completions({
             "prompt": prompt, "max_tokens": LONGEST, "temperature": 1.0,
             "samplers": ["temperature"], "logprobs": 1, "seed": seed, "cache_prompt": False,
         })
         content = out["choices"][0]["logprobs"]["content"]
-        return Answer(prompt, [x["id"] for x in content], [x["logprob"] for x in content])
+        listed = Answer(prompt, [x["id"] for x in content], [x["logprob"] for x in content])
+        return Drawn(listed, out["usage"]["completion_tokens"])
 
     with ThreadPoolExecutor(AT_ONCE) as asking:
         return [

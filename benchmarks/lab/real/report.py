@@ -349,8 +349,8 @@ def quantised(records: Path) -> str:
         ["trainer", "seeds", "tokens", r"mean \|Δ\|", "σ", "KL", "σ of an answer's log-ratio",
          "growth", "drift", "the diagnosis, first"], rows,
     ) + (
-        f"\nAnswers of up to {LONGEST} tokens. Whole answers: those whose listed tokens are text,"
-        " without a part of a character.\n"
+        f"\nAnswers of up to {LONGEST} tokens. Whole answers: those of which the server lists as"
+        " many tokens as it counts.\n"
     )
 
 
