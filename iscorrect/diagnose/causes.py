@@ -106,7 +106,8 @@ PREEMPTED = Cause(
 )
 WRONG_TOKENS = Cause(
     "wrong tokens",
-    "compare the token ids that the engine returned with those that the trainer scored",
+    "compare the token ids that the engine returned with those that the trainer scored, and how many"
+    " they are with the completion tokens that the engine counts",
 )
 SPECULATIVE = Cause(
     "speculative decoding that reports the draft's log-probs", "switch speculative decoding off",
