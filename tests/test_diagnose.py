@@ -661,9 +661,10 @@ class TestAdvice:
         for length, correction in ((300, ""), (20_000, "token-tis:cap=2")):
             first, *others = advise(dump, samples=64, length=length)
             assert first.correction == correction
-            assert (first.action == "No correction is needed") == (not correction)
+            assert (first.action == "No correction is needed for a stable run") == (not correction)
             assert ("would starve" in first.because) == bool(correction)
             assert not any(a.correction.startswith("sequence-") for a in others)
+            assert any(a.correction.startswith("geometric-") for a in others)
 
     def test_other_weights_get_token_weights_and_sequence_weights_where_these_do_not_starve(self):
         dump = full(roll_out(engine_shift=0.2))
@@ -671,6 +672,7 @@ class TestAdvice:
         assert short[0].correction == long[0].correction == "token-tis:cap=2"
         assert short[1].correction.startswith("sequence-tis:cap=")
         assert not any(a.correction.startswith("sequence-") for a in long)
+        assert not any(a.correction.startswith("geometric-") for a in (*short, *long))
 
     def test_what_the_errors_have_in_common_stands_beside_the_size(self):
         dump = full(roll_out(engine_shift=0.2))

@@ -106,8 +106,8 @@ PREEMPTED = Cause(
 )
 WRONG_TOKENS = Cause(
     "wrong tokens",
-    "compare the token ids that the engine returned with those that the trainer scored, and how many"
-    " they are with the completion tokens that the engine counts",
+    "compare the token ids that the engine returned with those that the trainer scored, and their"
+    " number with the completion tokens that the engine counts",
 )
 SPECULATIVE = Cause(
     "speculative decoding that reports the draft's log-probs", "switch speculative decoding off",
@@ -238,11 +238,11 @@ CORRUPTED = Cause(
 )
 HEAD_ENGINE = Cause(
     "16-bit LM head in the engine",
-    "compute the logits in float32 on both sides; on one side alone it hardly helps",
+    "compute the logits in float32 on both sides; on one side alone it helps less",
 )
 HEAD_TRAINER = Cause(
     "16-bit LM head in the trainer",
-    "compute the logits in float32 on both sides; on one side alone it hardly helps",
+    "compute the logits in float32 on both sides; on one side alone it helps less",
 )
 STORED = Cause(
     "log-probs stored in 16 bits", "keep them in float32 from the log-softmax on",

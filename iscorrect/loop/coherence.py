@@ -58,7 +58,8 @@ def coherence(uncorrected: Tensor, corrected: Tensor, *, sequences: float) -> Co
     same samples. Their difference has the bias as its expectation, and little noise. Errors that
     are drawn anew for every context, as those of rounding are, average out between batches, and
     what is left is shared: what a larger batch does not remove. Below n* sequences a batch the
-    noise hides it, and a correction gains nothing; above, it decides.
+    noise of one update hides it; above, it decides. Where it stays from update to update it adds
+    up, and noise does not, so that it shows in a run long before it shows in an update.
 
     The noise is n tr Cov(g_i), n sequences a batch. The error comes from a jackknife over batches.
 
