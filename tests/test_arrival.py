@@ -1,19 +1,25 @@
 """What of an update arrives in an engine's number format, and the remedies where it is sent."""
 
+import copy
 import itertools
 import json
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, strategies as st
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from hypothesis import assume, given, strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
 import iscorrect.fp16.checkpoints
 from iscorrect import (
+    GradientSketch,
     InputError,
+    audit_fp16,
     round_with_feedback,
     stochastic_round,
     stochastic_round_weights,
@@ -24,7 +30,9 @@ from iscorrect.fp16.arrival import UpdateWatch, arrived, to_grid
 from iscorrect.fp16.checkpoints import boxes
 from iscorrect.fp16.sending import neighbours
 
-FP8 = [torch.float8_e4m3fn, torch.float8_e5m2]
+FP8 = [
+    torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz,
+]
 DTYPES = [torch.bfloat16, torch.float16, *FP8]
 
 
@@ -312,6 +320,52 @@ def test_fp16_check_counts_a_tied_tensor_once(tmp_path, capsys):
     assert (row["name"], row["entries"]) == ("a", 3)
 
 
+def test_a_tied_tensor_counts_once_however_the_model_is_given(tmp_path):
+    model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5, bias=False))
+    model[1].weight = model[0].weight
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    for source in (model, model.state_dict(), tmp_path / "model.pt"):
+        assert [row.name for row in audit_fp16(source).rows] == ["0.weight"]
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    assert weight_arrival(before, model).total.entries == 30  # two tensors before, one now
+    assert weight_arrival(copy.deepcopy(model), model).total.entries == 15
+
+
+def test_no_tensor_that_is_read_on_demand_is_taken_for_another(tmp_path):
+    class OnDemand(Mapping):
+        """Frees each tensor before it makes the next, which often lies where it did."""
+
+        def __getitem__(self, name):
+            return torch.full((300, 300), 1e6 if name == "w4" else 0.1)
+
+        def __iter__(self):
+            return iter([f"w{i}" for i in range(6)])
+
+        def __len__(self):
+            return 6
+
+    audit = audit_fp16(OnDemand())
+    assert [row.name for row in audit.rows] == [*OnDemand()] and audit.verdict == "not safe"
+
+
+def test_a_checkpoint_from_before_zip_files_is_read(tmp_path):
+    state = {"w": torch.ones(3)}
+    torch.save(state, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+    assert [row.name for row in audit_fp16(tmp_path / "old.bin").rows] == ["w"]
+
+
+def test_a_state_dict_that_changes_with_the_model_is_refused():
+    model = nn.Linear(2, 3)
+    kept = {name: x.clone() for name, x in model.state_dict().items()}
+    for before in (model.state_dict(), dict(model.named_parameters()), model):
+        with pytest.raises(InputError, match=r"`before` must .*the same memory.*x\.clone\(\)"):
+            weight_arrival(before, model)
+    partly = {**kept, "bias": model.bias}  # a frozen tensor need not be copied
+    with torch.no_grad():
+        model.weight.mul_(1.5)
+    assert weight_arrival(partly, model).total.moved == 6
+
+
 def test_checkpoints_that_were_rounded_already_are_said_to_be(tmp_path, capsys):
     save_file({"w": torch.ones(3).bfloat16()}, tmp_path / "old.safetensors")
     save_file({"w": torch.ones(3).bfloat16() * 2}, tmp_path / "new.safetensors")
@@ -341,13 +395,27 @@ def test_neighbours_are_those_of_the_list_of_all_numbers(dtype):
     exact = positive[place] == size
     above = positive[np.minimum(place + 1, len(positive) - 1)]
     assert np.array_equal(np.abs(high), np.where(exact, size, above))
-    assert np.array_equal(np.signbit(low), np.signbit(x))
+    for part in (low, high):
+        signs = (part != 0) | ("fnuz" not in str(dtype))  # which has no −0
+        assert np.array_equal(np.signbit(part), np.signbit(x) & signs)
     assert np.array_equal(up[exact], np.zeros(exact.sum()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [2e-2, 1e-3])
+def test_small_weights_that_are_sent_are_numbers_of_their_own_sign(dtype, size):
+    torch.manual_seed(0)
+    x = torch.randn(20_000) * size
+    sent = stochastic_round(x, dtype).float()
+    assert sent.isfinite().all() and (sent * x >= 0).all()
+    steps = 4 * (sent - x).std() / len(x) ** 0.5
+    assert sent.mean().item() == pytest.approx(x.mean().item(), abs=steps.item() + 1e-9)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(x=st.floats(-400, 400, width=32))
 def test_stochastic_rounding_has_no_bias_over_its_two_outcomes(dtype, x):
+    assume(abs(x) <= torch.finfo(dtype).max)
     low, high, up = (v.double().item() for v in neighbours(torch.tensor([x]), dtype))
     assert min(low, high) <= x <= max(low, high) and 0 <= up < 1
     # the probability itself is a float32
@@ -495,6 +563,11 @@ def test_a_rest_of_another_tensor_is_refused():
         round_with_feedback(torch.ones(2), torch.bfloat16, torch.ones(3))
 
 
+def test_a_rest_on_another_device_is_refused():
+    with pytest.raises(InputError, match="`rest` must be on cpu like `x`, got on meta"):
+        round_with_feedback(torch.ones(2), torch.bfloat16, torch.ones(2, device="meta"))
+
+
 @pytest.mark.parametrize("shape", [(2,), ()])
 def test_a_rest_that_is_no_tensor_is_refused(shape):
     x = torch.ones(shape)
@@ -548,3 +621,40 @@ def test_a_sample_may_be_all_there_is_and_a_rank_may_hold_nothing():
         assert watch(parameters).entries == 7
     empty = UpdateWatch(torch.bfloat16)
     assert empty([torch.nn.Parameter(torch.zeros(0))]).entries == 0
+    with pytest.raises(InputError, match="UpdateWatch: `parameters` must be at least one tensor"):
+        empty([])
+
+
+def on_two_ranks(rank, store):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    shards_are_made_whole()
+    dist.destroy_process_group()
+
+
+def shards_are_made_whole():
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)  # an odd number of rows for two ranks
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    expected = dict(stochastic_round_weights(before.items(), torch.bfloat16))
+    sharded = fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (2,)))
+    sent = dict(stochastic_round_weights(sharded.named_parameters(), torch.bfloat16))
+    assert all(torch.equal(sent[name], x) for name, x in expected.items())
+    assert [row.entries for row in audit_fp16(sharded).rows] == [12, 3]
+    with torch.no_grad():
+        for x in sharded.parameters():
+            x.add_(1e-2)
+    found = weight_arrival(before, sharded, torch.float16)
+    assert found.total.moved == 15 and found.share == pytest.approx(1, abs=0.05)
+    sharded(torch.ones(2, 4)).sum().backward()
+    with pytest.raises(InputError, match="GradientSketch: `gradients` must be plain tensors"):
+        GradientSketch()(x.grad for x in sharded.parameters())
+    with pytest.raises(InputError, match="stochastic_round: `x` must be a plain tensor"):
+        stochastic_round(next(sharded.parameters()), torch.bfloat16)
+
+
+@pytest.mark.slow
+def test_shards_are_made_whole_one_after_the_other(tmp_path):
+    # A server's child ends without shutting its interpreter down, which FSDP2 on gloo can abort.
+    mp.start_processes(on_two_ranks, (tmp_path / "store",), nprocs=2, start_method="forkserver")

@@ -137,6 +137,20 @@ def test_parts_of_a_gradient_on_several_ranks_add_up():
     assert abs(halves[0] @ halves[1] - a @ b) < 4 * a.norm() * b.norm() / math.sqrt(8191)
 
 
+@pytest.mark.parametrize("shapes", [[(1024,)] * 60, [(16, 8)] * 200, [(1,), (896,)] * 48])
+def test_a_gradient_of_many_small_tensors_is_kept_as_well_as_one_of_a_large(shapes):
+    errors = []
+    for seed in range(60):
+        generator = torch.Generator().manual_seed(seed)
+        a, b = ([torch.randn(shape, generator=generator) for shape in shapes] for _ in range(2))
+        sketch = GradientSketch(seed=seed)
+        exact = sum((x * y).sum() for x, y in zip(a, b, strict=True))
+        sizes = math.prod(sum(x.square().sum() for x in g).sqrt().item() for g in (a, b))
+        errors.append((sketch(a) @ sketch(b) - exact).item() / sizes)
+    spread = (sum(x * x for x in errors) / len(errors)) ** 0.5
+    assert spread < 1.5 / math.sqrt(8191)
+
+
 def test_16_bit_gradients_are_added_up_in_float32():
     ones = torch.ones(100_000, dtype=torch.bfloat16)
     assert torch.equal(GradientSketch(size=11)([ones]), GradientSketch(size=11)([ones.float()]))

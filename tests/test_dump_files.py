@@ -490,6 +490,23 @@ def test_a_layout_of_plain_rows_is_its_mask(tmp_path):
     assert read_dump(paths[1]).pack is None
 
 
+def test_a_step_is_a_whole_number_of_any_kind(tmp_path):
+    write = DumpWriter(tmp_path).write
+    names = {write(step=x, **batch()).name for x in (7, np.int64(8), torch.tensor(9))}
+    assert names == {f"step_00000{x}_rank_0.npz" for x in (7, 8, 9)}
+    for other in (None, 1.7, "7"):
+        with pytest.raises(InputError, match="DumpWriter: `step` must be a whole number"):
+            write(step=other, **batch())
+
+
+def test_what_is_no_dump_is_not_written(tmp_path):
+    dump = read_dump(DumpWriter(tmp_path).write(step=1, **batch()))
+    for other in ("x.npz", None, {"mask": dump.mask}, [dump, dump.mask]):
+        with pytest.raises(InputError, match="write_dump: `dump` must be a LogProbDump"):
+            write_dump(other, tmp_path / "y.npz")
+    assert not (tmp_path / "y.npz").exists()
+
+
 @pytest.mark.parametrize("name", ["version", "engine", "policy_version", "group"])
 def test_one_id_for_the_whole_batch_may_be_a_number_or_text(tmp_path, name):
     writer = DumpWriter(tmp_path, suffix=".jsonl")

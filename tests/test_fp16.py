@@ -648,6 +648,7 @@ def test_an_activations_gradient_limits_the_scale():
     [
         ({"w": torch.ones(1)}, dict(inputs=torch.ones(1)), "`source` must be a model where"),
         (Net(1.0), dict(loss=torch.sum), "`inputs` must be given where `loss` is"),
+        (Net(1.0), dict(inputs=5), "`inputs` must be a dict, a sequence or a tensor"),
         (Net(1.0), dict(underflow=1.0), "`underflow` must be a share in [0, 1), got 1.0"),
         (3, {}, "`source` must be a module, a state dict, or a path, got int"),
         ({}, {}, "got no tensor"),
@@ -698,6 +699,9 @@ def test_a_step_with_infinite_gradients_is_skipped_and_the_scale_halves():
 def test_the_growth_interval_is_that_of_the_fp16_paper():
     assert fp16_scaler("cpu").get_growth_interval() == 400
     assert fp16_scaler("cpu").get_scale() == 2**16
+    for scale in (0.0, -1.0):
+        with pytest.raises(InputError, match="fp16_scaler: `scale` must be"):
+            fp16_scaler("cpu", scale=scale)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")

@@ -7,7 +7,7 @@ import torch
 
 from iscorrect.cli import watch
 from iscorrect.cli.main import main
-from iscorrect.dumps import DumpWriter, read_dump, write_dump
+from iscorrect.dumps import DumpWriter, dump_files, read_dump, write_dump
 
 
 def fill(folder, scales, *, start=0, **options):
@@ -50,6 +50,24 @@ def test_files_of_all_ranks_make_one_step_in_whatever_order(tmp_path, capsys):
     assert capsys.readouterr().out == "steps: 20, alarms: 0\n"
 
 
+def test_folders_of_ranks_hold_the_same_steps(tmp_path, capsys):
+    for rank in range(3):
+        fill(tmp_path / f"rank_{rank}", [0.02] * 12)
+    assert main(["watch", str(tmp_path), "--idle", "0"]) == 0
+    assert capsys.readouterr() == ("steps: 12, alarms: 0\n", "")
+
+
+def test_names_that_begin_with_the_step_are_in_order(tmp_path, capsys, monkeypatch):
+    fill(tmp_path, [0.02] * 4, start=98)
+    for path in tmp_path.iterdir():
+        path.rename(tmp_path / f"{int(path.name.split('_')[1])}_0.npz")
+    monkeypatch.chdir(tmp_path)
+    names = [path.name for path in dump_files(".")]
+    assert names == ["98_0.npz", "99_0.npz", "100_0.npz", "101_0.npz"]
+    assert main(["watch", ".", "--idle", "0"]) == 0
+    assert capsys.readouterr() == ("steps: 4, alarms: 0\n", "")
+
+
 def test_one_file_with_many_steps_is_as_good(tmp_path, capsys):
     fill(tmp_path / "many", [0.02] * 30 + [0.3] * 8)
     write_dump(read_dump(tmp_path / "many"), tmp_path / "one.npz")
@@ -64,7 +82,7 @@ def test_a_file_that_comes_after_its_step_was_over_is_said_to_be_left_out(tmp_pa
     fill(tmp_path, [0.02] * 3)
     first, second, third = sorted(tmp_path.iterdir())
     for path in (first, third, second):
-        run.take(path)
+        run.come([path])
     run.finish()
     assert run.steps == 3
     run.take(first)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from iscorrect.errors import input_error
+from iscorrect.errors import describe, input_error
 from iscorrect.layout import pad_sequences
 
 
@@ -41,6 +41,12 @@ def pad_together(
 def check_together(caller: str, fix: str, **lists: Sequence[Tensor]) -> None:
     """Raise unless lists hold as many samples, and each sample as many tokens, as the first."""
     (first, expected), *others = lists.items()
+    for name, tensors in lists.items():
+        for i, x in enumerate(tensors):
+            if not isinstance(x, Tensor) or not x.ndim:
+                raise input_error(
+                    caller, f"{name}[{i}]", expected="a tensor `t`", got=describe(x), fix=fix
+                )
     for name, tensors in others:
         if len(tensors) != len(expected):
             raise input_error(

@@ -49,8 +49,8 @@ def support_of(kept: Sequence[Tensor], offsets: Sequence[Tensor] | None = None) 
                 got=str(len(offsets)), fix="pass the offsets of each sample",
             )
         for i, (x, ends) in enumerate(zip(kept, offsets, strict=True)):
-            if x.ndim != 1 or not ends.numel() or int(ends[-1]) != len(x):
-                raise _refusal(i, x, "m", "with offsets that end at m")
+            if x.ndim != 1 or not ends.numel() or (int(ends[0]), int(ends[-1])) != (0, len(x)):
+                raise _refusal(i, x, "m", "pass offsets that begin at 0 and end at m")
         lengths, ids = [ends.diff() for ends in offsets], list(kept)
     if not kept:
         return Support(torch.zeros(0, dtype=torch.long), torch.zeros(1, dtype=torch.long))

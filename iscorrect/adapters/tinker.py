@@ -70,12 +70,16 @@ def _mask(datum: Any, i: int) -> Tensor:
     if "mask" not in datum.loss_fn_inputs:
         return torch.ones_like(_input(datum, i, "logprobs"))
     mask = _input(datum, i, "mask")
+    _check_mask("tinker.custom_loss", f"data[{i}] mask", mask)
+    return mask
+
+
+def _check_mask(caller: str, argument: str, mask: Tensor) -> None:
     if ((mask != 0) & (mask != 1)).any():
         raise input_error(
-            "tinker.custom_loss", f"data[{i}] mask", expected="of 0 and 1", got="other values",
+            caller, argument, expected="of 0 and 1", got="other values",
             fix="multiply weights into the advantages",
         )
-    return mask
 
 
 def corrected_advantages(
@@ -102,7 +106,8 @@ def corrected_advantages(
         masks: bool "t_i" each; None: every token counts.
 
     Raises:
-        InputError: lists of different lengths.
+        InputError: lists of different lengths, what is no tensor of tokens, or a mask that holds
+            something else than 0 and 1.
 
     >>> old, rollout = [torch.tensor([-1.0, -1.0])], [torch.tensor([-1.0, -3.0])]
     >>> from iscorrect.loss.presets import token_tis
@@ -120,6 +125,7 @@ def corrected_advantages(
         advantages=advantages, old_log_probs=old_log_probs, rollout_log_probs=rollout_log_probs,
         masks=masks,
     )
+    _check_mask("corrected_advantages", "masks", rows["masks"])
     counted = present & rows["masks"].bool()
     weights, _, metrics = parse(correction)(
         old_log_probs=rows["old_log_probs"], rollout_log_probs=rows["rollout_log_probs"],

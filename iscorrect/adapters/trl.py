@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import types
 import warnings
 from collections import deque
 from collections.abc import Iterable
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from iscorrect.adapters.bands import clamp_to
 from iscorrect.dumps import DumpWriter
-from iscorrect.errors import InputError, check_choice, input_error
+from iscorrect.errors import InputError, check_choice, check_number, input_error
 from iscorrect.fp16.arrival import Arrived, UpdateWatch, over_ranks
 from iscorrect.head.fused import fused_policy_loss
 from iscorrect.loop.coherence import GradientSketch, coherence
@@ -41,6 +42,9 @@ IDLE_IN_POLICY_LOSS = {
     "_entropy_bonus_enabled": False, "aux_loss_enabled": False,
 }
 """What of TRL's own loss a PolicyLoss stands for, and the value at which it is off."""
+
+NOTED = ("_metrics", "entropy_coef", "_last_world_entropy", "_entropy_window_stats")
+"""What TRL's loss changes of the trainer."""
 
 LOGIT_SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 
@@ -91,6 +95,10 @@ class CorrectedGRPO:
         coherence: int = 0,
         **kwargs: Any,
     ) -> None:
+        check_number(
+            "CorrectedGRPO", "coherence", coherence, "a number of steps", least=0, whole=True,
+            fix="pass coherence=100, or leave it at 0",
+        )
         super().__init__(*args, **kwargs)
         self.correction = None if correction is None else parse(correction)
         self.policy_loss = None if policy_loss is None else parse_loss(policy_loss)
@@ -170,14 +178,18 @@ class CorrectedGRPO:
         """Sketch the gradients of a micro-batch without and with weights."""
         model = self.accelerator.unwrap_model(self.model)  # DDP waits for a backward
         parameters = [p for p in model.parameters() if p.requires_grad]
-        logged, sketch = copy.deepcopy(self._metrics), GradientSketch()
-        plain, corrected = (
-            sketch(torch.autograd.grad(loss(model, inputs), parameters, allow_unused=True)).cpu()
-            for loss in (self._plain_loss, self._own_loss)
-        )
+        sketch = GradientSketch()
+        noted = {x: copy.deepcopy(getattr(self, x)) for x in NOTED if hasattr(self, x)}
+        try:
+            plain, corrected = (
+                sketch(torch.autograd.grad(loss(model, inputs), parameters, allow_unused=True))
+                .cpu() for loss in (self._plain_loss, self._own_loss)
+            )
+        finally:
+            for name, value in noted.items():
+                setattr(self, name, value)
         if bool((plain * corrected).isfinite().all()):  # one that overflowed says nothing
             self._pairs.append((plain, corrected))
-        self._metrics = logged  # where TRL has noted each of them
 
     def _plain_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         if self.policy_loss is None:
@@ -322,6 +334,13 @@ class CorrectedGRPO:
                 "coherence", "0 with a correction without vLLM: its weights are in the advantages",
                 str(steps), "pass policy_loss=, or leave coherence at 0",
             )
+        checkpointing = self.args.gradient_checkpointing_kwargs or {}
+        if self.args.gradient_checkpointing and checkpointing.get("use_reentrant"):
+            raise _refusal(
+                "gradient_checkpointing_kwargs",
+                "without use_reentrant=True with coherence, which asks for gradients apart",
+                repr(checkpointing), "set gradient_checkpointing_kwargs={'use_reentrant': False}",
+            )
         how = self.accelerator.distributed_type
         if how not in ("NO", "MULTI_CPU", "MULTI_GPU") or self.args.n_gpu > 1:
             raise _refusal(
@@ -341,6 +360,11 @@ class CorrectedGRPO:
             raise _refusal(
                 "model", "one without adapters whose head is a plain Linear, with fused=True",
                 f"{type(self.model).__name__} with {type(head).__name__}", "set fused=False",
+            )
+        if getattr(self.model.forward, "__self__", None) is not self.model:
+            raise _refusal(
+                "model", "one whose forward is a method of its own, with fused=True",
+                f"{type(self.model).__name__} with {self.model.forward!r}", "set fused=False",
             )
         if config.get_text_config() is not config:
             raise _refusal(
@@ -389,16 +413,16 @@ def _add_loss(model: Any) -> None:
 
     Whatever wraps the model, DDP above all, must see the loss as its output.
     """
-    forward = model.forward
+    forward = model.forward.__func__
 
     @functools.wraps(forward)  # generate looks at the signature
-    def forward_or_loss(*args: Any, loss_of: Any = None, **kwargs: Any) -> Any:
+    def forward_or_loss(self: Any, *args: Any, loss_of: Any = None, **kwargs: Any) -> Any:
         if loss_of is None:
-            return forward(*args, **kwargs)
-        hidden = model.base_model(*args, use_cache=False, **kwargs).last_hidden_state
-        return loss_of(hidden, model.get_output_embeddings())
+            return forward(self, *args, **kwargs)
+        hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
+        return loss_of(hidden, self.get_output_embeddings())
 
-    model.forward = forward_or_loss
+    model.forward = types.MethodType(forward_or_loss, model)  # a copy's is bound to the copy
 
 
 def _mask(batch: dict[str, Any]) -> Tensor:
@@ -413,7 +437,9 @@ def _refusal(argument: str, expected: str, got: str, fix: str) -> InputError:
 def monitor_callback(monitor: Monitor) -> Any:
     """A callback for any trainer of transformers, which shows a monitor what the trainer logs.
 
-    It sees what :class:`CorrectedGRPO` logs, of all ranks, on the first of them.
+    It sees what :class:`CorrectedGRPO` logs, of all ranks, on the first of them; a run that goes on
+    from a checkpoint begins with what it had logged, without a second alarm. A watched metric that
+    is not what a monitor takes is warned about once and ends nothing.
 
     Args:
         monitor: says what to do on an alarm.
@@ -424,11 +450,33 @@ def monitor_callback(monitor: Monitor) -> Any:
     from transformers import TrainerCallback
 
     class MonitorCallback(TrainerCallback):  # type: ignore[misc]
+        seen = -1
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            notify, monitor.notify = monitor.notify, ()
+            try:
+                for logs in state.log_history:
+                    if logs.get("step", -1) > self.seen:
+                        self._show(state, logs["step"], logs)
+            finally:
+                monitor.notify = notify
+
         def on_log(
             self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any
         ) -> None:
-            if logs and state.is_world_process_zero:
-                monitor.update(state.global_step, logs)
+            self._show(state, state.global_step, logs or {})
+
+        def _show(self, state: Any, step: int, logs: dict[str, Any]) -> None:
+            self.seen = max(self.seen, step)
+            if not state.is_world_process_zero:
+                return
+            others = {name: x for name, x in logs.items() if name not in monitor.watch}
+            for name in [name for name in monitor.watch if name in logs]:
+                try:
+                    monitor.update(step, others | {name: logs[name]})
+                except InputError as error:
+                    warnings.warn(f"{name} is not watched: {error}", stacklevel=2)
+                    del monitor.watch[name]
 
     return MonitorCallback()
 

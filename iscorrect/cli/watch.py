@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -44,8 +44,8 @@ def run(options: argparse.Namespace) -> int:
         )
     run = _Run()
     try:
-        for path in _arriving(options.dumps, options.idle):
-            run.come(path)
+        for paths in _arriving(options.dumps, options.idle):
+            run.come(paths)
     except KeyboardInterrupt:
         tell("interrupted")
     run.finish()
@@ -56,19 +56,20 @@ def run(options: argparse.Namespace) -> int:
     return 1 if run.alarms else 2 if run.unread else 0
 
 
-def _arriving(folder: Path, idle: float) -> Iterator[Path]:
-    """Files one after the other, when they have come or changed, and stopped growing."""
+def _arriving(folder: Path, idle: float) -> Iterator[list[Path]]:
+    """The files of each look that have come or changed, and stopped growing."""
     taken: dict[Path, tuple[int, int]] = {}
     sizes: dict[Path, tuple[int, int]] = {}
     last = time.monotonic()
     while True:
         now = _files(folder)
-        for path, size in now.items():
-            if taken.get(path) != size and (idle == 0 or sizes.get(path) == size):
-                taken[path] = size
-                last = time.monotonic()
-                yield path
-        if now != sizes:
+        come = {
+            path: size for path, size in now.items()
+            if taken.get(path) != size and (idle == 0 or sizes.get(path) == size)
+        }
+        taken |= come
+        yield [*come]
+        if come or now != sizes:
             last = time.monotonic()
         sizes = now
         if time.monotonic() - last >= idle:
@@ -103,13 +104,15 @@ class _Run:
         self._open: dict[int, Metrics] = {}
         self._over = -1
 
-    def come(self, path: Path) -> None:
-        """Read a file, unless it was read before."""
-        if path not in self._read:
-            self.take(path)
-        elif path not in self._grown:
-            self._grown.add(path)
-            tell(f"{visible(path)} changed after it was read: what came since is left out")
+    def come(self, paths: Iterable[Path]) -> None:
+        """Read files, unless they were read before; folders of ranks hold the same steps."""
+        for path in paths:
+            if path not in self._read:
+                self.take(path)
+            elif path not in self._grown:
+                self._grown.add(path)
+                tell(f"{visible(path)} changed after it was read: what came since is left out")
+        self._close(max(self._open, default=0))
 
     def take(self, path: Path) -> None:
         """Read a file, all of it or nothing; one without steps is a step."""
@@ -131,7 +134,6 @@ class _Run:
                 continue
             self._open[step] = self._open[step] + metrics if step in self._open else metrics
         self.files += 1
-        self._close(max(self._open, default=0))
 
     def finish(self) -> None:
         """Nothing more comes."""

@@ -144,8 +144,8 @@ def dump_files(*paths: str | PathLike[str]) -> list[Path]:
     return found
 
 
-def _natural(path: Path) -> list[tuple[int, str]]:
-    return [(int(s or 0), t) for t, s in re.findall(r"(\D+)(\d*)", str(path))]
+def _natural(path: Path) -> list[tuple[str, int]]:
+    return [(text, int(number or 0)) for text, number in re.findall(r"(\D*)(\d+|$)", str(path))]
 
 
 def _check_file(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import operator
 import os
 import warnings
 import zipfile
@@ -66,13 +67,21 @@ def write_dump(
             "write_dump", "path", expected="in a directory that is there", got=visible(path),
             fix="make the directory first",
         )
-    rows = _checked_rows([dump] if isinstance(dump, LogProbDump) else dump)
+    pieces = [dump] if isinstance(dump, LogProbDump) else dump
+    rows = _checked_rows(pieces if isinstance(pieces, Iterable) else [pieces])
     with replacing(path) as unfinished:
         WRITERS[path.suffix](rows, unfinished)
 
 
 def _checked_rows(pieces: Iterable[LogProbDump]) -> list[Row]:
-    rows = [row for piece in pieces for row in rows_of(piece)]
+    rows: list[Row] = []
+    for piece in pieces:
+        if not isinstance(piece, LogProbDump):
+            raise input_error(
+                "write_dump", "dump", expected="a LogProbDump, or several", got=describe(piece),
+                fix="pass write_dump(dump, path)",
+            )
+        rows += rows_of(piece)
     if not rows:
         raise input_error(
             "write_dump", "dump", expected="of at least one sequence", got="none",
@@ -253,6 +262,13 @@ class DumpWriter:
             InputError: a name that is no field, a log-prob is not given, or ranks share sequences.
             OSError: the file cannot be written.
         """
+        try:
+            step = operator.index(step)
+        except TypeError:
+            raise input_error(
+                "DumpWriter", "step", expected="a whole number", got=describe(step),
+                fix="pass step=trainer.state.global_step, or a counter of your own",
+            ) from None
         for name in tensors:
             check_choice("DumpWriter", "tensors", name, [n for n in DTYPES if n != "mask"])
         layout = mask if isinstance(mask, Layout) else None
@@ -270,12 +286,12 @@ class DumpWriter:
                     fix="pass what the loss gets",
                 )
         if layout is not None:
-            given = one_row_each(layout, given, step=int(step))
-        dump = self._fitting(int(step), given, names)
+            given = one_row_each(layout, given, step=step)
+        dump = self._fitting(step, given, names)
         if dump is None:
             return None
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-        path = self.directory / f"step_{int(step):06d}_rank_{rank}{self.suffix}"
+        path = self.directory / f"step_{step:06d}_rank_{rank}{self.suffix}"
         return add_file(path, partial(WRITERS[self.suffix], list(rows_of(dump))))
 
     def _fitting(

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from iscorrect.errors import check_choice, describe, input_error
+from iscorrect.errors import check_choice, check_number, describe, input_error
 from iscorrect.fp16.checkpoints import FLOATS, Source, Stored, stored
 from iscorrect.fp16.ranges import MEASURED_AT_ONCE
 from iscorrect.ranks import accumulator, sum_over
@@ -131,6 +131,7 @@ class UpdateWatch:
 
     def __init__(self, dtype: torch.dtype, entries: int = 2**20) -> None:
         check_scaling("UpdateWatch", dtype, "none")
+        check_number("UpdateWatch", "entries", entries, "how many weights are kept", least=1)
         self._dtype, self._entries = dtype, entries
         self._places: list[Tensor] | None = None
         self._last: Tensor | None = None
@@ -143,6 +144,11 @@ class UpdateWatch:
         """
         # a DTensor's to_local is that of its type alone
         parts = [getattr(x.detach(), "to_local", x.detach)().reshape(-1) for x in parameters]
+        if not parts:
+            raise input_error(
+                "UpdateWatch", "parameters", expected="at least one tensor", got="none",
+                fix="pass model.parameters()",
+            )
         if self._places is None:
             share = min(1.0, self._entries / max(1, sum(x.numel() for x in parts)))
             generator = torch.Generator().manual_seed(0)
@@ -320,7 +326,7 @@ def arrivals(
         arguments: what messages call ``before`` and ``after``.
     """
     rows: dict[str, list[Arrived]] = {name: [] for name in grids}
-    skipped = {}
+    skipped, apart = {}, False
     later = {x.name: x for x in stored(caller, after, arguments[1])}
     earlier = {x.name: x for x in stored(caller, before, arguments[0])}
     _check_names(caller, arguments, earlier, later)
@@ -335,6 +341,7 @@ def arrivals(
             continue
         sums = {form: Arrived(name) for form in grids}
         for old, new in _pieces(caller, arguments, tensor, later[name]):
+            apart |= old.data_ptr() != new.data_ptr()
             for form, rounded in grids.items():
                 sums[form] += arrived(
                     name, old, new, sent_before=rounded(old), sent_after=rounded(new)
@@ -346,6 +353,12 @@ def arrivals(
             caller, arguments[0], expected="weights in FP64, FP32, BF16 or FP16",
             got=", ".join(sorted(set(skipped.values()))) or "no tensor",
             fix="pass the trainer's own weights",
+        )
+    if not apart and next(iter(rows.values()))[0].entries:
+        raise input_error(
+            caller, arguments[0], expected=f"weights of their own, not those of `{arguments[1]}`",
+            got="the same memory, which an update changes for both",
+            fix="keep {name: x.clone() for name, x in model.state_dict().items()} before it",
         )
     return [WeightArrival(form, tuple(of), skipped) for form, of in rows.items()]
 

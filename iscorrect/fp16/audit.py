@@ -264,6 +264,11 @@ def audit_fp16(
             "audit_fp16", "source", expected="a model where `inputs` are given",
             got=describe(source), fix="pass the nn.Module itself",
         )
+    if not (inputs is None or isinstance(inputs, Mapping | Sequence | Tensor)):
+        raise input_error(
+            "audit_fp16", "inputs", expected="a dict, a sequence or a tensor",
+            got=describe(inputs), fix="pass what the model is called with",
+        )
     if loss is not None and inputs is None:
         raise input_error(
             "audit_fp16", "inputs", expected="given where `loss` is", got="None",

@@ -10,6 +10,8 @@ import json
 import math
 import os
 import re
+import weakref
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,7 +43,8 @@ def stored(caller: str, source: Source, argument: str = "source") -> Iterator[St
 
     Args:
         caller: what messages begin with.
-        source: a module; a state dict; a `.safetensors`, `.bin` or `.pt` file; a directory with
+        source: a module; a state dict, of which DTensors are made whole one after the other, so
+            that all ranks have to read it; a `.safetensors`, `.bin` or `.pt` file; a directory with
             such files, or with indices of them, of which every shard must be there.
         argument: what messages call ``source``.
 
@@ -78,7 +81,7 @@ def stored(caller: str, source: Source, argument: str = "source") -> Iterator[St
 
 
 def _of_state_dict(caller: str, argument: str, state: Mapping[str, Any]) -> Iterator[Stored]:
-    firsts: dict[int, str] = {}
+    firsts: dict[tuple[Any, ...], tuple[weakref.ref[Tensor], str]] = {}
     for key, x in state.items():
         name = str(key)
         if not isinstance(x, Tensor):
@@ -96,12 +99,29 @@ def _of_state_dict(caller: str, argument: str, state: Mapping[str, Any]) -> Iter
                 got=f"{visible(name)} on the meta device",
                 fix="load the weights, or pass their path",
             )
-        dense = x if x.layout == torch.strided else x.detach().to_dense()
-        first = firsts.setdefault(id(x), name)
-        yield Stored(name, str(x.dtype).removeprefix("torch."), _cut(dense), first)
+        # what reads tensors on demand may put the next one where the last one was
+        kept = firsts.get(_memory(x))
+        if kept is None or kept[0]() is None:
+            kept = firsts[_memory(x)] = weakref.ref(x), name
+        yield Stored(name, str(x.dtype).removeprefix("torch."), _cut(x), kept[1])
+
+
+def _memory(x: Tensor) -> tuple[Any, ...]:
+    """Where a tensor lies; that of a state dict is not the module's own, but lies where it does."""
+    local = getattr(x.detach(), "to_local", x.detach)()
+    if local.layout != torch.strided or not local.numel():
+        return (id(x),)
+    return (
+        x.device, local.data_ptr(), local.shape, local.stride(), x.shape, x.dtype,
+    )
 
 
 def _cut(x: Tensor) -> Iterator[Tensor]:
+    whole = getattr(x.detach(), "full_tensor", None)  # of a DTensor
+    if whole is not None:
+        x = whole()
+    elif x.layout != torch.strided:
+        x = x.detach().to_dense()
     for box in boxes(x.shape):
         yield x[box]
 
@@ -218,7 +238,8 @@ def boxes(shape: Sequence[int], entries: int = READ_AT_ONCE) -> Iterator[tuple[s
 
 def _of_torch_file(caller: str, argument: str, path: Path) -> Iterator[Stored]:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        mapped = zipfile.is_zipfile(path)  # files from before torch 1.6 are not
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # what it raises on damaged files is not documented
         raise _damaged(caller, argument, path, str(error).split("\n")[0]) from error
     if not isinstance(state, Mapping) or not any(isinstance(x, Tensor) for x in state.values()):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from iscorrect.errors import input_error
+from iscorrect.errors import check_number, input_error
 
 
 def fp16_scaler(
@@ -36,7 +36,8 @@ def fp16_scaler(
         torch's own scaler.
 
     Raises:
-        InputError: CUDA is not there, where torch would switch scaling off.
+        InputError: a scale that is not above 0; CUDA is not there, where torch would switch scaling
+            off.
 
     References:
         Qi et al., arXiv 2510.26788: the growth interval of 400 and the eps of 1e-15.
@@ -49,6 +50,7 @@ def fp16_scaler(
     >>> weight.tolist(), scaler.get_scale()
     ([1.0, 1.0], 512.0)
     """
+    check_number("fp16_scaler", "scale", scale, "what losses are multiplied by", above=0)
     kind = torch.device(device).type
     if kind == "cuda" and not torch.cuda.is_available():
         raise input_error(

@@ -78,6 +78,11 @@ def _round_flat(x: Tensor, dtype: torch.dtype, generator: torch.Generator | None
 def check_sent(caller: str, x: object, dtype: object) -> None:
     """Raise unless x are a trainer's weights and dtype is an engine's."""
     check_scaling(caller, dtype, "none")
+    if hasattr(x, "full_tensor"):
+        raise input_error(
+            caller, "x", expected="a plain tensor", got="a DTensor",
+            fix="pass x.full_tensor(), on all ranks, or take stochastic_round_weights",
+        )
     if not (isinstance(x, Tensor) and x.is_floating_point() and x.element_size() >= 4):
         raise input_error(
             caller, "x", expected="a tensor of float32 or wider", got=describe(x),
@@ -96,19 +101,24 @@ def neighbours(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     ([1.0], [1.25], [0.75])
     """
     integers, magnitude = BITS[dtype.itemsize]
-    nearest = x.to(dtype)
-    size, largest = x.abs(), torch.finfo(dtype).max
-    inside = nearest.to(x.dtype).isfinite() & (size <= largest)
+    size = x.abs()
+    nearest = size.to(dtype)
+    inside = nearest.to(x.dtype).isfinite() & (size <= torch.finfo(dtype).max)
     bits = nearest.view(integers)
     step = torch.ones_like(bits)
-    beyond = inside & (nearest.to(x.dtype).abs() > size)
-    low = torch.where(beyond, bits - step, bits)
-    exact = low.view(dtype).to(x.dtype).abs() == size
-    high = torch.where(inside & ~exact & ((low & magnitude) < magnitude), low + step, low)
-    low, high = low.view(dtype), high.view(dtype)
-    a, b = low.to(x.dtype).abs(), high.to(x.dtype).abs()
+    low = torch.where(inside & (nearest.to(x.dtype) > size), bits - step, bits)
+    exact = low.view(dtype).to(x.dtype) == size
+    high = torch.where(inside & ~exact & (low < magnitude), low + step, low)
+    a, b = (part.view(dtype).to(x.dtype) for part in (low, high))
     up = torch.where(b > a, (size - a) / torch.where(b > a, b - a, 1), 0)
-    return low, high, up.to(torch.float32)
+    one_zero = "fnuz" in str(dtype)  # where the bits of −0 stand for NaN
+
+    def signed(part: Tensor) -> Tensor:
+        negative = x.signbit() & (part != 0) if one_zero else x.signbit()
+        with_sign = torch.where(negative, part | ~torch.full_like(part, magnitude), part)
+        return torch.where(inside, with_sign, x.to(dtype).view(integers)).view(dtype)
+
+    return signed(low), signed(high), up.to(torch.float32)
 
 
 def _where(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -129,8 +139,9 @@ def stochastic_round_weights(
     new draws pass another seed, on all ranks the same.
 
     Args:
-        weights: names and whole tensors, as trainers hand them to their engine's loader. Tensors of
-            16 bits are widened; those of ``dtype`` or of integers pass as they are.
+        weights: names and whole tensors, as trainers hand them to their engine's loader; a DTensor
+            is made whole when it is come to, so all its ranks have to come to it. Tensors of 16
+            bits are widened; those of ``dtype`` or of integers pass as they are.
         dtype: of the engine: 16-bit or FP8.
         seed: of the draws.
 
@@ -154,6 +165,8 @@ def stochastic_round_weights(
                 "stochastic_round_weights", "weights", expected="pairs of a name and a tensor",
                 got=f"{describe(x)} under {name!r}", fix="pass model.named_parameters()",
             )
+        if hasattr(x, "full_tensor"):
+            x = x.full_tensor()
         if x.dtype == dtype or not x.is_floating_point():
             return x
         wide = x if x.element_size() >= 4 else x.float()
@@ -212,6 +225,11 @@ def round_with_feedback(x: Tensor, dtype: torch.dtype, rest: Tensor | None = Non
         raise input_error(
             "round_with_feedback", "rest", expected=f"of shape {tuple(x.shape)} like `x`",
             got=describe(rest), fix="pass .rest of what the same tensor's last send gave",
+        )
+    if rest is not None and rest.device != x.device:
+        raise input_error(
+            "round_with_feedback", "rest", expected=f"on {x.device} like `x`",
+            got=f"on {rest.device}", fix="pass rest.to(x.device)",
         )
     wanted = x.detach() if rest is None else x.detach() + rest
     sent = wanted.to(dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -196,18 +197,28 @@ class GradientSketch:
                     got=f"{gradient.layout} as number {number}",
                     fix="build the embedding with sparse=False",
                 )
+            if hasattr(gradient, "full_tensor"):
+                raise input_error(
+                    "GradientSketch", "gradients", expected="plain tensors",
+                    got=f"a DTensor as number {number}",
+                    fix="pass p.grad.to_local(), with seed=rank and the ranks' group",
+                )
+            draws = self.seed * 1_000_003 + number
             generator = torch.Generator(gradient.device)
-            generator.manual_seed(self.seed * 1_000_003 + number)
+            generator.manual_seed(draws)
             if total is None:
                 total = torch.zeros(self.size, device=gradient.device)
+            own = torch.zeros_like(total)
             # whole rows of the sketch, so that a place does not depend on where parts begin
             step = max(PART // self.size, 1) * self.size
             for part in torch.split(gradient.reshape(-1), step):
                 signs = torch.empty_like(part, dtype=torch.int8).random_(2, generator=generator)
                 signed = part.float() * (2 * signs - 1)
                 whole = len(signed) // self.size * self.size
-                total += signed[:whole].view(-1, self.size).sum(0)
-                total[: len(signed) - whole] += signed[whole:]
+                own += signed[:whole].view(-1, self.size).sum(0)
+                own[: len(signed) - whole] += signed[whole:]
+            # or all tensors smaller than a sketch would meet in its first places
+            total += own.roll(random.Random(draws).randrange(self.size))
         if total is None:
             raise input_error(
                 "GradientSketch", "gradients", expected="at least one tensor", got="none",

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import numbers
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -99,7 +101,7 @@ class Monitor:
     Args:
         watch: names of metrics that are never negative, and whether their "rise" or "fall" is bad.
         notify: called with every alarm: :func:`to_logging`, :func:`to_wandb`,
-            :func:`to_tensorboard`, or any callable.
+            :func:`to_tensorboard`, or any callable; what it raises becomes a warning.
 
     Raises:
         InputError: no mapping or an empty one, another word than "rise" or "fall", or a ``notify``
@@ -140,7 +142,7 @@ class Monitor:
         Args:
             step: of the training run.
             metrics: by flat name, of all micro-batches and ranks; others than those watched are
-                ignored, and one that is missing is taken as not measured at this step.
+                ignored, and one that is missing or None is taken as not measured at this step.
 
         Returns:
             The alarms of this step.
@@ -156,13 +158,15 @@ class Monitor:
         unmeasured = "mismatch/" if _nothing_measured(metrics) else ()
         watched = {
             name: _number(name, metrics[name]) for name in self.watch
-            if name in metrics and not name.startswith(unmeasured)
+            if metrics.get(name) is not None and not name.startswith(unmeasured)
         }
         found = [self._take(step, name, y) for name, y in watched.items()]
         alarms = [alarm for alarm in found if alarm is not None]
-        for alarm in alarms:
-            for notify in self.notify:
+        for alarm, notify in product(alarms, self.notify):
+            try:
                 notify(alarm)
+            except Exception as error:  # a broken pager must not end the run, nor keep others still
+                warnings.warn(f"Monitor: {notify!r} raised {error!r} at: {alarm}", stacklevel=2)
         return alarms
 
     def _take(self, step: int, name: str, y: float) -> Alarm | None:

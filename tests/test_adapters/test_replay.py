@@ -76,6 +76,7 @@ def test_what_is_neither_form_is_refused():
         (tuple(ids),): r"`kept\[0\]` must be int `t k`",
         (tuple(ids), tuple(ends[:-1])): "3 tensors like `kept`",
         (tuple(ids), tuple(x[:-1] for x in ends)): r"`kept\[0\]` must be int `m`",
+        (tuple(ids), tuple(x[1:] for x in ends)): "begin at 0 and end at m",
     }.items():
         with pytest.raises(InputError, match=message):
             support_of(*arguments)
