@@ -27,7 +27,7 @@ from benchmarks.lab.chain.records import append, known
 from benchmarks.lab.chain.world import World, sample
 from iscorrect import Coherence, GradientSketch, coherence, group_advantages
 
-SHOWN = ("activations-7", "int4", "int3", "behind-2", "behind-8")
+SHOWN = ("activations-7", "int4", "int3", "behind-2", "behind-4", "behind-8")
 LEARNT = 20
 """Exact updates before the policy of a lag is held."""
 ANSWERS = 16
