@@ -462,7 +462,8 @@ def _check_ids(name: str, ids: Tensor | None, mask: Tensor) -> None:
 
 
 def _check_cu_seqlens(cu_seqlens: Tensor) -> None:
-    if cu_seqlens.ndim != 1 or cu_seqlens.is_floating_point() or not len(cu_seqlens):
+    integers = isinstance(cu_seqlens, Tensor) and not cu_seqlens.is_floating_point()
+    if not integers or cu_seqlens.ndim != 1 or not len(cu_seqlens):
         raise input_error(
             "Layout.from_cu_seqlens", "cu_seqlens", expected="an integer tensor `s+1`",
             got=describe(cu_seqlens), fix="pass flash-attention's cumulative lengths",

@@ -22,6 +22,11 @@ def call(**changes):
     return PolicyLoss()(arguments.pop("log_probs"), **arguments)
 
 
+def call_of(**parts):
+    arguments = dict(GOOD)
+    return PolicyLoss(**parts)(arguments.pop("log_probs"), **arguments)
+
+
 def named(error, caller, argument, *fragments):
     message = str(error.value)
     assert message.startswith(f"{caller}: `{argument}` must be ")
@@ -180,6 +185,38 @@ SPECS = {
     "heads of another size": (lambda: ic.score_centering(torch.ones(1, 2, 3), torch.ones(1, 2, 4),
                                                          torch.ones(1, 2)),
                               "score_centering", "rollout_head_log_probs"),
+    "a loss of other rows": (lambda: ic.aggregate(torch.ones(2, 1), MASK), "aggregate", "per_token",
+                             "of shape (2, 4) like `mask`"),
+    "a temperature that would learn": (
+        lambda: ic.log_probs_from_logits(torch.ones(2, 3), torch.ones(2, dtype=torch.long),
+                                         temperature=torch.tensor(0.7, requires_grad=True)),
+        "log_probs_from_logits", "temperature", "a number > 0"),
+    "targets in a list": (lambda: ic.log_probs_from_logits(torch.ones(2, 3), [0, 1]),
+                          "log_probs_from_logits", "target", "an integer tensor", "got list"),
+    "a support in a list": (
+        lambda: ic.log_probs_from_logits(torch.ones(2, 3), torch.ones(2, dtype=torch.long),
+                                         support=[[0], [1]]),
+        "log_probs_from_logits", "support", "got list"),
+    "a dtype by name": (
+        lambda: ic.linear_log_probs(torch.ones(2, 3), torch.ones(4, 3),
+                                    torch.ones(2, dtype=torch.long), head_dtype="bfloat16"),
+        "linear_log_probs", "head_dtype", "a floating-point dtype", "got 'bfloat16'"),
+    "lengths in a list": (lambda: Layout.from_cu_seqlens(MASK[0], [0, 4]),
+                          "Layout.from_cu_seqlens", "cu_seqlens", "an integer tensor"),
+    "a loss of nothing": (lambda: ic.parse_loss(None), "parse_loss", "config", "got None"),
+    "an argument twice": (lambda: ic.parse("token-tis:cap=2,cap=3"), "parse",
+                          "argument of token-tis", "each given once", "got 'cap=3'"),
+    "a penalty of one's own": (lambda: PolicyLoss(reference_kl=lambda a, b, c: a - b),
+                               "PolicyLoss", "reference_kl", "a ReferenceKL, or None"),
+    "a bound that is a mask": (
+        lambda: call_of(correction=ic.Correction(bound=lambda r, e: r < 2)), "Correction", "bound",
+        "to return weights", "got bool (2, 4)"),
+    "a rule of floats": (
+        lambda: call_of(correction=ic.Correction(reject=(lambda e: e.log_ratio.exp(),))),
+        "Correction", "reject", "to return bool", "got float32 (2, 4)"),
+    "an objective's tuple": (
+        lambda: call_of(objective=lambda p, old, a, layout: (-a * p, None)), "PolicyLoss",
+        "objective", "to return the loss", "got tuple"),
     "one advantage a head": (lambda: ic.score_centering(torch.ones(1, 2, 3), torch.ones(1, 2, 3),
                                                         torch.ones(1, 3)),
                              "score_centering", "advantages"),

@@ -498,3 +498,22 @@ def test_bad_input_names_the_argument(case):
     } | batch.rest | bad
     with pytest.raises(InputError, match=rf"`{argument}` must be .* Fix: "):
         fused_policy_loss(**arguments)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_log_prob_that_is_none_takes_its_sequence_out_of_the_gradient_too(frozen):
+    """Finite, and below −10⁴ nats: the loss drops it, and so must the pass that makes gradients."""
+    hidden = torch.tensor([[[1.0], [2e4], [1.0]]], dtype=torch.float64)
+    head = torch.tensor([[1.0], [0.0], [0.5]], dtype=torch.float64)
+    old = torch.full((1, 3), -1.0, dtype=torch.float64)
+    hidden.requires_grad_()
+    head.requires_grad_(not frozen)
+    loss, metrics = fused_policy_loss(
+        PolicyLoss(correction=sequence_is()), hidden=hidden, weight=head,
+        target=torch.tensor([[0, 1, 2]]), old_log_probs=old, rollout_log_probs=old - 0.1,
+        advantages=torch.ones(1, dtype=torch.float64), mask=torch.ones(1, 3, dtype=torch.bool),
+    )
+    loss.backward()
+    assert loss == 0 and metrics["is/rejected"] == 1
+    assert hidden.grad.abs().max() == 0
+    assert frozen or head.grad.abs().max() == 0

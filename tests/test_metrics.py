@@ -273,3 +273,12 @@ def test_metrics_are_computed_once_however_they_are_read():
     assert 0 < first.n < 80
     assert second.n == 0
     assert again["is/ess"] == metrics["is/ess"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_effective_sample_of_16_bit_weights_is_summed_in_float32(dtype):
+    mask = torch.ones(1, 5000, dtype=torch.bool)
+    assert ic.effective_sample_size(torch.ones(1, 5000, dtype=dtype), mask) == 1
+    weights = torch.rand(1, 5000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    wide = ic.effective_sample_size(weights.double(), mask)
+    torch.testing.assert_close(ic.effective_sample_size(weights, mask).double(), wide)

@@ -244,6 +244,21 @@ def test_score_centering_makes_the_gradient_a_covariance(cap, seed, kept):
     torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("what", ["rollout", "advantage", "head"])
+def test_score_centering_of_what_is_not_finite_has_no_gradient(what):
+    head = torch.tensor([[[0.4, 0.4]] * 2]).log()
+    rollout, advantages = torch.tensor([[[0.5, 0.3]] * 2]).log(), torch.ones(1, 2)
+    {"rollout": rollout, "advantage": advantages, "head": head}[what][0, 1] = torch.nan
+    head.requires_grad_()
+    ones = torch.full((1, 2), -1.0)
+    loss, _ = ic.PolicyLoss(correction=ic.token_tis())(
+        ones, rollout_log_probs=ones, advantages=torch.ones(1),
+        mask=torch.tensor([[True, False]]), extra=ic.score_centering(head, rollout, advantages),
+    )
+    loss.backward()
+    assert head.grad[0, 0].abs().sum() == 0 and head.grad[0, 1].tolist() == [0, 0]
+
+
 @pytest.mark.parametrize(
     ("how", "expected"),
     [

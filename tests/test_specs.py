@@ -5,6 +5,7 @@ import json
 from importlib.util import find_spec
 
 import components
+import numpy as np
 import pytest
 from hypothesis import given
 
@@ -202,3 +203,15 @@ def test_hydra_reads_a_loss_from_its_configuration():
         "reject": [{"_target_": "iscorrect.Veto", "low": 1e-4}],
     }
     assert instantiate(omegaconf.OmegaConf.create(parts)) == loss.correction
+
+
+def test_numbers_of_numpy_are_written_as_numbers():
+    loss = PolicyLoss(objective=ic.PPOClip(high=np.float64(2)))
+    for spec in (ic.token_tis(np.float64(3.5)), loss):
+        read = parse if isinstance(spec, ic.Correction) else parse_loss
+        assert read(to_text(spec)) == read(through_yaml(to_dict(spec))) == spec
+    assert to_text(ic.token_tis(np.float64(3.5))) == "token-tis:cap=3.5"
+
+
+def test_a_loss_may_stand_in_lines():
+    assert parse_loss("token-tis\n  ppo-clip\tsum\n") == parse_loss("token-tis ppo-clip sum")

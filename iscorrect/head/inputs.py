@@ -81,9 +81,10 @@ class Head:
                     caller, name, expected="a number > 0", got=repr(value),
                     fix=f"pass {name} as the sampler and the model's config have it",
                 )
-        if not self.head_dtype.is_floating_point:
+        floating = isinstance(self.head_dtype, torch.dtype) and self.head_dtype.is_floating_point
+        if not floating:
             raise input_error(
-                caller, "head_dtype", expected="a floating-point dtype", got=str(self.head_dtype),
+                caller, "head_dtype", expected="a floating-point dtype", got=repr(self.head_dtype),
                 fix="pass torch.float32",
             )
 

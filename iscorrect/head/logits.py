@@ -244,7 +244,7 @@ def _over_rows(
 def _check(
     logits: Tensor, target: Tensor, temperature: float, support: Tensor | Support | None
 ) -> None:
-    if not logits.is_floating_point() or logits.ndim == 0:
+    if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.ndim == 0:
         raise input_error(
             "log_probs_from_logits", "logits", expected="a floating-point tensor `... v`",
             got=describe(logits), fix="pass the model's logits",
@@ -252,7 +252,7 @@ def _check(
     check_target("log_probs_from_logits", target, logits.shape[:-1], of="logits")
     if support is not None:
         check_support("log_probs_from_logits", support, target)
-    if not temperature > 0:
+    if not (isinstance(temperature, (int, float)) and temperature > 0):
         raise input_error(
             "log_probs_from_logits", "temperature", expected="a number > 0", got=repr(temperature),
             fix="pass the sampler's temperature; greedy decoding has no log-probs to correct",

@@ -22,6 +22,7 @@ from iscorrect.loss.batch import Batch
 from iscorrect.loss.correction import Correction
 from iscorrect.loss.evidence import Scope
 from iscorrect.loss.policy_loss import PolicyLoss
+from iscorrect.loss.ratios import is_log_prob
 from iscorrect.ranks import Group, first_over
 
 
@@ -80,8 +81,8 @@ def in_one_pass(
             reader.differentiate_all(
                 tokens[rest][busy_rest], reading[busy_rest], coefficient[busy_rest], into, room.step
             )
-    if known and loss_fn.correction.scope != "token" and not bool(log_probs.isfinite().all()):
-        # A token that is not finite takes its sequence with it, which was not known beforehand.
+    if known and loss_fn.correction.scope != "token" and not bool(is_log_prob(log_probs).all()):
+        # A token without a log-prob takes its sequence with it, which was not known beforehand.
         return None
     return log_probs.view(scale.shape), [*into.total(), scale if wanted[3] else None]
 

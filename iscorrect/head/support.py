@@ -27,7 +27,8 @@ def check_target(
     caller: str, target: Tensor, shape: tuple[int, ...], *, of: str, hint: str | None = None
 ) -> None:
     """Raise unless there is one token id for each position of ``of``."""
-    if target.is_floating_point() or target.dtype == torch.bool:
+    integer = isinstance(target, Tensor) and not target.is_floating_point()
+    if not integer or target.dtype == torch.bool:
         raise input_error(
             caller, "target", expected="an integer tensor `...`", got=describe(target),
             fix="pass token ids",
@@ -69,7 +70,8 @@ def check_support(caller: str, support: Tensor | Support, target: Tensor) -> Non
                 got=f"ids {describe(support.ids)}, offsets {describe(support.offsets)}",
                 fix="give one more offset than there are target positions",
             )
-    elif support.is_floating_point() or support.shape[:-1] != target.shape:
+    elif (not isinstance(support, Tensor) or support.is_floating_point()
+          or support.shape[:-1] != target.shape):
         raise input_error(
             caller, "support", expected=f"int {(*target.shape, 'k')}, −1 in unused places",
             got=describe(support),

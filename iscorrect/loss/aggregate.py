@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from iscorrect.errors import check_choice, describe, input_error
+from iscorrect.errors import check_choice, check_per_token, describe, input_error
 from iscorrect.layout import Layout, as_layout, masked
 from iscorrect.loss.evidence import Scope
 from iscorrect.ranks import Group, accumulator, check_member, sum_over
@@ -188,6 +188,7 @@ def aggregate(
     tensor(3.5000)
     """
     layout = as_layout("aggregate", mask)
+    check_per_token("aggregate", layout.mask, gradient=("per_token",), per_token=per_token)
     spec = named_aggregation("aggregate", how, horizon)
     check_normalizer("aggregate", normalizer, spec)
     return spec.divide(spec.total(masked(per_token, layout.mask), layout), layout, normalizer)

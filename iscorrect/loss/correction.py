@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from iscorrect.errors import check_choice, check_per_token, input_error, is_part
+from iscorrect.errors import check_choice, check_per_token, describe, input_error, is_part
 from iscorrect.layout import Layout, as_layout, masked
 from iscorrect.loss.bounds import Bound, Ignore
 from iscorrect.loss.evidence import Evidence, Given, Scope, level_scope, scope_of, widest
@@ -138,11 +138,22 @@ class Correction:
             mean = evidence.batch_mean(rho)
             rho = rho / torch.where(mean > 0, mean, 1)
         weights = rho if self.bound is None else self.bound(rho, evidence)
+        if not isinstance(weights, Tensor) or not weights.is_floating_point():
+            raise input_error(
+                "Correction", "bound", expected="to return weights, floats `b t`",
+                got=describe(weights), fix="multiply the ratio by what is kept: torch.where",
+            )
         keep = evidence.usable & weights.bool()
         if neutral:
             keep = keep & evidence.present
         for rule in self.reject:
-            keep = keep & rule(evidence)
+            kept = rule(evidence)
+            if not isinstance(kept, Tensor) or kept.dtype != torch.bool:
+                raise input_error(
+                    "Correction", "reject", expected="to return bool `b t`, what is kept",
+                    got=describe(kept), fix="return a comparison",
+                )
+            keep = keep & kept
         bounds = self.bound is not None and not isinstance(self.bound, Ignore)
         bounded = (weights - rho).bool() if bounds else None
         return Weighed(masked(weights, keep), keep, evidence, log_ratio, bounded)

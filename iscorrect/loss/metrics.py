@@ -376,7 +376,7 @@ def effective_sample_size(weights: Tensor, mask: Tensor) -> Tensor:
     >>> effective_sample_size(torch.tensor([[1.0, 1.0, 2.0]]), torch.ones(1, 3, dtype=torch.bool))
     tensor(0.8889)
     """
-    weights = masked(weights, mask)
+    weights = masked(weights, mask).to(torch.promote_types(weights.dtype, torch.float32))
     largest = _max(weights).to(weights.dtype)
     weights = weights / torch.where(largest > 0, largest, 1)
     squares = torch.count_nonzero(mask) * weights.square().sum()

@@ -15,7 +15,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from iscorrect.errors import check_number, input_error
+from iscorrect.errors import check_number, describe, input_error
 from iscorrect.gradients import with_gradient
 from iscorrect.layout import Layout, masked
 from iscorrect.loss.divergences import expm1
@@ -52,7 +52,14 @@ def made(
 ) -> PerToken:
     """What an objective makes of the tokens, also where it returns the loss alone."""
     loss = objective(log_probs, old_log_probs, advantages, layout)
-    return loss if isinstance(loss, PerToken) else PerToken(loss)
+    if isinstance(loss, PerToken):
+        return loss
+    if not isinstance(loss, Tensor):
+        raise input_error(
+            "PolicyLoss", "objective", expected="to return the loss `b t`, or a PerToken",
+            got=describe(loss), fix="return PerToken(loss, clipped)",
+        )
+    return PerToken(loss)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -100,7 +100,7 @@ def parse_loss(config: LossConfig) -> PolicyLoss:
 
     Args:
         config: the names of a correction, an objective and an aggregation, each with its arguments
-            and any of them left out, and ``over=kept``, in any order, with spaces between them;
+            and any of them left out, and ``over=kept``, in any order, with white space between;
             or a dictionary with the arguments of :class:`PolicyLoss`.
 
     Raises:
@@ -114,6 +114,11 @@ def parse_loss(config: LossConfig) -> PolicyLoss:
     if isinstance(config, PolicyLoss):
         return config
     given = _words_of_a_loss(config) if isinstance(config, str) else config
+    if not isinstance(given, Mapping):
+        raise input_error(
+            "parse_loss", "config", expected="text, a dictionary, or a PolicyLoss",
+            got=repr(config), fix="pass 'token-tis ppo-clip'",
+        )
     given = {_snake(key): value for key, value in given.items()}
     check_keys("parse_loss", "PolicyLoss", given, inspect.signature(PolicyLoss).parameters)
     arguments: dict[str, Any] = {}
@@ -128,7 +133,7 @@ def parse_loss(config: LossConfig) -> PolicyLoss:
 
 def _words_of_a_loss(text: str) -> dict[str, str]:
     config: dict[str, str] = {}
-    for word in filter(None, _split(text, " ")):
+    for word in filter(None, _split(re.sub(r"\s", " ", text), " ")):
         name = re.split(r"[:(=]", word, maxsplit=1)[0]
         parts = ("correction", "objective", "aggregation", "reference_kl")
         key = next((key for key in parts if name in INSIDE[key]), None)
@@ -308,6 +313,11 @@ def read(caller: str, text: str) -> dict[str, str]:
                 caller, f"argument of {name}", expected="key=value", got=repr(argument),
                 fix=f"see help(iscorrect.{_snake(name)})",
             )
+        if key.strip() in config:
+            raise input_error(
+                caller, f"argument of {name}", expected="each given once", got=repr(argument),
+                fix="leave one of them out",
+            )
         config[key.strip()] = value.strip()
     return config
 
@@ -332,7 +342,9 @@ def _snake(name: str) -> str:
 
 
 def _plain(key: str, value: Any) -> Any:
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if isinstance(value, float):
+        return float(value)  # NumPy's are floats of another repr
+    if value is None or isinstance(value, (bool, int, str)):
         return value
     if key == "reject":
         return [_plain("rule", rule) for rule in value]

@@ -75,7 +75,7 @@ def score_centering(
         cap: C of the weights it goes with.
 
     Returns:
-        "b t", float32 or wider.
+        "b t", float32 or wider; 0 where a number is not finite.
 
     Raises:
         InputError: shapes differ, or the cap is not positive.
@@ -110,6 +110,8 @@ def score_centering(
     # ρ min(1/ρ, C) = min(1, C ρ); a full head leaves 0/0, where nothing is left to scale.
     rest = torch.where(rest_p > 0, rest_q / rest_p, 1)
     alpha = rearrange((cap * rest).clamp(max=1), "... -> ... 1")
-    coefficient = torch.minimum(p, cap * q) - alpha * p
-    finite = torch.where(head.isfinite(), head, 0)
-    return advantages * (coefficient * finite).sum(-1)
+    mean = torch.minimum(p, cap * q) - alpha * p
+    coefficient = (rearrange(advantages, "... -> ... 1") * mean).detach()
+    # 0, or a gradient would be NaN even where the mask leaves the token out
+    known = coefficient.isfinite() & head.isfinite()
+    return (torch.where(known, coefficient, 0) * torch.where(known, head, 0)).sum(-1)
