@@ -1,6 +1,7 @@
 """The audit against sums written out by hand."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -204,3 +205,31 @@ def test_messages_name_caller_argument_and_value(policy, engine, reward, argumen
         audit(loss_of(token_is()), **given)
     for word in (*words, "Fix: "):
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_a_loss_that_changes_its_inputs_is_audited_once(reads):
+    def exact(log_probs, *, rollout_log_probs, advantages, mask):
+        d = (log_probs - rollout_log_probs).masked_fill(~mask, 0)
+        weight = d.sum(-1, keepdim=True).detach().exp()
+        return -(weight * advantages * log_probs * mask).sum(-1).mean()
+
+    def doubles(log_probs, *, advantages, **given):
+        advantages.mul_(2)
+        loss = exact(log_probs, advantages=advantages, **given) / 2
+        if reads:
+            loss.item()
+        return loss
+
+    policy = TabularPolicy.random(2, 3)
+    reward = torch.rand(8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = audit(doubles, policy, mismatch.noise(policy, 0.2), reward)
+    assert found.bias < 1e-14
+    assert (found.scale, found.mean_weight) == pytest.approx((1, 1))
+
+
+def test_a_gradient_of_zero_has_no_units():
+    policy = TabularPolicy.random(2, 3)
+    loss = PolicyLoss(aggregation="seq-mean-token-sum")
+    found = audit(loss, policy, policy, torch.zeros(8).double(), samples=100)
+    assert found.bias == 0 and math.isnan(found.relative(8)["bias"])

@@ -169,6 +169,36 @@ def test_a_loss_of_ones_own_stands_beside_the_corrections(own, capsys, path):
     assert f"{path}: 0.9" in capsys.readouterr().out
 
 
+def test_a_file_may_hold_dataclasses_and_import_its_neighbour(tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "losses"
+    folder.mkdir()
+    (folder / "neighbour_of_it.py").write_text("CAP = 1.5\n")
+    (folder / "with_a_class.py").write_text("""
+from __future__ import annotations
+from dataclasses import dataclass
+from iscorrect import PolicyLoss, sequence_tis
+from neighbour_of_it import CAP
+
+@dataclass
+class Own:
+    cap: float = CAP
+
+    def __call__(self, log_probs, **given):
+        loss = PolicyLoss(correction=sequence_tis(self.cap), aggregation="seq-mean-token-sum")
+        return loss(log_probs, **given)
+
+own = Own()
+""")
+    (folder / "broken.py").write_text("def f(:\n")
+    monkeypatch.setattr("sys.path", list(sys.path))
+    path = f"{folder / 'with_a_class.py'}:own"
+    assert run(arguments(*SMALL, "--loss", path, "--json")) == 0
+    ours, theirs = json.loads(capsys.readouterr().out).values()
+    assert ours == pytest.approx(theirs, abs=1e-12)
+    with pytest.raises(InputError, match=r"can be imported, got .*broken\.py"):
+        run(arguments(*SMALL, "--loss", f"{folder / 'broken.py'}:f"))
+
+
 def test_numbers_come_as_csv_and_latex(own, capsys):
     assert run(arguments(*SMALL, "--loss", "my_losses:mine", "--csv")) == 0
     header, row, mine = csv.reader(capsys.readouterr().out.splitlines())
@@ -201,6 +231,8 @@ def test_corrections_that_are_no_preset_are_audited_too(capsys):
     ("words", "message"),
     [
         (["--loss", "my_losses:nobody"], "can be imported"),
+        (["--mismatch", "noise=inf"], "one of"),
+        (["--mismatch", "top-k=nan"], "one of"),
         (["--loss", "no_such_module:f"], "no_such_module"),
         (["--loss", "nowhere.py:f"], "nowhere.py"),
         (["--loss", "token_loss"], "module:function"),

@@ -132,6 +132,13 @@ def test_too_few_sequences_tell_nothing(sequences):
     json.dumps(changes.to_json(), allow_nan=False)
 
 
+def test_rows_without_a_token_are_no_sequences():
+    dumps = [some_dump(seed, sequences=64) for seed in (0, 1)]
+    kept = torch.arange(64) < 2
+    masked = [replace(dump, mask=dump.mask & kept[:, None]) for dump in dumps]
+    assert {x.verdict for x in compared(*masked).metrics} == {"not known"}
+
+
 def test_the_page_says_no_more_than_the_interval_and_is_well_formed(tmp_path):
     changes = compared(some_dump(0), some_dump(1000))
     lines = dict(page(changes).lines)

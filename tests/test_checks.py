@@ -277,6 +277,43 @@ def test_the_smallest_example_is_the_one_shown():
     assert "mask = [[True]]" in message
 
 
+def drops(advantages, **_):
+    advantages.clamp_(min=0)
+
+
+def centres(advantages, **_):
+    advantages -= advantages.mean()
+
+
+def forgets_the_engine(log_probs, rollout_log_probs, **_):
+    rollout_log_probs.copy_(log_probs.detach())
+
+
+def narrows(mask, **_):
+    mask[:, 1:] = False
+
+
+@pytest.mark.parametrize("change", [drops, centres, forgets_the_engine, narrows])
+def test_a_loss_that_changes_its_inputs_is_caught(change):
+    def wrong(log_probs, *, rollout_log_probs, advantages, mask):
+        given = dict(rollout_log_probs=rollout_log_probs, advantages=advantages, mask=mask)
+        change(log_probs=log_probs, **given)
+        weights = (log_probs - rollout_log_probs).detach().exp().clamp(max=2)
+        return -(weights * advantages * log_probs)[mask].sum()
+
+    fails(check_same_as, wrong, PolicyLoss(correction=token_tis(), aggregation="sum"))
+    if change is forgets_the_engine:  # the others have the right weights, of what they leave
+        fails(check_weights, wrong, token_tis())
+
+
+def test_a_loss_that_turns_its_advantages_round_is_caught():
+    def flips(log_probs, *, rollout_log_probs, advantages, mask):
+        advantages.abs_()
+        return -(advantages * log_probs)[mask].mean()
+
+    fails(check_sign, flips)
+
+
 def test_errors_of_the_loss_come_through():
     with pytest.raises(InputError, match="`mask` must be"):
         check_finite(lambda log_probs, *, mask, **_: Layout(mask.float()))

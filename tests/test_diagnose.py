@@ -651,6 +651,19 @@ class TestEstimates:
         assert 0.6 * 0.05 < Tokens.of(full(out)).logit_noise() < 1.3 * 0.05
 
 
+def test_answers_that_are_copies_say_nothing_of_the_prompt():
+    torch.manual_seed(0)
+    rollout = -torch.rand(32, 32) * 4
+    size = torch.where(torch.arange(32)[:, None] < 16, 0.02, 0.2)
+    old = (rollout + size * torch.randn(32, 32) * (1 - rollout.exp())).clamp(max=0)
+    twice = [x.repeat_interleave(2, 0) for x in (rollout, old, rollout < 1)]
+    found = diagnose(LogProbDump(
+        rollout_log_probs=twice[0], old_log_probs=twice[1], mask=twice[2],
+        group=torch.arange(64) // 2,
+    ))
+    assert "mismatch depends on the prompt" not in [finding.pattern for finding in found]
+
+
 class TestAdvice:
     def test_small_kl_needs_no_correction(self):
         advice = advise(full(roll_out(noise=0.004)), samples=64, length=128)

@@ -14,10 +14,18 @@ import torch
 
 from iscorrect import InputError, Layout, parse
 from iscorrect.cli.main import main
-from iscorrect.dumps import LogProbDump, Tokens, concatenate, read_dump, write_dump
+from iscorrect.dumps import (
+    DumpWriter,
+    LogProbDump,
+    Tokens,
+    concatenate,
+    read_dump,
+    write_dump,
+)
 from iscorrect.loss.ratios import at_level, units
 from iscorrect.report.gather import CORRECTIONS, summarise
 from iscorrect.report.limits import broken, check_thresholds
+from iscorrect.report.pages import plain_in_markdown
 from iscorrect.report.render import blocks, headline, tables, to_html, to_markdown, write_report
 from iscorrect.report.sums import SAMPLE, Sums, student
 
@@ -324,7 +332,7 @@ class TestForms:
             assert text in markdown
         for table in tables(report):
             for row in table.rows:
-                assert row[0].replace("|", "\\|") in markdown
+                assert plain_in_markdown(row[0]) in markdown
         assert page.count("<tr>") == sum(1 + len(table.rows) for table in tables(report))
 
     def test_the_page_is_well_formed_and_needs_no_other_file(self):
@@ -338,6 +346,23 @@ class TestForms:
         assert "<script>" not in to_html(report, {})
         markdown = to_markdown(report)
         assert r"\<script\>alert(1)\</script\>\!\[x\](y)\|\`z\`" in markdown
+
+    def test_names_of_engines_are_escaped_wherever_they_stand(self, tmp_path):
+        torch.manual_seed(0)
+        rollout = -torch.rand(64, 64) * 4 - 2
+        own = (torch.arange(64) % 4 == 0)[:, None]
+        name = "<img src=x>|[x](http://e)\x1b[31m\n# hi"
+        path = DumpWriter(tmp_path).write(
+            step=0, mask=rollout < 1, rollout_log_probs=rollout,
+            old_log_probs=rollout + torch.where(own, 0.3, 0.02) * torch.randn(64, 64),
+            engine=[name if odd else "plain" for odd in own[:, 0]],
+        )
+        report = summarise([read_dump(path)])
+        text = "\n".join(map(str, blocks(report)))
+        assert "\\x1b" in text
+        for shown in (text, to_markdown(report), to_html(report, {})):
+            assert "\x1b" not in shown and "\n# hi" not in shown
+        assert not re.search(r"(?<!\\)(<img|\]\(http)", to_markdown(report))
 
     def test_json_has_no_nan(self):
         dump = some_dump()
@@ -546,3 +571,59 @@ def test_figures_are_left_out_without_matplotlib(tmp_path, monkeypatch):
     for page in ("report.html", "report.md"):
         assert "data:image/png" not in (tmp_path / page).read_text()
         assert "No figures: they need matplotlib" in (tmp_path / page).read_text()
+
+
+def test_a_sequence_keeps_its_number_in_the_dump():
+    torch.manual_seed(0)
+    rollout = -torch.rand(3000, 400) * 4 - 0.1
+    old = rollout + 0.02 * torch.randn_like(rollout)
+    bad = torch.arange(2000, 3000, 50)
+    rollout[bad, 20] -= 45
+    pieces = [
+        LogProbDump(rollout_log_probs=r, old_log_probs=o, mask=r < 1)
+        for r, o in zip(rollout.split(500), old.split(500), strict=True)
+    ]
+    report = summarise(pieces)
+    assert len(report.sample) < rollout.numel()
+    named = re.findall(r"in sequence (\d+)", " ".join(x.evidence for x in report.findings))
+    assert named and {int(x) for x in named} <= {*bad.tolist()}
+
+
+def test_turns_are_segments_and_versions_are_ages_of_a_correction():
+    torch.manual_seed(0)
+    rollout = -torch.rand(8, 12) * 4
+    dump = LogProbDump(
+        rollout_log_probs=rollout, old_log_probs=rollout + 0.1 * torch.randn(8, 12),
+        mask=rollout < 1, turn=(torch.arange(12) // 4).expand(8, 12), step=torch.full((8,), 7),
+        version=(7 - torch.arange(8) % 4)[:, None].expand(8, 12),
+    )
+    by_turn = "correction:level=segment,bound=truncate(cap=1.2)"
+    by_age = "correction:reject=age-above(limit=2)"
+    found = summarise([dump], corrections=[by_turn, by_age]).corrections
+    layout = Layout(dump.mask, segment_ids=dump.turn, age=dump.step[:, None] - dump.version)
+    for text in (by_turn, by_age):
+        expected = parse(text)(
+            old_log_probs=dump.old_log_probs, rollout_log_probs=dump.rollout_log_probs, mask=layout
+        ).metrics.to_floats()
+        assert found[text]["is/ess"] == expected["is/ess"]
+    assert found[by_age]["is/rejected"] == 0.25
+    with pytest.raises(InputError, match="with a step and versions in numbers, for correction"):
+        summarise([replace(dump, version=None)], corrections=[by_age])
+
+
+def test_of_many_places_that_are_alike_a_few_are_listed():
+    same = -torch.rand(200, 10)
+    dump = LogProbDump(
+        rollout_log_probs=same, old_log_probs=same, mask=same < 1, step=torch.arange(200) // 2
+    )
+    places = [row["place"] for row in summarise([dump]).places]
+    assert sum(place.startswith("step") for place in places) == 12
+
+
+@pytest.mark.parametrize("constant", [-0.7, -0.1, -3.0])
+def test_a_side_that_is_constant_has_no_correlation(constant):
+    old = -torch.rand(64, 50, generator=torch.Generator().manual_seed(0))
+    flat = torch.full_like(old, constant)
+    for rollout, trainer in ((flat, old), (old, flat)):
+        dump = LogProbDump(rollout_log_probs=rollout, old_log_probs=trainer, mask=old < 1)
+        assert np.isnan(summarise([dump]).metrics["mismatch/pearson"])

@@ -165,7 +165,7 @@ def load_loss(path: str) -> LossFn:
         else:
             sys.path.insert(0, str(Path.cwd()))
             found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError, OSError) as error:
+    except (ImportError, AttributeError, SyntaxError, ValueError, OSError) as error:
         raise input_error(
             "audit", "--loss", expected="module:function or file.py:function that can be imported",
             got=f"{path!r} ({error})", fix="pass --loss my_losses:token_loss",
@@ -184,6 +184,8 @@ def _module_of(path: Path) -> ModuleType:
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is no Python file")
     module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.parent.resolve()))  # as Python does with a file that it runs
+    sys.modules[spec.name] = module  # where dataclasses look
     spec.loader.exec_module(module)
     return module
 

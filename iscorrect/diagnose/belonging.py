@@ -232,8 +232,8 @@ def diverging(tokens: Tokens) -> tuple[Finding | None, Tokens]:
         "sequences that part at a token",
         f"{len(rows)} of {tokens.sequences} sequences agree up to a token and then differ by more"
         f" than {limit:.2g} nats on {float(bad[~belongs].mean()):.0%} of those that follow; first"
-        f" in sequence {int(rows[0])} at token {int(at[0])}, {together:.0%} within eight tokens of"
-        f" position {int(np.median(at))}",
+        f" in sequence {tokens.sequence(rows[0])} at token {int(at[0])}, {together:.0%} within"
+        f" eight tokens of position {int(np.median(at))}",
         likeliest,
         len(rows) / tokens.sequences,
     ), tokens.where(belongs)

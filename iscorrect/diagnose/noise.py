@@ -139,8 +139,9 @@ def beyond_bound(tokens: Tokens) -> Finding | None:
             return Finding(
                 "more high ratios than a probability allows",
                 f"{k} of {n} tokens have ρ ≥ e^{c}, where E ρ = 1 allows {n * allowed:.2g}; the"
-                f" highest is e^{d[worst]:.3g} in sequence {tokens.row[worst]} at token"
-                f" {tokens.position[worst]}, to which the engine gives {tokens.rollout[worst]:.6g}",
+                f" highest is e^{d[worst]:.3g} in sequence {tokens.sequence(tokens.row[worst])} at"
+                f" token {tokens.position[worst]}, to which the engine gives"
+                f" {tokens.rollout[worst]:.6g}",
                 (*(sides[::-1] if whole else sides), causes.CANDIDATE, causes.PREFILLED), share,
             )
     return None
@@ -158,8 +159,8 @@ def _one_sided(tokens: Tokens) -> Finding | None:
         "rare large differences of one sign",
         f"on {n} tokens ({n / len(d):.2%}) in {len(np.unique(tokens.row[out]))} sequences the"
         f" engine is lower by more than {limit:.2g} nats, amid noise of {tokens.typical():.2g};"
-        f" farthest in sequence {tokens.row[worst]} at token {tokens.position[worst]}, by"
-        f" {abs(d[worst]):.3g}",
+        f" farthest in sequence {tokens.sequence(tokens.row[worst])} at token"
+        f" {tokens.position[worst]}, by {abs(d[worst]):.3g}",
         (causes.CORRUPTED, causes.SPECULATIVE, causes.CANDIDATE, causes.SENTINEL, causes.ROUTING),
         n / len(d),
     )

@@ -55,6 +55,8 @@ def prompt_dependent(tokens: Tokens) -> Finding | None:
     jump = float(np.diff(ordered).max())
     cut = int(np.diff(ordered).argmax()) + 1
     affected = 1 - cut / len(groups)
+    if within <= 0:  # answers that are copies of each other say nothing of the prompt
+        return None
     if between < 8 * within or jump < math.log(1.3) or not 0.05 < affected < 0.95:
         return None
     if ordered[cut:].mean() - ordered[:cut].mean() < TWICE:

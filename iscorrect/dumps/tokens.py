@@ -16,6 +16,7 @@ from iscorrect.dumps.dump import UNITS, LogProbDump
 from iscorrect.dumps.names import Array, common_names
 from iscorrect.dumps.rows import to_numpy
 from iscorrect.errors import describe, input_error
+from iscorrect.text import visible
 
 
 class Estimate(NamedTuple):
@@ -56,6 +57,7 @@ class Tokens:
         version: int "n", of the weights that sampled the token, or None; likewise ``turn``,
             ``engine`` and ``pack``.
         step: int "s", of each sequence, or None; likewise ``group``.
+        number: int "s", of each sequence in the dump that these are a part of; None: as they are.
         lost: how many counted tokens are left out, as a log-prob of one side is not finite.
         names: the texts whose numbers ``version``, ``engine`` and ``group`` are.
     """
@@ -79,6 +81,7 @@ class Tokens:
     turn: Array | None = None
     engine: Array | None = None
     pack: Array | None = None
+    number: Array | None = None
     lost: int = 0
     names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -150,7 +153,11 @@ class Tokens:
 
     def label(self, name: str, value: int) -> str:
         """What a version, engine or group is called: its text, or its number."""
-        return self.names[name][value] if name in self.names else str(value)
+        return visible(self.names[name][value]) if name in self.names else str(value)
+
+    def sequence(self, row: int) -> int:
+        """The number of a sequence in the dump that these tokens are of."""
+        return int(row if self.number is None else self.number[row])
 
     @property
     def age(self) -> Array | None:
@@ -265,7 +272,7 @@ OF_TOKEN = (
     "rollout", "old", "row", "position", "gap", "ids", "seen", "lead", "best", "candidate",
     "current", "varentropy", *UNITS,
 )
-OF_SEQUENCE = ("step", "group")
+OF_SEQUENCE = ("step", "group", "number")
 
 
 def as_tokens(

@@ -10,7 +10,7 @@ from einops import repeat
 from torch import Tensor
 
 from iscorrect.dumps import LogProbDump
-from iscorrect.errors import InputError
+from iscorrect.errors import InputError, input_error
 from iscorrect.layout import Layout, masked
 from iscorrect.loss.correction import Correction, Weights
 from iscorrect.loss.metrics import Metrics
@@ -20,6 +20,16 @@ from iscorrect.text import number, percent
 HEADER = (
     "correction", "ESS", "kept weight", "max weight", "bounded", "rejected", "bias mass",
 )
+
+
+def _age(dump: LogProbDump) -> Tensor | None:
+    """The trainer's version less the token's, "b t"; None where the dump does not have both."""
+    version = dump.version
+    if version is None and dump.policy_version is not None:
+        version = dump.policy_version[:, None].expand_as(dump.mask)
+    if version is None or dump.step is None or {"version", "policy_version"} & dump.names.keys():
+        return None
+    return dump.step[:, None] - version
 
 
 @dataclass
@@ -53,7 +63,7 @@ class Effects:
         """Take a piece in."""
         self.pieces += 1
         finite = dump.old_log_probs.isfinite() & dump.rollout_log_probs.isfinite()
-        layout = Layout(dump.mask & finite)
+        layout = Layout(dump.mask & finite, segment_ids=dump.turn)
         d = log_ratio(dump.old_log_probs, dump.rollout_log_probs, layout)
         signs = None if dump.advantages is not None else self._random_signs(dump.mask)
         for name, correction in self.corrections.items():
@@ -74,12 +84,18 @@ class Effects:
         def weigh(advantages: Tensor | None) -> Weights:
             return self.corrections[name](
                 old_log_probs=dump.old_log_probs, rollout_log_probs=dump.rollout_log_probs,
-                mask=dump.mask, advantages=advantages,
+                mask=layout, advantages=advantages,
             )
 
+        layout = Layout(dump.mask, segment_ids=dump.turn, age=_age(dump))
         try:
             return weigh(dump.advantages)
-        except InputError:
+        except InputError as error:
+            if layout.age is None and "age=" in str(error):
+                raise input_error(
+                    "report", "dump", expected=f"with a step and versions in numbers, for {name}",
+                    got="without", fix="write step= and version=, or leave this correction out",
+                ) from error
             if signs is None:
                 raise
         weights = weigh(signs)  # it looks at advantages, which this dump does not have

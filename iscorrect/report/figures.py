@@ -250,12 +250,16 @@ def steps(dump: LogProbDump | Tokens) -> Columns:
     """Mismatch of each training step; all of it as step 0 where steps are not known."""
     tokens = as_tokens(dump)
     of_row = np.zeros(tokens.count, int) if tokens.step is None else tokens.step
-    step = of_row[tokens.row]
-    rows = []
-    for s in np.unique(step):
-        d, k3 = tokens.d[step == s], tokens.k3[step == s]
-        rows.append([s, len(d), -d.mean(), k3.mean(), np.exp(min(d.max(), 700))])
-    return dict(zip(("step", "tokens", "k1", "k3", "max_ratio"), np.array(rows).T, strict=True))
+    found, member = np.unique(of_row[tokens.row], return_inverse=True)
+    d, count = tokens.d, np.bincount(member)
+    highest = np.full(len(found), -np.inf)
+    np.maximum.at(highest, member, d)
+    return {
+        "step": found.astype(float), "tokens": count.astype(float),
+        "k1": -np.bincount(member, weights=d) / count,
+        "k3": np.bincount(member, weights=tokens.k3) / count,
+        "max_ratio": np.exp(np.minimum(highest, 700)),
+    }
 
 
 def plot_steps(dump: LogProbDump | Tokens, *, ax: Axes | None = None) -> Axes:

@@ -7,7 +7,7 @@ sequences, of at most ``SAMPLE`` tokens; a longer sequence is a sample of its ow
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -114,7 +114,8 @@ def summarise(
         fields.append(set(piece.given()))
         whole.add(piece)
         compared.add(piece)
-        tokens = Tokens.of(piece)
+        number = sequences + np.arange(len(piece))
+        tokens = replace(Tokens.of(piece), number=number)
         sums.add(tokens)
         sampled.add(tokens)
         sequences += len(piece)
@@ -172,9 +173,10 @@ def _places(sums: Sums) -> list[dict[str, Any]]:
     for name, means in sorted(sums.places.items()):
         k3 = {key: means.mean(key) for key in means.sums}
         edges = EDGES.get(name)
-        largest = sorted(x.value for x in k3.values())[-MOST_PLACES:] if edges is None else [-1.0]
-        for key in sorted(k3, key=lambda key: (isinstance(key, str), key)):
-            if k3[key].value < largest[0]:
+        keys = sorted(k3, key=lambda key: (isinstance(key, str), key))
+        largest = sorted(keys, key=lambda key: -k3[key].value)[:MOST_PLACES]
+        for key in keys:
+            if edges is None and key not in largest:
                 continue
             rows.append({
                 "place": f"{name} {key}" if edges is None else _range(name, edges, key),

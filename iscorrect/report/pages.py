@@ -164,7 +164,7 @@ def _cells(tag: str, row: Iterable[str]) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", "<br>")
+    return plain_in_markdown(text).replace("\n", "<br>")
 
 
 def _called(name: str) -> str:

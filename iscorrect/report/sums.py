@@ -28,6 +28,8 @@ CELLS = 2**22  # sequences times places that are counted in one array
 
 FEWEST_STEPS = 5  # of which growth is told
 
+CANCELLED = 1e-13  # of a sum of squares: less is what rounding leaves of no variance
+
 Z = 1.959964  # half of a 95 % interval, in standard errors
 
 
@@ -227,8 +229,10 @@ class Sums:
     def pearson(self) -> float:
         """Correlation of the probabilities; NaN where one side is constant."""
         n, p, q, pp, qq, pq = self.probabilities
-        spread = (n * pp - p * p) * (n * qq - q * q)
-        return float((n * pq - p * q) / math.sqrt(spread)) if spread > 0 else math.nan
+        of_p, of_q = n * pp - p * p, n * qq - q * q
+        if of_p <= CANCELLED * n * pp or of_q <= CANCELLED * n * qq:
+            return math.nan
+        return float((n * pq - p * q) / math.sqrt(of_p * of_q))
 
     def mean_length(self) -> float:
         """Tokens of a sequence that has any."""

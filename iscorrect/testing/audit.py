@@ -75,7 +75,7 @@ class Audit:
             bias, cosine, std, rmse (the root of bias² + std²), mean_weight, ess; and bias_error,
             the standard error of the bias, 0 where it is exact.
         """
-        size = float(self.target.norm())
+        size = float(self.target.norm()) or math.nan  # no gradient has no units
         std = self.std * math.sqrt(self.batch / n)
         return {
             "bias": self.bias / size, "cosine": self.cosine, "std": std / size,
@@ -235,12 +235,13 @@ def _derivatives(loss_fn: LossFn, tensors: Mapping[str, Tensor]) -> Tensor:
         return value
 
     columns = [tensors[name] for name in ("log_probs", *names)]
-    try:
-        derivatives: Tensor = torch.func.vmap(torch.func.grad(loss))(*columns)
+    try:  # on copies, for a loss may change its inputs
+        derivatives: Tensor = torch.func.vmap(torch.func.grad(loss))(*[x.clone() for x in columns])
         return derivatives
     except RuntimeError:
         # Losses that read values, as with `.item()`, cannot be batched.
-        return torch.stack([_derivative(loss, *row) for row in zip(*columns, strict=True)])
+        rows = zip(*[x.clone() for x in columns], strict=True)
+        return torch.stack([_derivative(loss, *row) for row in rows])
 
 
 def _derivative(loss: Callable[..., Tensor], log_probs: Tensor, *others: Tensor) -> Tensor:
@@ -322,7 +323,7 @@ class _Moments:
         spread = numbers.var(0, correction=0) * (BLOCKS - 1)
         errors: dict[str, float] = dict(zip(without[0], spread.sqrt().tolist(), strict=True))
         errors["bias"] = self.total().numbers(target)["std"] / size**0.5
-        errors["relative_bias"] = errors["bias"] / float(target.norm())
+        errors["relative_bias"] = float(errors["bias"] / target.norm())  # NaN where it is 0
         return errors
 
 

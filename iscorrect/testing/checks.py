@@ -514,10 +514,13 @@ def _evaluate(
 ) -> tuple[Tensor, Tensor]:
     log_probs = inputs.log_probs.clone().requires_grad_()
     if old:
-        others["old_log_probs"] = inputs.old_log_probs
+        others["old_log_probs"] = inputs.old_log_probs.clone()
+    mask = inputs.layout.mask if mask is None else mask
+    # copies, or a loss that changes its inputs would change what it is compared with
+    copied = mask.clone() if isinstance(mask, Tensor) else mask.with_mask(mask.mask.clone())
     result = loss_fn(
-        log_probs, rollout_log_probs=inputs.rollout_log_probs, advantages=inputs.advantages,
-        mask=inputs.layout.mask if mask is None else mask, **others,
+        log_probs, rollout_log_probs=inputs.rollout_log_probs.clone(),
+        advantages=inputs.advantages.clone(), mask=copied, **others,
     )
     loss: Tensor = result[0] if isinstance(result, tuple) else result
     if not loss.requires_grad:

@@ -212,7 +212,7 @@ def parse_mismatch(text: str) -> Mismatch:
     """A maker from ``bf16``, ``fp16``, ``fp8``, or ``name=value`` such as ``top-p=0.9``.
 
     Raises:
-        InputError: an unknown name, or a value that is not a number.
+        InputError: an unknown name, or a value that is not a finite number.
 
     >>> policy = TabularPolicy.random(3, 2)
     >>> parse_mismatch("top-k=1")(policy).probabilities.max()
@@ -223,6 +223,8 @@ def parse_mismatch(text: str) -> Mismatch:
         return partial(round_logits, dtype=DTYPES[name])
     try:
         maker, number = MAKERS[name], float(value)
+        if not math.isfinite(number):
+            raise ValueError(value)
     except (KeyError, ValueError):
         raise input_error(
             "parse_mismatch", "mismatch",
