@@ -118,15 +118,15 @@ def corrected_advantages(
     >>> ready
     [tensor([1., 2.])]
     """
-    if masks is None:
-        masks = [torch.ones_like(x, dtype=torch.bool) for x in advantages]
     rows, present = pad_together(
         "corrected_advantages", "pass one value for every token of each sample",
         advantages=advantages, old_log_probs=old_log_probs, rollout_log_probs=rollout_log_probs,
-        masks=masks,
+        **({} if masks is None else {"masks": masks}),
     )
-    _check_mask("corrected_advantages", "masks", rows["masks"])
-    counted = present & rows["masks"].bool()
+    counted = present
+    if masks is not None:
+        _check_mask("corrected_advantages", "masks", rows["masks"])
+        counted = present & rows["masks"].bool()
     weights, _, metrics = parse(correction)(
         old_log_probs=rows["old_log_probs"], rollout_log_probs=rows["rollout_log_probs"],
         advantages=rows["advantages"], mask=Layout(counted),

@@ -31,6 +31,19 @@ def test_no_samples_have_no_advantages():
     assert metrics["batch/tokens"] == 0
 
 
+def test_masks_of_other_numbers_and_what_is_no_tensor_are_refused():
+    ones = torch.ones(3)
+    lists = dict(old_log_probs=[-ones], rollout_log_probs=[-ones], advantages=[ones])
+    with pytest.raises(InputError, match="corrected_advantages: `masks` must be of 0 and 1"):
+        corrected_advantages(token_tis(), **lists, masks=[ones / 2])
+    kept = torch.tensor([1, 0, 1])
+    ready, _ = corrected_advantages(token_tis(), **lists, masks=[kept])
+    assert ready[0].tolist() == [1, 0, 1]
+    for other in (torch.tensor(1.0), [1.0, 1.0, 1.0]):
+        with pytest.raises(InputError, match=r"`advantages\[0\]` must be a tensor `t`"):
+            corrected_advantages(token_tis(), **lists | {"advantages": [other]})
+
+
 @pytest.mark.parametrize("longest", [0, 1])
 def test_a_sample_with_another_length_is_refused_wherever_it_is(longest):
     whole = [torch.ones(3 + longest), torch.ones(4 - longest)]

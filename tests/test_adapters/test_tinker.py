@@ -8,7 +8,7 @@ from outcome import record
 from stubs import real
 
 from iscorrect import InputError, PolicyLoss, sequence_mis, token_tis
-from iscorrect.adapters.tinker import corrected_advantages, custom_loss
+from iscorrect.adapters.tinker import custom_loss
 from iscorrect.dumps import DumpWriter, read_dump
 
 client, types, data_processing, rl = real(
@@ -125,9 +125,3 @@ def test_a_datum_that_cannot_be_used_is_named():
         weights_sent([datum(**good), datum(**good | {"advantages": ones[:2]})], loss_fn, current)
     with pytest.raises(InputError, match=r"data\[1\] mask.*0 and 1"):
         weights_sent([datum(**good), datum(**good, mask=ones / 2)], loss_fn, current)
-    lists = dict(old_log_probs=[-ones], rollout_log_probs=[-ones], advantages=[ones])
-    with pytest.raises(InputError, match="corrected_advantages: `masks` must be of 0 and 1"):
-        corrected_advantages(token_tis(), **lists, masks=[ones / 2])
-    for other in (torch.tensor(1.0), [1.0, 1.0, 1.0]):
-        with pytest.raises(InputError, match=r"`advantages\[0\]` must be a tensor `t`"):
-            corrected_advantages(token_tis(), **lists | {"advantages": [other]})
