@@ -607,7 +607,7 @@ def test_turns_are_segments_and_versions_are_ages_of_a_correction():
         ).metrics.to_floats()
         assert found[text]["is/ess"] == expected["is/ess"]
     assert found[by_age]["is/rejected"] == 0.25
-    with pytest.raises(InputError, match="with a step and versions in numbers, for correction"):
+    with pytest.raises(InputError, match="or a dump with step and version in numbers"):
         summarise([replace(dump, version=None)], corrections=[by_age])
 
 

@@ -100,9 +100,10 @@ def _of_state_dict(caller: str, argument: str, state: Mapping[str, Any]) -> Iter
                 fix="load the weights, or pass their path",
             )
         # what reads tensors on demand may put the next one where the last one was
-        kept = firsts.get(_memory(x))
+        place = _memory(x)
+        kept = firsts.get(place)
         if kept is None or kept[0]() is None:
-            kept = firsts[_memory(x)] = weakref.ref(x), name
+            kept = firsts[place] = weakref.ref(x), name
         yield Stored(name, str(x.dtype).removeprefix("torch."), _cut(x), kept[1])
 
 

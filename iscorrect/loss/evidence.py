@@ -120,7 +120,9 @@ class Evidence:
         if self.layout.age is None:
             raise input_error(
                 caller, "mask", expected="a Layout with the age of each token, which matters here",
-                got="one without", fix="pass mask=Layout(mask, age=trainer_version - versions)",
+                got="one without",
+                fix="pass mask=Layout(mask, age=trainer_version - versions), or a dump with step"
+                " and version in numbers",
             )
         return self.layout.age
 

@@ -10,7 +10,7 @@ from einops import repeat
 from torch import Tensor
 
 from iscorrect.dumps import LogProbDump
-from iscorrect.errors import InputError, input_error
+from iscorrect.errors import InputError
 from iscorrect.layout import Layout, masked
 from iscorrect.loss.correction import Correction, Weights
 from iscorrect.loss.metrics import Metrics
@@ -90,12 +90,7 @@ class Effects:
         layout = Layout(dump.mask, segment_ids=dump.turn, age=_age(dump))
         try:
             return weigh(dump.advantages)
-        except InputError as error:
-            if layout.age is None and "age=" in str(error):
-                raise input_error(
-                    "report", "dump", expected=f"with a step and versions in numbers, for {name}",
-                    got="without", fix="write step= and version=, or leave this correction out",
-                ) from error
+        except InputError:
             if signs is None:
                 raise
         weights = weigh(signs)  # it looks at advantages, which this dump does not have
