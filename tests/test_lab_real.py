@@ -12,6 +12,7 @@ pytest.importorskip("rich")
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.lab import engines
 from benchmarks.lab.real import (
     coherence,
     faults,
@@ -516,6 +517,41 @@ def test_the_baseline_of_a_group():
         0.875, -0.125, -0.125, -0.125, 0.5, 0.5, 0.5, 0.5]
     group = together.advantages(rewards, "group")
     assert group[0] == pytest.approx(1.5, abs=1e-3) and group[4:].tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.skipif("vllm" not in KINDS, reason="vLLM is not installed")
+def test_an_engine_that_is_sent_weights_forgets_the_prefixes_of_the_weights_before(folder):
+    torch.manual_seed(3)
+    prompts = torch.randint(0, 10, (1, 41)).repeat(2, 1)
+    first = learner.weights(learner.open_model(folder))
+    changed = {
+        name: (x + x.abs().mean() * torch.randn_like(x)).bfloat16().float()
+        for name, x in first.items()
+    }
+    keeps = reinforce.open_engine(folder, reinforce.Arm(), learner.Schedule(), 53)
+    keeps.load(first)
+    keeps.generate(prompts, 2, END)
+    keeps.load(changed)
+    answers = keeps.generate(prompts, 2, END)
+    keeps.close()
+    model = learner.open_model(folder)
+    model.load_state_dict(changed, strict=False)
+    own = packed.log_probs(model, prompts, answers.token_ids).detach()
+    apart = (own - answers.log_probs)[answers.mask].abs().mean()
+    assert apart < 0.3  # BF16's rounding; with the prefix of the weights before, several nats
+
+
+def test_a_product_of_16_bit_numbers_is_added_up_in_more_and_rounded_once():
+    torch.manual_seed(0)
+    x, weight, bias = (torch.randn(*shape).bfloat16() for shape in ((5, 64), (7, 64), (7,)))
+    product = engines.Product()
+    exact = (x.double() @ weight.double().T + bias.double()).bfloat16()
+    assert (product(x, weight, bias) - exact).abs().max() <= 2**-8 * exact.abs().max()
+    assert (product(x, weight, bias) == exact).float().mean() > 0.9
+    weight.mul_(2)
+    product.forget()
+    doubled = (x.double() @ weight.double().T).bfloat16()
+    assert (product(x, weight, None) == doubled).float().mean() > 0.9
 
 
 def test_a_clip_of_the_engines_ratio_lets_no_gradient_through_outside():

@@ -127,6 +127,11 @@ class Vllm:
         for product in self._products:
             product.forget()
 
+    def forget(self) -> None:
+        """Compute prefixes anew that were kept, if any are: they are of the weights before."""
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError(f"{self.name} did not empty its prefix cache; restart the engine")
+
     def parameters(self) -> Iterator[Tensor]:
         return self._model.parameters()
 

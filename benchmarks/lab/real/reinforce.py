@@ -91,14 +91,18 @@ class Simulated:
 
 
 class Vllm:
-    """vLLM in this process, as the lab has it."""
+    """vLLM in this process, as the lab has it; what prompts share is computed once a send."""
 
     def __init__(self, folder: Path, schedule: Schedule, dtype: str, longest: int):
-        self._engine = engines.Vllm(folder / schedule.grid, Precision(dtype), longest)
+        self._engine = engines.Vllm(
+            folder / schedule.grid, Precision(dtype), longest, enable_prefix_caching=True,
+            block_size=32,
+        )
         self.name = self._engine.name
 
     def load(self, sent: Weights) -> None:
         self._engine.load(sent)
+        self._engine.forget()
         expected, held = magnitude(sent.values()), magnitude(self._engine.parameters())
         if not abs(held - expected) <= 1e-6 * expected:
             raise NotSynchronisedError(
