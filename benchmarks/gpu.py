@@ -189,7 +189,7 @@ def heads(n: int, v: int, d: int, dtype: torch.dtype, setting: Setting) -> Workl
     sizes = [x.numel() * x.element_size() for x in problem.inputs]
     for provider, taken in times.items():
         two = provider.startswith(FROZEN) or provider == without
-        values = summary(taken, times[without if two else limit], setting.device)
+        values = summary(taken, times[without if two else limit], setting.clock)
         rate = (4 if two else 6) * n * v * d / values["wall, ms"] / 1e9
         made = memory.get(provider, "")
         gradients = sizes[0] if two else sum(sizes)
@@ -240,7 +240,7 @@ def logits(n: int, v: int, setting: Setting) -> Workload:
 
     runs = {"iscorrect": step(log_probs_from_logits), "log_softmax, gather": step(plain)}
     for provider, taken in interleave(runs, setting).items():
-        values = summary(taken, taken, setting.device)
+        values = summary(taken, taken, setting.clock)
         workload.add(provider, "torch", **{"wall, ms": values["wall, ms"]})
     return workload
 

@@ -238,8 +238,9 @@ def realistic(size: dict[str, int], setting: Setting) -> Workload:
     versions, missing = {"iscorrect, one pass": "iscorrect"}, {}
     for provider in ("materialised", *peers.BOUNDED):
         try:
-            runs[provider] = theirs(problem, peers.load(provider, setting.device))
-            versions[provider] = peers.PACKAGES[provider]
+            step = theirs(problem, peers.load(provider, setting.device))
+            agree(runs["iscorrect, one pass"], step, problem)
+            runs[provider], versions[provider] = step, peers.PACKAGES[provider]
         except peers.UnavailableError as why:
             missing[provider] = str(why)
     if "TRL, chunked" in runs:
@@ -248,7 +249,7 @@ def realistic(size: dict[str, int], setting: Setting) -> Workload:
         versions[name] = "trl"
     times = interleave(runs, setting)
     for provider, taken in times.items():
-        values = summary(taken, times["materialised"], setting.device)
+        values = summary(taken, times["materialised"], setting.clock)
         workload.add(provider, versions[provider], **values)
     for provider, why in missing.items():
         workload.add(provider, peers.PACKAGES[provider], **{"wall, ms": why})
@@ -268,10 +269,11 @@ def sequences(n: int, size: dict[str, int], setting: Setting) -> Workload:
         "materialised": materialised_sequences(problem),
         "iscorrect, two passes": two_pass(problem, loss_fn),
     }
+    agree(runs["iscorrect, two passes"], runs["materialised"], problem)
     times = interleave(runs, setting)
     for provider, taken in times.items():
         package = "iscorrect" if provider.startswith("iscorrect") else "torch"
-        values = summary(taken, times["materialised"], setting.device)
+        values = summary(taken, times["materialised"], setting.clock)
         workload.add(provider, package, **values)
     return workload
 

@@ -75,7 +75,7 @@ def measure(name: str, batch: Batch, setting: Setting) -> Workload:
     runs["limit: copy of the inputs"] = copy_inputs(batch)
     times = interleave(runs, setting)
     for provider, taken in times.items():
-        values = summary(taken, times["iscorrect"], setting.device)
+        values = summary(taken, times["iscorrect"], setting.clock)
         workload.add(provider, packages.get(provider, "torch"), **values)
     for provider, package in PEERS.items():
         if not installed(package):

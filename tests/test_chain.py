@@ -319,6 +319,37 @@ def test_what_is_on_record_is_not_run_again(tmp_path, capsys):
     assert all(len(records.curve(row, name)) == 4 for row in rows for name in learner.State._fields)
 
 
+def test_a_run_on_record_with_other_steps_is_refused(tmp_path):
+    run = behind.Run("chain", 20, 8, "uncorrected", 1e-3, 0)
+    path = tmp_path / "behind.csv"
+    records.append(path, {**run._asdict(), "j_policy": "0.1 0.2 0.3"})
+    records.refuse_other_steps([run], path, 3)
+    records.refuse_other_steps([run._replace(seed=1)], path, 4)
+    with pytest.raises(SystemExit, match="curves of 3 points, not 4"):
+        records.refuse_other_steps([run], path, 4)
+
+
+def test_p_is_of_the_tasks_and_seeds_that_both_arms_have():
+    def runs(arm, lows):
+        return [{"task": "20", "seed": str(i), "lowest": str(low), "end": "0.5", "j_policy": arm}
+                for i, low in enumerate(lows)]
+
+    cells = {
+        (1e-3, 8, "uncorrected"): runs("a", [0.1] * 4 + [0.1] * 36),
+        (1e-3, 8, "token-tis"): runs("b", [0.9] * 4),
+    }
+    (p,) = tables.against_uncorrected(cells).values()
+    assert p == pytest.approx(tables.fisher(4, 4, 0, 4))
+
+
+def test_runs_in_which_an_arm_did_nothing_are_counted():
+    row = {"task": "20", "seed": "0", "lowest": "0", "end": "0", "j_policy": "0.1 0.2"}
+    other = row | {"j_policy": "0.1 0.3"}
+    cells = {(1e-3, 8, "uncorrected"): [row], (1e-3, 8, "topr"): [row], (1e-3, 8, "ppo"): [other]}
+    said = tables.idle(cells)
+    assert "topr at 0.001, 8 behind: 1 of 1" in said and "ppo" not in said
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("arm", "end"), [("uncorrected", 0.7764), ("token-tis", 0.8028)])
 def test_ends_are_pinned_and_have_the_same_digits_again(arm, end):

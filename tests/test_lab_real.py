@@ -131,7 +131,7 @@ def test_the_mechanism_has_a_row_for_every_way_to_send(folder, monkeypatch):
     monkeypatch.setattr(mechanism, "LOOKED_AT", (1, 2))
     schedule = learner.Schedule(learning_rate=1e-4)
     rows = [row for row in mechanism.follow(folder, schedule, 0) if row["kind"] == "all"]
-    assert len(rows) == 2 * len(senders.senders())
+    assert len(rows) == 2 * len(senders.senders(0))
     of = {row["format"]: row for row in rows if row["step"] == 1}
     assert of["bf16"]["share"] < of["fp16"]["share"] < 1.2
     assert of["bf16 stochastic"]["share"] == pytest.approx(1, abs=0.2)
@@ -539,6 +539,26 @@ def test_an_engine_that_is_sent_weights_forgets_the_prefixes_of_the_weights_befo
     own = packed.log_probs(model, prompts, answers.token_ids).detach()
     apart = (own - answers.log_probs)[answers.mask].abs().mean()
     assert apart < 0.3  # BF16's rounding; with the prefix of the weights before, several nats
+
+
+def test_runs_of_other_seeds_round_by_other_draws_and_a_run_by_its_own():
+    x = torch.randn(1000)
+    for way in (senders.Stochastic, senders.SameDraws):
+        one, again, other = (way(torch.bfloat16, seed)("w", x) for seed in (0, 0, 1))
+        assert torch.equal(one, again) and not torch.equal(one, other)
+    same = senders.SameDraws(torch.bfloat16, 0)
+    assert torch.equal(same("layers.11.w", x), same("layers.11.w", x))
+    assert not torch.equal(same("layers.11.w", x), same("layers.20.w", x))
+
+
+@pytest.mark.usefixtures("half_are_right")
+def test_a_record_of_another_schedule_is_refused(folder, tmp_path):
+    arm = reinforce.Arm(kind="simulated")
+    short = learner.Schedule(steps=1, judged=1)
+    reinforce.main(folder, tmp_path, arm, short, 0)
+    reinforce.main(folder, tmp_path, arm, short, 0)
+    with pytest.raises(SystemExit, match=r"steps 1.*steps 2"):
+        reinforce.main(folder, tmp_path, arm, learner.Schedule(steps=2, judged=1), 0)
 
 
 def test_a_product_of_16_bit_numbers_is_added_up_in_more_and_rounded_once():

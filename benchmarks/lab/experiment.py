@@ -53,6 +53,11 @@ class Run:
         return self.folder / f"{self.task}-{self.arm.name}-{self.seed}.csv"
 
     @property
+    def note(self) -> Path:
+        """Under which conditions the runs of a folder on a task were made."""
+        return self.folder / f"{self.task}.json"
+
+    @property
     def unfinished(self) -> Path:
         return self.record.with_suffix(".part")
 
@@ -89,7 +94,12 @@ def pool_of(model: Path, task_name: str, kind: str, *, size: int) -> torch.Tenso
 
 
 def carry_out(runs: Sequence[Run], *, jobs: int, pool: int) -> None:
-    """Do the runs that have no record yet, some at a time, and show how far they are."""
+    """Do the runs that have no record yet, some at a time, and show how far they are.
+
+    Raises:
+        SystemExit: runs of the same names are on record on another schedule.
+    """
+    refuse_another_schedule(runs)
     due = [run for run in runs if not run.record.exists()]
     print(f"{len(runs) - len(due)} of {len(runs)} runs are on record")
     if not due:
@@ -121,6 +131,18 @@ def carry_out(runs: Sequence[Run], *, jobs: int, pool: int) -> None:
             )
 
 
+def refuse_another_schedule(runs: Sequence[Run]) -> None:
+    for run in runs:
+        if not (run.record.exists() and run.note.exists()):
+            continue
+        held = json.loads(run.note.read_text(encoding="utf-8"))["schedule"]
+        if held != asdict(run.schedule):
+            raise SystemExit(
+                f"{run.record} was run on the schedule {held}, not {asdict(run.schedule)}: give "
+                "--records another folder"
+            )
+
+
 def steps_of(unfinished: Path) -> int:
     if not unfinished.exists():
         return 0
@@ -148,7 +170,7 @@ def do(run: Run, pool: int) -> None:
 
 
 def _note(run: Run, engine: Engine, prompts: int) -> None:
-    """Under which conditions the runs of a folder on a task were made."""
+    """The conditions of the last run."""
     made = json.loads((run.model / "made.json").read_text(encoding="utf-8"))
     note = {
         "engine": engine.name, "schedule": asdict(run.schedule), "model": made,
@@ -156,5 +178,4 @@ def _note(run: Run, engine: Engine, prompts: int) -> None:
         "python": platform.python_version(), "torch": torch.__version__, "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
-    path = run.folder / f"{run.task}.json"
-    path.write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
+    run.note.write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")

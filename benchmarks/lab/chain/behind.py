@@ -30,7 +30,7 @@ from benchmarks.lab.chain.baselines import (
 from benchmarks.lab.chain.engines import Engine, plain
 from benchmarks.lab.chain.learner import Learner, View, state_of
 from benchmarks.lab.chain.policy import Parameters, warm_start
-from benchmarks.lab.chain.records import append, due, numbers, rows
+from benchmarks.lab.chain.records import append, due, numbers, refuse_other_steps, rows
 from benchmarks.lab.chain.world import WORLDS, Samples, World, ahead, sample
 
 LENGTH, PROMPTS, ANSWERS, STEPS, WARMUP, CLIP = 256, 4, 16, 150, 5, 1.0
@@ -230,6 +230,7 @@ def record(run: Run, steps: int) -> dict[str, str]:
 
 def carry_out(runs: Sequence[Run], path: Path, steps: int, jobs: int = 1) -> None:
     """Do what is not on record, some at a time, and say how far it is."""
+    refuse_other_steps(runs, path, math.ceil(steps / EVERY))
     left = due(runs, path)
     workers = ProcessPoolExecutor(
         jobs, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)

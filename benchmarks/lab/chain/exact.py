@@ -21,7 +21,7 @@ from benchmarks.lab.chain.arms import ARMS, SIGNED, TOKEN_LOCAL, slopes
 from benchmarks.lab.chain.engines import BITS, ENGINES, LAGS
 from benchmarks.lab.chain.learner import Learner, Optimizer, State, View, state_of
 from benchmarks.lab.chain.policy import Parameters, warm_start
-from benchmarks.lab.chain.records import append, due, numbers
+from benchmarks.lab.chain.records import append, due, numbers, refuse_other_steps
 from benchmarks.lab.chain.world import WORLDS, World, credit
 
 STEPS = 100
@@ -166,6 +166,7 @@ def main(arguments: Sequence[str]) -> None:
         and (not given.arms or run.arm in given.arms)
     ]
     path = given.records / "exact.csv"
+    refuse_other_steps(runs, path, given.steps + 1)
     left = due(runs, path)
     for i, run in enumerate(left, 1):
         began = time.process_time()

@@ -30,6 +30,22 @@ def due(runs: Sequence[Any], path: Path, device: str = "cpu") -> list[Any]:
     return left
 
 
+def refuse_other_steps(runs: Sequence[Any], path: Path, points: int) -> None:
+    """A run is found by its key, which does not say how many steps it had: its curve does.
+
+    Raises:
+        SystemExit: a run that is asked for is on record with a curve of other length.
+    """
+    asked = {tuple(map(str, run)) for run in runs}
+    for row in rows(path):
+        found = len(curve(row, "j_policy"))
+        if found != points and tuple(row[name] for name in runs[0]._fields) in asked:
+            raise SystemExit(
+                f"{path} has runs that are asked for with other --steps: curves of {found} points, "
+                f"not {points}; give --records another folder"
+            )
+
+
 def rows(path: Path) -> list[dict[str, str]]:
     """A line each."""
     if not path.exists():

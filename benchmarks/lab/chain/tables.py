@@ -203,9 +203,29 @@ def behind_of(records: Path, *, world: str = "chain", untouched: bool = False) -
         f"\nWorld `{world}`, tasks {tasks}; J at the end is the mean of the last {behind.LAST} "
         f"steps, ± standard error over runs. Fell: J(π) below {behind.FELL} after step "
         f"{behind.AFTER}; at zero: an end below {behind.ZERO}; in brackets 95 % intervals "
-        "(Wilson). p: Fisher's test of *fell* against uncorrected at the same rate and lag, "
-        "Holm's correction over the arms of the cell. " + note(records / "behind.json")
+        "(Wilson). p: Fisher's test of *fell* against uncorrected at the same rate and lag, on the "
+        "tasks and seeds that both have, Holm's correction over the arms of the cell. "
+        + idle(cells) + note(records / "behind.json")
     )
+
+
+def idle(cells: dict[tuple[float, int, str], Rows]) -> str:
+    """Which arms did nothing in how many of their runs behind: the curve is uncorrected's."""
+    counts: dict[str, list[bool]] = {}
+    for rate, lag, arm in sorted(cells, key=lambda cell: (-cell[0], cell[1:])):
+        runs = cells[rate, lag, arm]
+        plain = {
+            (row["task"], row["seed"]): row["j_policy"]
+            for row in cells.get((rate, lag, "uncorrected"), []) if lag
+        }
+        same = [plain[key] == row["j_policy"] for row in runs
+                if (key := (row["task"], row["seed"])) in plain]
+        if arm != "uncorrected" and any(same):
+            counts.setdefault(f"{arm} at {rate:g}, {lag} behind", []).extend(same)
+    if not counts:
+        return ""
+    said = (f"{name}: {sum(same)} of {len(same)}" for name, same in counts.items())
+    return f"Runs that have uncorrected's curve, so that the arm did nothing: {'; '.join(said)}. "
 
 
 def over_lags(records: Path, *, untouched: bool = False) -> str:
@@ -300,10 +320,11 @@ def better(records: Path) -> str:
 
 def common(
     cells: dict[tuple[float, int, str], Rows], a: tuple[float, int, str], b: tuple[float, int, str],
+    column: str = "end",
 ) -> tuple[list[float], list[float]]:
-    """Ends of two cells, of the tasks and seeds that both have."""
+    """A column of two cells, of the tasks and seeds that both have."""
     one, other = (
-        {(row["task"], row["seed"]): float(row["end"]) for row in cells.get(key, [])}
+        {(row["task"], row["seed"]): float(row[column]) for row in cells.get(key, [])}
         for key in (a, b)
     )
     both = sorted(one.keys() & other.keys())
@@ -330,27 +351,35 @@ def by_cell(
 def against_uncorrected(
     cells: dict[tuple[float, int, str], Rows],
 ) -> dict[tuple[float, int, str], float]:
-    """Adjusted p of each arm that has an uncorrected one beside it."""
+    """Adjusted p of each arm, on the tasks and seeds that it and the uncorrected one have."""
     found = {}
     for rate, lag in {key[:2] for key in cells}:
         plain = cells.get((rate, lag, "uncorrected"))
         others = [key for key in cells if key[:2] == (rate, lag) and key[2] != "uncorrected"]
         if not plain or not others:
             continue
+        pairs = {
+            key: both for key in others
+            if (both := common(cells, (rate, lag, "uncorrected"), key, "lowest"))[0]
+        }
         p_values = [
-            fisher(fallen(plain), len(plain), fallen(cells[key]), len(cells[key]))
-            for key in others
+            fisher(below(behind.FELL, a), len(a), below(behind.FELL, b), len(b))
+            for a, b in pairs.values()
         ]
-        found |= dict(zip(others, holm(p_values), strict=True))
+        found |= dict(zip(pairs, holm(p_values), strict=True))
     return found
 
 
+def below(level: float, numbers: Iterable[float]) -> int:
+    return sum(x < level for x in numbers)
+
+
 def fallen(runs: Rows) -> int:
-    return sum(float(row["lowest"]) < behind.FELL for row in runs)
+    return below(behind.FELL, [float(row["lowest"]) for row in runs])
 
 
 def zero(runs: Rows) -> int:
-    return sum(float(row["end"]) < behind.ZERO for row in runs)
+    return below(behind.ZERO, ends(runs))
 
 
 def claim(records: Path) -> str:
@@ -364,7 +393,7 @@ def claim(records: Path) -> str:
             plain, mended = (
                 cells.get((rate, CLAIMED, arm)) for arm in ("uncorrected", "token-tis")
             )
-            if not plain or not mended:
+            if not plain or not mended or (rate, CLAIMED, "token-tis") not in adjusted:
                 continue
             p = adjusted[rate, CLAIMED, "token-tis"]
             tasks = sorted({row["task"] for row in plain})

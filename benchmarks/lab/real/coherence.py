@@ -88,7 +88,7 @@ def measure(
     sketch, pairs, kls, tokens = GradientSketch(), [], [], 0
     group = torch.arange(schedule.prompts).repeat_interleave(schedule.answers)
     try:
-        engine.load(sent(arm.send(), ROUNDINGS[kind.quantised](dict(weights))))
+        engine.load(sent(arm.send(seed), ROUNDINGS[kind.quantised](dict(weights))))
         for _ in range(batches):
             which = learner.draw()
             asked = learner.task.prompts[which]

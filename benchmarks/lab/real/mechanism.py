@@ -48,7 +48,7 @@ def follow(folder: Path, schedule: Schedule, seed: int) -> Iterator[dict[str, ob
     """
     learner = Learner(folder, schedule, seed)
     start = {name: x.clone() for name, x in learner.weights.items()}
-    ways = senders.senders()
+    ways = senders.senders(seed)
     memory = ways["bf16 feedback"]
     # the first of its sends has no rest to add
     of_start = ways | {"bf16 feedback": ways["bf16"]}

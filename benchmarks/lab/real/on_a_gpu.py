@@ -72,6 +72,10 @@ def reached(row: Row, share: float = 0.8) -> float:
     return next((JUDGED * i for i, x in enumerate(curve(row, "sampled")) if x >= share), inf)
 
 
+def at(step: float) -> str:
+    return "never" if step == inf else f"{step:g}"
+
+
 def learning(records: Path) -> str:
     """Every arm: how it learned, and its mismatch."""
     found = arms(records)
@@ -80,14 +84,14 @@ def learning(records: Path) -> str:
     learned, apart = [], []
     for arm, seeds in found.items():
         rows = [*seeds.values()]
-        steps = statistics.median_high([reached(row) for row in rows])
+        steps = sorted(reached(row) for row in rows)
         ends = [statistics.fmean(curve(row, "sampled")[-3:]) for row in rows]
         learned.append([
             named(arm), str(len(rows)), mean([over_the_run(row) for row in rows]),
             mean([over_the_run(row, "greedy") for row in rows]),
             f"{mean(ends)} ({min(ends):.2f} to {max(ends):.2f})",
             mean([min(curve(row, "sampled")[3:]) for row in rows]),
-            "never" if steps == inf else f"{steps:.0f}",
+            f"{at(statistics.median(steps))} ({at(steps[0])} to {at(steps[-1])})",
             mean([statistics.fmean(curve(row, "reward")[-5:]) for row in rows]),
         ])
         apart.append([
@@ -220,7 +224,13 @@ def pairs_of(records: Path) -> Pairs:
 
 
 def numbers(seeds: Mapping[str, Row], column: str) -> list[float]:
-    return [float(row[column]) for row in seeds.values()]
+    return [float(seeds[seed][column]) for seed in sorted(seeds, key=int)]
+
+
+def of_common_seeds(*pairs: Mapping[str, Row]) -> list[list[float]]:
+    """KL of each pair, on the seeds that all have."""
+    common = set.intersection(*(set(seeds) for seeds in pairs))
+    return [numbers({seed: seeds[seed] for seed in common}, "kl") for seeds in pairs]
 
 
 def matrix(records: Path) -> str:
@@ -248,11 +258,11 @@ def judged(records: Path) -> str:
     found = pairs_of(records)
     if not found:
         return NONE.format("pairs")
-    least = numbers(found["fp16", "fp16"], "kl")
     rows = []
     for pair in (*CLAIMED, ("fp16", "fp32"), ("bf16", "fp32"), ("fp32", "fp32")):
         seeds = found[pair]
-        ratios = [kl / one for kl, one in zip(numbers(seeds, "kl"), least, strict=True)]
+        kls = of_common_seeds(seeds, found["fp16", "fp16"])
+        ratios = [kl / least for kl, least in zip(*kls, strict=True)]
         rows.append([
             " / ".join(pair), f"{sum(numbers(seeds, 'tokens')):,.0f}",
             *(mean(numbers(seeds, column)) for column in ("mean", "sigma")),
@@ -260,7 +270,7 @@ def judged(records: Path) -> str:
             *(mean(numbers(seeds, column)) for column in ("answer", "growth")),
             mean([1000 * x for x in numbers(seeds, "drift")]),
         ])
-    kls = [*zip(*(numbers(found[pair], "kl") for pair in CLAIMED), strict=True)]
+    kls = [*zip(*of_common_seeds(*(found[pair] for pair in CLAIMED)), strict=True)]
     held = sum([*of] == sorted(of) for of in kls)
     ends = sum(of[0] == min(of) and of[3] == max(of) for of in kls)
     return markdown(

@@ -107,7 +107,7 @@ class Answers(NamedTuple):
 
 
 def draw(folder: Path, side: Side, seeds: list[int], device: str, longest: int) -> list[Answers]:
-    """Answers of an engine to the prompts of all seeds, which it has at once."""
+    """Answers of an engine to the prompts of all seeds, which it has at once, by draws of each."""
     tokenizer = open_tokenizer(folder)
     asked = [ask(tokenizer, question) for seed in seeds for question in questions(seed)]
     width = max(map(len, asked))
@@ -122,7 +122,7 @@ def draw(folder: Path, side: Side, seeds: list[int], device: str, longest: int) 
     )
     drawn = stacked.sample(
         model, prompts.to(device)[None], 1, longest, tokenizer.eos_token_id,
-        [torch.Generator(device).manual_seed(0)], known=known.to(device),
+        [torch.Generator(device).manual_seed(seed) for seed in seeds], known=known.to(device),
     )
     token_ids, mask, log_probs = (x[0, :, 0] for x in drawn[1:])
     ids = torch.cat([prompts.to(device), token_ids], 1)

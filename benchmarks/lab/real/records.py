@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -14,8 +15,12 @@ def keep(record: Path, rows: Iterable[Mapping[str, object]], note: Callable[[], 
         record: CSV; it takes its name only when it is complete.
         rows: as they come; not asked for where the record is there.
         note: JSON beside it, asked for at the end.
+
+    Raises:
+        SystemExit: what is on record was run on another schedule.
     """
     if record.exists():
+        refuse_another_schedule(record, json.loads(note()))
         return
     part = record.with_suffix(".part")
     part.parent.mkdir(parents=True, exist_ok=True)
@@ -29,3 +34,18 @@ def keep(record: Path, rows: Iterable[Mapping[str, object]], note: Callable[[], 
             file.flush()
     record.with_suffix(".json").write_text(note(), encoding="utf-8")
     part.replace(record)
+
+
+def refuse_another_schedule(record: Path, asked: Mapping[str, Mapping[str, object]]) -> None:
+    """What a record's name does not say is in the JSON beside it."""
+    found = json.loads(record.with_suffix(".json").read_text(encoding="utf-8"))["schedule"]
+    differ = [name for name in found if found[name] != asked["schedule"].get(name)]
+    if differ:
+        held, wanted = (
+            ", ".join(f"{name} {schedule.get(name)}" for name in differ)
+            for schedule in (found, asked["schedule"])
+        )
+        raise SystemExit(
+            f"{record} was run with {held}, and {wanted} is asked for: give --records another "
+            "folder"
+        )

@@ -49,12 +49,13 @@ class Arm:
         rounding = "" if self.rounding == "nearest" else f"-{self.rounding}"
         return f"{self.kind}-{self.engine}{rounding}-{self.correction.replace(':', '-')}"
 
-    def send(self) -> Send:
+    def send(self, seed: int) -> Send:
+        """How a run of this seed sends."""
         dtype = DTYPES[self.engine]
         if dtype == torch.float32:
             return senders.exact
         if self.rounding == "stochastic":
-            return senders.Stochastic(dtype)
+            return senders.Stochastic(dtype, seed)
         if self.rounding == "feedback":
             return senders.Feedback(dtype)
         return partial(senders.nearest, dtype=dtype)
@@ -151,7 +152,7 @@ def train(
     learner = Learner(folder, schedule, seed)
     longest = learner.task.prompts.shape[1] + LONGEST
     engine = open_engine(folder, arm, schedule, longest)
-    how = arm.send()
+    how = arm.send(seed)
     start = some(learner.weights)
     sent = {name: how(name, x) for name, x in learner.weights.items()}
     engine.load(sent)

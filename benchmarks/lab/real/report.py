@@ -287,8 +287,8 @@ def offline(records: Path) -> str:
     planned: dict[bool, Pairs] = {True: {}, False: {}}
     for path in sorted((records / "offline").glob("*.npz")):
         rollout, trainer, seed = path.stem.split("-", 2)
-        pair = planned[seed.isdigit()].setdefault((rollout, trainer), [])
-        pair.append(of_dump(read_dump(path)))
+        pair = planned[seed.isdigit()].setdefault((rollout, trainer), {})
+        pair[seed] = of_dump(read_dump(path))
     parts = [pairs_table(found) for found in planned.values() if found]
     note = (
         "\nΔ = log π − log μ in nats; KL is k3, nats per token. *Growth* is the power of t with"
@@ -301,27 +301,28 @@ def offline(records: Path) -> str:
     return "\n".join(parts) + note
 
 
-Pairs = dict[tuple[str, str], list[dict[str, float]]]
+Pairs = dict[tuple[str, str], dict[str, dict[str, float]]]
 """By rollout and trainer, what each seed's dump says."""
 
 
 def pairs_table(found: Pairs) -> str:
     head = ["rollout / trainer", "seeds", "tokens", r"mean \|Δ\|", "σ", "KL",
             "σ of an answer's log-ratio", "growth", "drift", "KL over FP16 / FP16's"]
-    least = [x["kl"] for x in found.get(("fp16", "fp16"), [])]
+    least = found.get(("fp16", "fp16"), {})
     table = []
-    for (rollout, trainer), seeds in sorted(
-        found.items(), key=lambda item: statistics.fmean(x["kl"] for x in item[1])
+    for (rollout, trainer), of_seeds in sorted(
+        found.items(), key=lambda item: statistics.fmean(x["kl"] for x in item[1].values())
     ):
+        seeds = [*of_seeds.values()]
         kls = [x["kl"] for x in seeds]
-        ratio = geometric([a / b for a, b in zip(kls, least, strict=True)]) if len(
-            least) == len(kls) else ""
+        ratios = [of_seeds[s]["kl"] / least[s]["kl"] for s in of_seeds if s in least]
+        ratio = geometric(ratios) if ratios else ""
         table.append([
             f"{rollout} / {trainer}", str(len(seeds)), f"{sum(x['tokens'] for x in seeds):,.0f}",
             *(mean([x[column] for x in seeds]) for column in ("mean", "sigma")), geometric(kls),
             *(mean([x[column] for x in seeds]) for column in ("answer", "growth", "drift")), ratio,
         ])
-    longest = max(x["longest"] for seeds in found.values() for x in seeds)
+    longest = max(x["longest"] for seeds in found.values() for x in seeds.values())
     return markdown(head, table) + f"\nAnswers of up to {longest:.0f} tokens. {order(found)}\n"
 
 
@@ -358,7 +359,9 @@ def order(found: Pairs) -> str:
     """Whether the published order of the four 16-bit pairs holds, seed by seed."""
     if not set(on_a_gpu.CLAIMED) <= found.keys():
         return ""
-    seeds = list(zip(*([x["kl"] for x in found[pair]] for pair in on_a_gpu.CLAIMED), strict=True))
+    claimed = [found[pair] for pair in on_a_gpu.CLAIMED]
+    common = sorted(set.intersection(*map(set, claimed)))
+    seeds = [[of_seeds[s]["kl"] for of_seeds in claimed] for s in common]
     same = sum(list(kls) == sorted(kls) for kls in seeds)
     return (
         "The published order of the four 16-bit pairs, FP16 / FP16, BF16 / FP16, FP16 / BF16,"

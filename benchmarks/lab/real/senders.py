@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -37,19 +38,30 @@ def float32_head(name: str, x: Tensor) -> Tensor:
     return x if name == EMBEDDING else x.bfloat16().float()
 
 
-class Stochastic:
-    """Stochastic rounding; with a seed, the same draws at every send."""
+def generator(*of: object) -> torch.Generator:
+    """Draws of their own for whatever has a name."""
+    return torch.Generator().manual_seed(zlib.crc32(repr(of).encode()))
 
-    def __init__(self, dtype: torch.dtype = torch.bfloat16, seed: int | None = None):
-        self._dtype, self._seed = dtype, seed
-        self._running = torch.Generator().manual_seed(0)
+
+class Stochastic:
+    """Stochastic rounding, whose draws are a run's own."""
+
+    def __init__(self, dtype: torch.dtype, seed: int):
+        self._dtype, self._running = dtype, generator("rounding", seed)
 
     def __call__(self, name: str, x: Tensor) -> Tensor:
-        generator = self._running
-        if self._seed is not None:
-            own = sum(name.encode()) * 31 + len(name) + self._seed
-            generator = torch.Generator().manual_seed(own)
-        return stochastic_round(x, self._dtype, generator=generator).float()
+        return stochastic_round(x, self._dtype, generator=self._running).float()
+
+
+class SameDraws:
+    """Stochastic rounding with the same draws at every send."""
+
+    def __init__(self, dtype: torch.dtype, seed: int):
+        self._dtype, self._seed = dtype, seed
+
+    def __call__(self, name: str, x: Tensor) -> Tensor:
+        own = generator("rounding", self._seed, name)
+        return stochastic_round(x, self._dtype, generator=own).float()
 
 
 class Feedback:
@@ -64,15 +76,15 @@ class Feedback:
         return sent.float()
 
 
-def senders() -> dict[str, Send]:
-    """Every way to send, by name, with no memory yet."""
+def senders(seed: int) -> dict[str, Send]:
+    """Every way to send in a run, by name, with no memory yet."""
     return {
         "bf16": partial(nearest, dtype=torch.bfloat16),
         "fp16": partial(nearest, dtype=torch.float16),
         "8 bits": partial(fraction, bits=8),
         "bf16, float32 head": float32_head,
-        "bf16 stochastic": Stochastic(),
-        "bf16 stochastic, same draws": Stochastic(seed=0),
+        "bf16 stochastic": Stochastic(torch.bfloat16, seed),
+        "bf16 stochastic, same draws": SameDraws(torch.bfloat16, seed),
         "bf16 feedback": Feedback(),
     }
 

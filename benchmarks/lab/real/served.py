@@ -38,7 +38,7 @@ def follow(
     learner = Learner(folder, schedule, seed)
     prompts = learner.task.prompts
     engine = open_engine(folder, arm, schedule, prompts.shape[1] + LONGEST)
-    senders = {way: Arm(arm.engine, rounding=way).send() for way in WAYS[arm.engine]}
+    senders = {way: Arm(arm.engine, rounding=way).send(seed) for way in WAYS[arm.engine]}
     try:
         while True:
             which = learner.draw()

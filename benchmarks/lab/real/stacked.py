@@ -192,7 +192,7 @@ def sample(
         n: answers to each.
         longest: answer.
         end: the token after which an answer is over.
-        generators: of the draws, one a run, on the device.
+        generators: of the draws, on the device: one a run, or for equal shares of its prompts.
         greedy: so many of the n are the likeliest token by token.
         known: bool "g p", False where a prompt is padded on its left.
     """
@@ -211,8 +211,9 @@ def sample(
     ids, found, masks = [], [], []
     noise = torch.empty(r, g * n, len(model.embedding[0]), device=device)
     for i in range(longest):
-        for row, generator in zip(noise, generators, strict=True):
-            row.exponential_(generator=generator)
+        shares = noise.flatten(0, 1).chunk(len(generators))
+        for share, generator in zip(shares, generators, strict=True):
+            share.exponential_(generator=generator)
         if not alive.any():
             continue  # so that a run's next draws do not depend on the others' lengths
         if i:
