@@ -677,7 +677,8 @@ def tables() -> Iterator[tuple[str, str]]:
     low, high = interval(wrong, len(clean))
     yield "clean", "\n".join([
         f"{draws} draws from {len(clean)} clean dumps: {false} false findings"
-        f" ({false / draws:.2%}); dumps that have one: {wrong} (95 % interval {low:.1%} to {high:.1%}).", "",
+        f" ({false / draws:.2%}); dumps that have one: {wrong} (95 % interval {low:.1%} to"
+        f" {high:.1%}).", "",
         "| rollout / trainer | tokens | said of the whole | false findings in draws |",
         "|---|---|---|---|",
         *(f"| {r['rollouts']} | {int(r['tokens']):,} | {r['said']} | {r['false']} / {r['draws']} |"

@@ -10,6 +10,7 @@ import difflib
 import importlib
 import math
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -63,6 +64,49 @@ def check_choice(caller: str, argument: str, value: object, known: Sequence[obje
         )
 
 
+def check_flag(caller: str, argument: str, value: object) -> None:
+    """Raise unless ``value`` is True or False; other truthy things, such as "no", are refused.
+
+    >>> check_flag("Correction", "normalize", False)
+    """
+    if not isinstance(value, bool):
+        raise input_error(
+            caller, argument, expected="True or False", got=repr(value),
+            fix=f"pass {argument}=True or {argument}=False; in text true or false",
+        )
+
+
+def is_integer(x: Tensor) -> bool:
+    """Whether a tensor holds integers: no floats, complex numbers or bools.
+
+    >>> is_integer(torch.tensor([1])), is_integer(torch.tensor([True]))
+    (True, False)
+    """
+    return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
+
+
+def is_number(x: object) -> bool:
+    """Whether ``x`` is a real number, numpy's included, and no bool.
+
+    >>> is_number(2), is_number(True)
+    (True, False)
+    """
+    return isinstance(x, Real) and not isinstance(x, bool)
+
+
+def check_shape(caller: str, argument: str, x: Tensor, mask: Tensor, what: str) -> None:
+    """Raise unless what a part of the user's returned has the mask's shape.
+
+    >>> check_shape("Correction", "bound", torch.ones(2), torch.ones(2).bool(), "weights")
+    """
+    if x.shape != mask.shape:
+        raise input_error(
+            caller, argument, expected=f"to return {what} of shape {tuple(mask.shape)}",
+            got=describe(x), fix="keep the token axis: a value of a whole sequence stands on each"
+            " of its tokens, as evidence.layout.sequence_total gives it",
+        )
+
+
 def check_number(
     caller: str,
     argument: str,
@@ -99,7 +143,7 @@ Fix: pass target as a share of the sample.
     """
     if value is None and optional:
         return
-    number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    number = is_number(value) and (not whole or isinstance(value, Integral))
     if number and least <= value <= most and value > above:  # type: ignore[operator]
         return
     if most < math.inf:
@@ -197,6 +241,11 @@ def check_per_token(
 
 
 def _shape_hint(x: Tensor, mask: Tensor) -> str:
+    if x.ndim == 1:
+        return (
+            "pass one number per token: of values per packed sequence, values[ids], with ids the"
+            " sequence of each token"
+        )
     if x.ndim == mask.ndim and x.shape[:-1] == mask.shape[:-1]:
         if abs(x.shape[-1] - mask.shape[-1]) == 1:
             return (

@@ -27,6 +27,8 @@ def with_gradient(value: Tensor, *pairs: tuple[Tensor, Tensor]) -> Tensor:
     >>> x.grad
     tensor([6.])
     """
+    if not torch.is_grad_enabled() or not any(x.requires_grad for x, _ in pairs):
+        return value
     inputs = [x for x, _ in pairs]
     derivatives = [derivative for _, derivative in pairs]
     result: Tensor = _WithGradient.apply(value, len(pairs), *inputs, *derivatives)  # type: ignore[no-untyped-call]

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor
 
-from iscorrect.errors import check_mask, describe, input_error
+from iscorrect.errors import check_mask, describe, input_error, is_integer
 from iscorrect.ranks import Group, accumulator, check_member, max_over, sum_over
 
 Reduction = Literal["sum", "amax"]
@@ -41,7 +41,9 @@ class Layout:
             ``sequence_ids``, equal ids do, and number the sequences from 0 to num_ids − 1.
         num_ids: how many ids there are, with ``sequence_group`` and ``sequence_ids``.
         zigzag: whether each rank holds the r-th and the r-th last of 2R chunks of a sequence, one
-            after the other, rather than the r-th of R. Only prefixes depend on it.
+            after the other, rather than the r-th of R. Only prefixes depend on it. Chunks are
+            halves of what a rank holds of a sequence, masked tokens too: padding lies in both
+            alike, or has an id of its own.
         batch_group: the ranks that together hold the batch, for what depends on all of it:
             normalisation, caps from the data, Pareto smoothing.
         age: int "b t", the trainer's version less the version of the policy that sampled the token,
@@ -80,6 +82,8 @@ class Layout:
             _check_ids(name, ids, mask)
         check_member("Layout", "sequence_group", sequence_group)
         check_member("Layout", "batch_group", batch_group)
+        if sequence_group is not None and dist.get_world_size(sequence_group) == 1:
+            sequence_group = None  # which cuts nothing
         self.mask, self.age = mask, age
         self.sequence_group, self.zigzag, self.batch_group = sequence_group, zigzag, batch_group
         if sequence_group is not None:
@@ -102,19 +106,23 @@ class Layout:
         *,
         segment_ids: Tensor | None = None,
         age: Tensor | None = None,
+        batch_group: Group = None,
     ) -> Layout:
         """The layout of one packed row, given flash-attention's cumulative lengths.
 
         Args:
             mask: bool "n" or "1 n".
             cu_seqlens: int "s+1", rising from 0; sequence i holds tokens cu_seqlens[i] up to, not
-                including, cu_seqlens[i+1]. Tokens beyond the last entry are padding.
+                including, cu_seqlens[i+1]. Tokens beyond the last entry are padding, and not
+                counted.
             segment_ids: int, shaped like mask.
             age: likewise.
+            batch_group: as in the constructor.
 
         Raises:
-            InputError: the mask has more than one row; the lengths do not rise from 0 (seen on a
-                CPU only, where looking costs nothing).
+            InputError: the mask has more than one row; the lengths do not rise from 0, go beyond
+                the tokens, or leave out tokens that count (seen on a CPU only, where looking costs
+                nothing).
 
         >>> mask = torch.ones(5, dtype=torch.bool)
         >>> layout = Layout.from_cu_seqlens(mask, torch.tensor([0, 2, 5]))
@@ -127,10 +135,11 @@ class Layout:
                 "Layout.from_cu_seqlens", "mask", expected="one packed row, `n` or `1 n`",
                 got=describe(mask), fix="flatten the rows, or pass Layout(mask, sequence_ids=...)",
             )
-        _check_cu_seqlens(cu_seqlens)
+        _check_cu_seqlens(cu_seqlens, mask)
         positions = torch.arange(mask.shape[-1], device=mask.device)
         ids = torch.searchsorted(cu_seqlens[1:].to(positions), positions, right=True)
-        layout = cls(mask, sequence_ids=ids.view(mask.shape), segment_ids=segment_ids, age=age)
+        layout = cls(mask, sequence_ids=ids.view(mask.shape), segment_ids=segment_ids, age=age,
+                     batch_group=batch_group)
         # padding at the end is one more
         few = _Parts(layout._sequences.ids, len(cu_seqlens))
         if layout._segments is layout._sequences:
@@ -146,6 +155,7 @@ class Layout:
         *,
         segment_ids: Tensor | None = None,
         age: Tensor | None = None,
+        batch_group: Group = None,
     ) -> Layout:
         """The layout of packed rows whose positions start again at 0 with every sequence.
 
@@ -154,6 +164,7 @@ class Layout:
             position_ids: int "b t".
             segment_ids: int "b t".
             age: int "b t".
+            batch_group: as in the constructor.
 
         >>> mask, positions = torch.ones(1, 5, dtype=torch.bool), torch.tensor([[0, 1, 0, 1, 2]])
         >>> Layout.from_position_ids(mask, positions).sequence_total(torch.ones(1, 5))
@@ -161,19 +172,29 @@ class Layout:
         """
         _check_ids("position_ids", position_ids, mask)
         ids = (position_ids == 0).cumsum(-1)
-        return cls(mask, sequence_ids=ids, segment_ids=segment_ids, age=age)
+        return cls(mask, sequence_ids=ids, segment_ids=segment_ids, age=age,
+                   batch_group=batch_group)
 
     def rows(self, start: int, stop: int) -> Layout:
         """The layout of some of the rows; sequences never cross rows."""
-        part = self.with_mask(self.mask[start:stop])
-        part._sequences = self._sequences.rows(start, stop)
-        part._segments = self._segments.rows(start, stop)
+        part = self._with(self.mask[start:stop])
+        alike = self.sequence_group is not None  # numbers are the same on all ranks
+        part._sequences = self._sequences.rows(start, stop, alike=alike)
+        part._segments = self._segments.rows(start, stop, alike=alike)
         part.age = None if self.age is None else self.age[start:stop]
         return part
 
     def with_mask(self, mask: Tensor) -> Layout:
         """The same sequences, segments and ages with other tokens counted."""
         check_mask("Layout.with_mask", mask)
+        if mask.shape != self.mask.shape:
+            raise input_error(
+                "Layout.with_mask", "mask", expected=f"of shape {tuple(self.mask.shape)}",
+                got=describe(mask), fix="pass a mask over the same tokens",
+            )
+        return self._with(mask)
+
+    def _with(self, mask: Tensor) -> Layout:
         part = object.__new__(Layout)  # which torch.compile follows, unlike copy.copy
         for name in Layout.__slots__:
             setattr(part, name, getattr(self, name))
@@ -194,7 +215,7 @@ class Layout:
 
     def mean(self, x: Tensor) -> Tensor:
         """Mean of "b t" over the tokens that count, this rank's share of it; 0 if none do."""
-        return self.total(x) / self.count().clamp(min=1)
+        return (self.total(wide(x)) / self.count().clamp(min=1)).to(x.dtype)
 
     def sequence_total(self, x: Tensor) -> Tensor:
         """Sum over the counted tokens of each sequence, on each of its tokens; "b t" -> "b t"."""
@@ -206,10 +227,14 @@ class Layout:
 
     def sequence_mean(self, x: Tensor) -> Tensor:
         """Mean over the counted tokens of each sequence, on each of its tokens; "b t" -> "b t"."""
-        return self.sequence_total(x) / self.sequence_count(x.dtype).clamp(min=1)
+        total = self.sequence_total(wide(x))
+        return (total / self.sequence_count(total.dtype).clamp(min=1)).to(x.dtype)
 
     def sequence_max(self, x: Tensor) -> Tensor:
-        """Maximum over the counted tokens of each sequence; "b t". -inf where none count."""
+        """Maximum over the counted tokens of each sequence; "b t". -inf where none count.
+
+        Where ranks share sequences it carries no gradient.
+        """
         return self._reduce(torch.where(self.mask, x, -torch.inf), self._sequences, "amax")
 
     def per_sequence(self, x: Tensor) -> Tensor:
@@ -319,9 +344,11 @@ class _Parts(NamedTuple):
     ids: Tensor | None  # None: each row is one
     number: int
 
-    def rows(self, start: int, stop: int) -> _Parts:
+    def rows(self, start: int, stop: int, *, alike: bool) -> _Parts:
         if self.ids is None:
             return self
+        if alike:
+            return self._replace(ids=self.ids[start:stop])
         ids = self.ids[start:stop] - self.ids[start : start + 1, :1]
         return _Parts(ids, ids.numel())  # as many as there are tokens, at most
 
@@ -350,7 +377,7 @@ def _shared(
             "Layout", "num_ids", expected="given with sequence_group and sequence_ids",
             got="None", fix="number the sequences alike on all ranks, and pass how many there are",
         )
-    return _Parts(sequence_ids, number)
+    return _Parts(sequence_ids.long(), number)  # scatters index with no other type
 
 
 def _check_alike(parts: _Parts, group: Group, device: torch.device) -> None:
@@ -393,11 +420,16 @@ def masked(x: Tensor, mask: Tensor) -> Tensor:
     return (x.detach().view(BITS[x.dtype]) & ones).view(x.dtype)
 
 
-def as_layout(caller: str, mask: Tensor | Layout) -> Layout:
+def wide(x: Tensor) -> Tensor:
+    """In float32 or wider, so that a sum of 16-bit numbers does not overflow before a mean."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def as_layout(caller: str, mask: Tensor | Layout, argument: str = "mask") -> Layout:
     """A mask is the layout in which each row is one sequence; a layout is itself."""
     if isinstance(mask, Layout):
         return mask
-    check_mask(caller, mask, expected="a bool tensor or a Layout")
+    check_mask(caller, mask, argument, expected="a bool tensor or a Layout")
     return Layout(mask)
 
 
@@ -412,7 +444,7 @@ def pad_sequences(tensors: Sequence[Tensor], *, value: float = 0.0) -> tuple[Ten
         padded "b t" and its mask, bool "b t", with t the greatest length.
 
     Raises:
-        InputError: a tensor is not one-dimensional.
+        InputError: a tensor is not one-dimensional, or they differ in dtype.
 
     >>> padded, mask = pad_sequences([torch.tensor([1.0, 2.0]), torch.tensor([3.0])])
     >>> padded, mask
@@ -420,15 +452,21 @@ def pad_sequences(tensors: Sequence[Tensor], *, value: float = 0.0) -> tuple[Ten
             [3., 0.]]), tensor([[ True,  True],
             [ True, False]]))
     """
+    tensors = list(tensors)
     for i, x in enumerate(tensors):
-        if x.ndim != 1:
+        if not isinstance(x, Tensor) or x.ndim != 1:
             raise input_error(
-                "pad_sequences", f"tensors[{i}]", expected="one-dimensional", got=describe(x),
-                fix="pass one tensor of `t` tokens per sequence",
+                "pad_sequences", f"tensors[{i}]", expected="a one-dimensional tensor",
+                got=describe(x), fix="pass one tensor of `t` tokens per sequence",
+            )
+        if x.dtype != tensors[0].dtype:  # the first would decide, and cut fractions off
+            raise input_error(
+                "pad_sequences", f"tensors[{i}]", expected=f"{tensors[0].dtype} like the first",
+                got=describe(x), fix="pass tensors of one dtype, such as x.float() of each",
             )
     if not tensors:
         return torch.empty(0, 0), torch.empty(0, 0, dtype=torch.bool)
-    padded = torch.nn.utils.rnn.pad_sequence(list(tensors), batch_first=True, padding_value=value)
+    padded = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
     lengths = torch.tensor([len(x) for x in tensors], device=padded.device)
     positions = torch.arange(padded.shape[1], device=padded.device)
     return padded, positions < rearrange(lengths, "b -> b 1")
@@ -444,25 +482,33 @@ def unpad(padded: Tensor, mask: Tensor) -> list[Tensor]:
     Returns:
         b tensors, each "t_i".
 
+    Raises:
+        InputError: the mask is not bool, or of another shape.
+
     >>> unpad(torch.tensor([[1.0, 2.0], [3.0, 0.0]]), torch.tensor([[True, True], [True, False]]))
     [tensor([1., 2.]), tensor([3.])]
     """
+    check_mask("unpad", mask)
+    if not isinstance(padded, Tensor) or padded.shape != mask.shape:
+        raise input_error(
+            "unpad", "padded", expected=f"a tensor of shape {tuple(mask.shape)} like `mask`",
+            got=describe(padded), fix="pass the two that pad_sequences returns",
+        )
     return [row[keep] for row, keep in zip(padded, mask, strict=True)]
 
 
 def _check_ids(name: str, ids: Tensor | None, mask: Tensor) -> None:
     if ids is None:
         return
-    integers = isinstance(ids, Tensor) and not ids.is_floating_point() and ids.dtype != torch.bool
-    if not integers or ids.shape != mask.shape:
+    if not isinstance(ids, Tensor) or not is_integer(ids) or ids.shape != mask.shape:
         raise input_error(
             "Layout", name, expected=f"an integer tensor of shape {tuple(mask.shape)} like `mask`",
             got=describe(ids), fix=f"pass {name} as a tensor of torch.long, one number per token",
         )
 
 
-def _check_cu_seqlens(cu_seqlens: Tensor) -> None:
-    integers = isinstance(cu_seqlens, Tensor) and not cu_seqlens.is_floating_point()
+def _check_cu_seqlens(cu_seqlens: Tensor, mask: Tensor) -> None:
+    integers = isinstance(cu_seqlens, Tensor) and is_integer(cu_seqlens)
     if not integers or cu_seqlens.ndim != 1 or not len(cu_seqlens):
         raise input_error(
             "Layout.from_cu_seqlens", "cu_seqlens", expected="an integer tensor `s+1`",
@@ -474,6 +520,20 @@ def _check_cu_seqlens(cu_seqlens: Tensor) -> None:
         raise input_error(
             "Layout.from_cu_seqlens", "cu_seqlens", expected="rising from 0",
             got=str(cu_seqlens[:8].tolist()), fix="begin with 0, and add up the lengths",
+        )
+    n, last = mask.shape[-1], int(cu_seqlens[-1])
+    if last > n:
+        raise input_error(
+            "Layout.from_cu_seqlens", "cu_seqlens", expected=f"to end at {n}, the tokens of `mask`,"
+            " or before", got=f"{last} at the end",
+            fix="cut all alike: where log-probs of the next token drop one token of a sequence, its"
+            " length is one less",
+        )
+    if mask.device.type == "cpu" and bool(mask[..., last:].any()):
+        raise input_error(
+            "Layout.from_cu_seqlens", "mask", expected=f"False from token {last} on, where the last"
+            " sequence ends", got="True on some of these tokens",
+            fix="add the end of their sequence to cu_seqlens, or mask the padding",
         )
 
 

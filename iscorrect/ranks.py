@@ -20,6 +20,12 @@ T = TypeVar("T")
 
 def check_member(caller: str, argument: str, group: Group) -> None:
     """Raise unless this rank belongs to the group, whose collectives would leave it out."""
+    if not isinstance(group, dist.ProcessGroup | None):
+        raise input_error(
+            caller, argument, expected="a process group, or None for this rank alone",
+            got=type(group).__name__,
+            fix="pass mesh.get_group(), or torch.distributed.group.WORLD for all ranks",
+        )
     if group is not None and dist.get_rank(group) < 0:
         raise input_error(
             caller, argument, expected="a group that this rank belongs to, or None for this rank"
@@ -191,9 +197,7 @@ class _SumOver(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        grad = grad.clone()
-        dist.all_reduce(grad, group=ctx.group)
-        return grad, None
+        return sum_over(grad, ctx.group), None  # which can be differentiated again
 
 
 def accumulator(device: torch.device) -> torch.dtype:

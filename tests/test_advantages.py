@@ -50,3 +50,18 @@ def test_a_group_size_in_place_of_ids_is_refused_with_the_ids_to_pass():
         group_advantages(torch.ones(4), 2)
     with pytest.raises(InputError, match="`rewards`"):
         group_advantages([1.0, 2.0], torch.tensor([0, 0]))
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "dr-grpo", "rloo"])
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf, -torch.inf])
+def test_a_reward_that_is_not_finite_shows_in_its_group_alone(estimator, broken):
+    rewards, groups = torch.tensor([1.0, 0.0, broken, 1.0, 0.0]), torch.tensor([0, 0, 0, 1, 1])
+    found = group_advantages(rewards, groups, estimator=estimator)
+    assert not found[:3].isfinite().any() and found[3:].isfinite().all()
+    kept = group_advantages(rewards, groups, rewards.isfinite(), estimator=estimator)
+    assert kept.isfinite().all() and kept[2] == 0
+
+
+def test_ids_of_groups_are_integers():
+    with pytest.raises(InputError, match="group_advantages: `group_ids`"):
+        group_advantages(torch.ones(2), torch.tensor([True, False]))

@@ -290,3 +290,31 @@ def test_an_exported_loss_takes_other_shapes(name, objective):
     )
     other = example(1, 6, 12)
     torch.testing.assert_close(exported.module()(*other), Step()(*other), rtol=1e-14, atol=0)
+
+
+def parsed_loss(log_probs, **given):
+    return ic.parse_loss("icepop ppo-clip")(log_probs, **given)
+
+
+@pytest.mark.parametrize(
+    "made", [ic.token_tis_loss, ic.masked_is_loss, ic.sequence_is_loss, parsed_loss]
+)
+def test_a_function_that_makes_its_loss_compiles(made):
+    batch = make_batch(0)
+    given = inputs(batch)
+    del given["ref_log_probs"]
+    compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
+    expected = made(batch.log_probs, **given)
+    torch.testing.assert_close(compiled(batch.log_probs, **given)[0], expected[0])
+
+
+def test_a_compiled_clip_runs_where_nothing_is_trained():
+    batch = make_batch(0)
+    given = inputs(batch)
+    del given["ref_log_probs"]
+    loss_fn = PolicyLoss(correction=ic.token_tis(), objective=ic.PPOClip())
+    compiled = torch.compile(
+        lambda x: loss_fn(x, **given)[0], fullgraph=True, backend="aot_eager"
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(batch.log_probs), loss_fn(batch.log_probs, **given)[0])

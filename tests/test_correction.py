@@ -9,6 +9,7 @@ from hypothesis import given, strategies as st
 
 import iscorrect as ic
 from iscorrect import PRESETS, Correction, Layout
+from iscorrect.loss.caps import ess_cap
 
 
 def correct(correction, batch, mask=None):
@@ -273,3 +274,56 @@ def test_segment_ratios_are_products_over_each_turn(batch, seed):
             counted = batch.mask[i, span]
             expected = oracle.exp(d[i, span].sum())
             assert np.allclose(weights[i, span][counted], expected, rtol=1e-10)
+
+
+RETURNS = {
+    "a number a sequence": lambda e: e.layout.sequence_total(e.log_ratio)[:, 0],
+    "a number a column": lambda e: e.log_ratio[0],
+    "a number": lambda e: e.log_ratio.sum(),
+    "swapped axes": lambda e: e.log_ratio.T,
+}
+
+
+@pytest.mark.parametrize("made", RETURNS.values(), ids=RETURNS)
+def test_what_a_part_returns_has_the_shape_of_the_mask(made):
+    x = torch.tensor([[0.1, 0.1, 0.1], [-0.1, -0.1, -0.1]])
+    inputs = {"old_log_probs": x - 1, "rollout_log_probs": torch.full_like(x, -1.0),
+              "mask": torch.ones_like(x, dtype=torch.bool)}
+    with pytest.raises(ic.InputError, match="what is kept of shape"):
+        Correction(reject=(lambda e: made(e) > 0,))(**inputs)
+    with pytest.raises(ic.InputError, match="weights of shape"):
+        Correction(bound=lambda ratio, e: made(e).exp())(**inputs)
+
+
+def test_weights_are_float32_whatever_a_bound_returns():
+    x = torch.zeros(1, 2)
+    found = Correction(bound=lambda ratio, e: ratio.half())(
+        old_log_probs=x, rollout_log_probs=x, mask=torch.ones(1, 2, dtype=torch.bool))
+    assert found.weights.dtype == torch.float32
+
+
+@pytest.mark.parametrize("value", ["False", "off", "no", 1, None])
+def test_a_flag_is_true_or_false(value):
+    with pytest.raises(ic.InputError, match="`normalize` must be True or False"):
+        Correction(normalize=value)
+    with pytest.raises(ic.InputError, match="`corrected` must be True or False"):
+        ic.ReferenceKL(corrected=value)
+
+
+def test_bounds_and_caps_refuse_what_they_cannot_hold():
+    with pytest.raises(ic.InputError, match="Clip: `low`"):
+        ic.Clip(None, None)
+    with pytest.raises(ic.InputError, match="ByAge: `fresh`"):
+        ic.ByAge(limit=1, fresh=ic.Truncate, stale=ic.Mask(0.5, 2.0))
+    for target in (0, 2.0):
+        with pytest.raises(ic.InputError, match="ess_cap: `target`"):
+            ess_cap(torch.ones(1, 2), torch.ones(1, 2, dtype=torch.bool), target)
+
+
+def test_an_unknown_scope_is_named():
+    def part(evidence):
+        return evidence.layout.mask
+
+    part.scope = "Token"
+    with pytest.raises(ic.InputError, match="did you mean 'token'"):
+        _ = Correction(reject=(part,)).scope

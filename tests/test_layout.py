@@ -10,6 +10,7 @@ from hypothesis import given, strategies as st
 import iscorrect as ic
 from iscorrect import PRESETS, Layout, PolicyLoss, pad_sequences, unpad
 from iscorrect.layout import masked
+from iscorrect.loss.ratios import at_level
 
 
 def pack(batch, per_row=2):
@@ -164,3 +165,60 @@ def test_sums_of_a_long_packed_row_keep_their_digits():
     torch.testing.assert_close(total, x[0, :-last].double().sum(), rtol=1e-7, atol=0)
     prefix, expected = layout.prefix_total(x)[0, -last:], x[0, -last:].double().cumsum(-1)
     torch.testing.assert_close(prefix.double(), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_lengths_that_do_not_fit_the_tokens_are_refused():
+    mask = torch.ones(5, dtype=torch.bool)
+    for beyond in ([0, 3, 6], [0, 2, 100]):
+        with pytest.raises(ic.InputError, match="to end at 5"):
+            Layout.from_cu_seqlens(mask, torch.tensor(beyond))
+    with pytest.raises(ic.InputError, match="False from token 2 on"):
+        Layout.from_cu_seqlens(mask, torch.tensor([0, 2]))
+    padded = Layout.from_cu_seqlens(torch.arange(5) < 2, torch.tensor([0, 2]))
+    assert padded.num_sequences() == 1
+
+
+@pytest.mark.parametrize("ids", [torch.ones(1, 2).bool(), torch.ones(1, 2, dtype=torch.complex64)])
+def test_ids_are_integers(ids):
+    with pytest.raises(ic.InputError, match="`sequence_ids` must be an integer tensor"):
+        Layout(torch.ones(1, 2, dtype=torch.bool), sequence_ids=ids)
+
+
+def test_a_mean_of_16_bit_numbers_does_not_overflow():
+    x = torch.full((1, 70_000), 0.5, dtype=torch.float16)
+    layout = Layout(torch.ones(1, 70_000, dtype=torch.bool))
+    assert layout.mean(x) == 0.5 and (layout.sequence_mean(x) == 0.5).all()
+    assert layout.sequence_mean(x).dtype == torch.float16
+
+
+def test_another_mask_is_over_the_same_tokens():
+    layout = Layout(torch.ones(2, 3, dtype=torch.bool))
+    with pytest.raises(ic.InputError, match=r"of shape \(2, 3\)"):
+        layout.with_mask(torch.ones(2, 4, dtype=torch.bool))
+
+
+def test_sequences_to_pad_are_tensors_of_one_dtype():
+    with pytest.raises(ic.InputError, match=r"`tensors\[1\]` must be torch.int64 like the first"):
+        pad_sequences([torch.tensor([1, 2]), torch.tensor([-0.5, -0.7])])
+    with pytest.raises(ic.InputError, match="a one-dimensional tensor, got list"):
+        pad_sequences([[1.0, 2.0]])
+
+
+def test_only_a_bool_mask_of_their_shape_takes_padding_away():
+    padded = torch.tensor([[-0.1, -0.2, 9.0]])
+    with pytest.raises(ic.InputError, match=r"pass mask.bool\(\)"):
+        unpad(padded, torch.tensor([[1, 1, 0]]))
+    with pytest.raises(ic.InputError, match=r"of shape \(1, 2\) like `mask`"):
+        unpad(padded, torch.tensor([[True, True]]))
+
+
+def test_an_unknown_level_is_refused_and_a_mask_is_a_layout():
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    with pytest.raises(ic.InputError, match="one of 'token', 'sequence'"):
+        at_level(torch.zeros(1, 2), Layout(mask), "foo")
+    assert at_level(torch.ones(1, 2), mask, "sequence").tolist() == [[2.0, 2.0]]
+
+
+def test_a_group_is_a_process_group():
+    with pytest.raises(ic.InputError, match="a process group, or None"):
+        Layout(torch.ones(1, 2, dtype=torch.bool), batch_group="world")

@@ -460,7 +460,7 @@ BAD = {
     "no vocabulary": ({"vocabulary_size": 0}, "vocabulary_size"),
     "a group that is none": ({"vocabulary_group": 2}, "vocabulary_group"),
     "integer head": ({"head_dtype": torch.int8}, "head_dtype"),
-    "float mask": ({"layout": torch.ones(B, T)}, "mask"),
+    "float mask": ({"layout": torch.ones(B, T)}, "layout"),
     "mask of other tokens": ({"layout": torch.ones(B, T + 1, dtype=torch.bool)}, "layout"),
     "support of other tokens": (
         {"support": torch.zeros(B, T + 1, 2, dtype=torch.int64)}, "support",

@@ -632,3 +632,58 @@ def test_numbers_of_eight_bits_are_refused(which):
     message = f"`{which}` must be a floating-point tensor of 16 bits"
     with pytest.raises(ic.InputError, match=message):
         PolicyLoss()(**three_tokens(**{which: x}))
+
+
+@pytest.mark.parametrize("how", ["token-mean", "seq-mean-token-mean"])
+def test_an_aggregate_of_16_bit_losses_is_made_in_float32(how):
+    x = torch.full((1, 70_000), 0.5, dtype=torch.float16, requires_grad=True)
+    loss = ic.aggregate(x, torch.ones(1, 70_000, dtype=torch.bool), how)
+    loss.backward()
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(0.5)
+    torch.testing.assert_close(x.grad, torch.full_like(x, 1 / 70_000), rtol=1e-2, atol=0)
+
+
+def test_a_count_in_the_place_of_what_is_kept_is_warned_of():
+    x = torch.tensor([[-1.0, -1.0], [-1.0, -5.0]])
+    inputs = {"rollout_log_probs": x, "advantages": torch.ones(2),
+              "mask": torch.ones(2, 2, dtype=torch.bool)}
+    loss_fn = PolicyLoss(correction=ic.icepop(), over="kept")
+    with pytest.warns(UserWarning, match="over='kept' divides by how many"):
+        loss_fn(torch.full((2, 2), -1.0), **inputs, normalizer=4.0)
+
+
+@pytest.mark.parametrize("returned", [None, 1.0, torch.ones(2)])
+def test_an_aggregation_of_ones_own_returns_one_number(returned):
+    x = torch.zeros(1, 2)
+    with pytest.raises(ic.InputError, match="a tensor of one number"):
+        PolicyLoss(aggregation=lambda per_token, layout: returned)(
+            x, rollout_log_probs=x, advantages=torch.ones(1),
+            mask=torch.ones(1, 2, dtype=torch.bool))
+
+
+def test_an_objective_of_ones_own_returns_a_loss_a_token():
+    x = torch.zeros(2, 2)
+    with pytest.raises(ic.InputError, match="the loss of shape"):
+        PolicyLoss(objective=lambda log_probs, *_: log_probs.sum(-1))(
+            x, rollout_log_probs=x, advantages=torch.ones(2),
+            mask=torch.ones(2, 2, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("normalizer", [np.int64(4), np.float32(4)])
+def test_numbers_of_numpy_are_numbers(normalizer):
+    x, mask = torch.ones(1, 4), torch.ones(1, 4, dtype=torch.bool)
+    assert ic.aggregate(x, mask, normalizer=normalizer) == 1
+    assert token_tis(cap=np.float32(2)).bound.cap == 2
+
+
+@pytest.mark.parametrize("normalizer", [torch.inf, torch.nan, 0, -1])
+def test_a_normalizer_is_finite_and_above_zero(normalizer):
+    with pytest.raises(ic.InputError, match="a number > 0"):
+        ic.aggregate(torch.ones(1, 4), torch.ones(1, 4, dtype=torch.bool), normalizer=normalizer)
+
+
+def test_values_of_packed_sequences_are_to_be_spread_over_tokens():
+    x = torch.zeros(1, 6)
+    with pytest.raises(ic.InputError, match="one number per token"):
+        ic.token_tis_loss(x, rollout_log_probs=x, advantages=torch.ones(5),
+                          mask=torch.ones(1, 6, dtype=torch.bool))

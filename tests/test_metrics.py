@@ -282,3 +282,12 @@ def test_the_effective_sample_of_16_bit_weights_is_summed_in_float32(dtype):
     weights = torch.rand(1, 5000, generator=torch.Generator().manual_seed(0)).to(dtype)
     wide = ic.effective_sample_size(weights.double(), mask)
     torch.testing.assert_close(ic.effective_sample_size(weights, mask).double(), wide)
+
+
+def test_equal_weights_in_one_long_row_are_a_whole_sample():
+    log_ratio = torch.full((2**20,), 0.9).log()
+    found = ic.token_is()(
+        old_log_probs=log_ratio, rollout_log_probs=torch.zeros_like(log_ratio),
+        mask=Layout.from_cu_seqlens(torch.ones(2**20, dtype=torch.bool), torch.tensor([0, 2**20])),
+    ).metrics
+    assert found["is/ess"].item() == pytest.approx(1, abs=2e-5)

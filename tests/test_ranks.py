@@ -251,6 +251,65 @@ def disagreeing_ranks(grid):
         Layout(mask, segment_ids=ids, sequence_group=dist.group.WORLD)
 
 
+def parts_of_the_whole_batch(grid):
+    """A unit lies on one of the ranks that share a sequence; the others would see none."""
+    world, x = dist.group.WORLD, torch.tensor([[0.5, -0.2], [0.1, 0.3]])
+    mask = torch.ones(2, 2, dtype=torch.bool)
+    corrections = [ic.Correction(level="sequence", bound=ic.Truncate(ic.IonidesCap())),
+                   ic.Correction(level="sequence", normalize=True)]
+    for correct in corrections:
+        given = {"old_log_probs": x, "rollout_log_probs": torch.zeros(2, 2)}
+        with pytest.raises(InputError, match="a Layout with the batch_group"):
+            correct(**given, mask=Layout(mask, sequence_group=world))
+        layout = Layout(mask, sequence_group=world, batch_group=world)
+        assert correct(**given, mask=layout).keep.all()
+
+
+def what_is_not_finite_on_one_rank(grid):
+    x, mask = torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool)
+    if dist.get_rank() == 1:
+        x[0, 0] = torch.nan
+    layout = Layout(mask, sequence_group=dist.group.WORLD)
+    where = "places of another rank" if dist.get_rank() == 0 else r"at \(0, 0\)"
+    with pytest.raises(InputError, match=where):
+        ic.Correction(level="sequence", nonfinite="raise")(
+            old_log_probs=x, rollout_log_probs=torch.zeros(1, 2), mask=layout)
+
+
+def ids_of_any_type(grid):
+    world, rank = dist.group.WORLD, dist.get_rank()
+    ids = torch.tensor([[[0, 0, 0], [0, 1, 1]], [[0, 0, 1], [1, 1, 1]]])[rank]
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    for dtype in (torch.int16, torch.uint8, torch.int32, torch.int64):
+        layout = Layout(mask, sequence_ids=ids.to(dtype), num_ids=2, sequence_group=world)
+        total = layout.sequence_total(torch.ones(2, 3))
+        assert (total == 6).all()
+        row = layout.rows(1, 2).sequence_total(torch.ones(1, 3))
+        assert row.tolist() == [[[1, 5, 5], [5, 5, 5]][rank]]
+
+
+def segments_that_a_group_of_one_does_not_cut(grid):
+    mask, ids = torch.ones(1, 3, dtype=torch.bool), torch.tensor([[0, 0, 1]])
+    alone = Layout(mask, segment_ids=ids, sequence_group=grid.heads.get_group())
+    assert alone.segment_total(torch.ones(1, 3)).tolist() == [[2, 2, 1]]
+
+
+def metrics_of_some_kinds(grid):
+    none = merge([]).all_reduced(dist.group.WORLD)
+    assert len(none) == 0
+    sums = ic.Metrics({"tokens": torch.tensor(2.0)}, {}).all_reduced(dist.group.WORLD)
+    assert sums.sums["tokens"] == 4 and not sums.maxima
+
+
+def second_derivatives(grid):
+    x = torch.tensor([1.0 + dist.get_rank(), 2.0], dtype=torch.float64, requires_grad=True)
+    loss = ic.ranks.sum_over(x, dist.group.WORLD).pow(3).sum()
+    (first,) = torch.autograd.grad(loss, x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x)
+    # d/dx_r of the ranks' sum of 2 · 3 (Σ x)²: every rank's loss, and every rank's gradient
+    assert second.tolist() == [72, 96]
+
+
 def a_rank_that_stops(grid):
     if dist.get_rank() == 1:
         raise ValueError("out of memory, say")
@@ -768,7 +827,9 @@ def spawn(tmp_path, facts, dp, cp, tp):
 
 FACTS = {
     (2, 1, 1): [every_correction, ages, idle_ranks, groups_across_ranks, averaged_gradients,
-                disagreeing_ranks, every_third_head],
+                disagreeing_ranks, parts_of_the_whole_batch, what_is_not_finite_on_one_rank,
+                ids_of_any_type, segments_that_a_group_of_one_does_not_cut,
+                metrics_of_some_kinds, second_derivatives, every_third_head],
     (1, 2, 1): [every_correction, every_objective, ages, idle_ranks, float32, every_third_head],
     (1, 1, 2): [every_head, drawn_heads, float32_heads, idle_heads, long_sequences, entropy,
                 not_finite, all_but_certain, what_is_sent, gradients_that_differ,

@@ -220,7 +220,7 @@ def prepare(
         try:
             head.check(caller)
             _check_counts(caller, chunk_size=chunk_size, vocabulary_size=vocabulary_size)
-            mask = None if layout is None else as_layout(caller, layout).mask
+            mask = None if layout is None else as_layout(caller, layout, "layout").mask
             cut = ranks if sequence_parallel else 1
             _check_tokens(caller, head, hidden, target, mask, cut)
             part = None

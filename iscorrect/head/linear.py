@@ -130,7 +130,7 @@ def linear_log_probs(
         # custom operators import sympy, a second that nobody else should wait for
         from iscorrect.head.node import Settings, log_probs_in_graph
 
-        mask = None if layout is None else as_layout("linear_log_probs", layout).mask
+        mask = None if layout is None else as_layout("linear_log_probs", layout, "layout").mask
         settings = Settings(
             temperature, softcap, chunk_size, head_dtype, vocabulary_size, compile_kernels
         )

@@ -7,7 +7,14 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from iscorrect.errors import check_choice, check_mask, check_number, describe, input_error
+from iscorrect.errors import (
+    check_choice,
+    check_mask,
+    check_number,
+    describe,
+    input_error,
+    is_integer,
+)
 from iscorrect.layout import Layout, masked
 from iscorrect.ranks import Group, accumulator, gather_over
 
@@ -43,7 +50,9 @@ def group_advantages(
 
     Returns:
         "b", float32 or wider; 0 where all rewards of a group are equal, and where a group has
-        fewer than two kept responses (for "dr-grpo": where it has one, which is its own mean).
+        fewer than two kept responses (for "dr-grpo": where it has one, which is its own mean). A
+        kept reward that is NaN or infinite makes its group's advantages so: leave such responses
+        out with ``keep``.
 
     Raises:
         InputError: shapes differ, ids are not integers, or the estimator is unknown.
@@ -60,7 +69,7 @@ def group_advantages(
             "group_advantages", "rewards", expected="a floating-point tensor `b`",
             got=describe(rewards), fix="pass one reward per response",
         )
-    ids = isinstance(group_ids, Tensor) and not group_ids.is_floating_point()
+    ids = isinstance(group_ids, Tensor) and is_integer(group_ids)
     if not ids or group_ids.shape != rewards.shape:
         raise input_error(
             "group_advantages", "group_ids", expected=f"an integer tensor {tuple(rewards.shape)}",
@@ -88,15 +97,15 @@ def group_advantages(
     centered = sorted_rewards - layout.sequence_mean(sorted_rewards)
     # The mean of equal numbers is not always that number; what it is off by is no advantage.
     size = layout.sequence_max(sorted_rewards.abs())
-    rounding = ROUNDING * torch.finfo(size.dtype).eps * size
-    centered = torch.where(centered.abs() > rounding, centered, 0)
+    rounding = torch.where(size.isfinite(), ROUNDING * torch.finfo(size.dtype).eps * size, 0)
+    centered = torch.where(centered.abs() <= rounding, 0, centered)
     if estimator == "dr-grpo":
         advantages = centered
     elif estimator == "rloo":
         advantages = torch.where(n > 1, centered * n / (n - 1).clamp(min=1), 0)
     else:
         variance = layout.sequence_total(centered.square()) / (n - 1).clamp(min=1)
-        spread = (n > 1) & (variance > 0)
+        spread = (n > 1) & (variance != 0)  # NaN stays
         advantages = torch.where(spread, centered / (variance.sqrt() + eps), 0)
     advantages = masked(advantages, layout.mask).to(dtype)
     return torch.empty_like(advantages).scatter(0, order, advantages)[first : first + here]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeAlias, get_args
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from iscorrect.errors import check_choice, check_per_token, describe, input_error
+from iscorrect.errors import check_choice, check_per_token, describe, input_error, is_number
 from iscorrect.layout import Layout, as_layout, masked
 from iscorrect.loss.evidence import Scope
 from iscorrect.ranks import Group, accumulator, check_member, sum_over
@@ -59,7 +60,8 @@ class Aggregation:
         return sum_over(torch.count_nonzero(counted), layout.sequence_group).clamp(min=1)
 
     def total(self, per_token: Tensor, layout: Layout) -> Tensor:
-        """Σ c x, ""; ``per_token`` "b t" is 0 outside the mask."""
+        """Σ c x, "", in float32 or wider; ``per_token`` "b t" is 0 outside the mask."""
+        per_token = per_token.to(torch.promote_types(per_token.dtype, torch.float32))
         coefficients = self.coefficients(layout, per_token.dtype)
         if isinstance(coefficients, Tensor):
             return (per_token * coefficients).sum()
@@ -178,7 +180,7 @@ def aggregate(
         horizon: the generation budget in tokens, for "seq-mean-token-sum-norm" alone.
 
     Returns:
-        "". 0 where nothing counts.
+        "", float32 or wider. 0 where nothing counts.
 
     Raises:
         InputError: an unknown aggregation, "sum" with a normalizer, a horizon missing or idle.
@@ -293,8 +295,7 @@ def check_normalizer(caller: str, normalizer: object, how: object) -> None:
         )
     if isinstance(normalizer, Tensor) and normalizer.numel() == 1:
         return
-    number = isinstance(normalizer, (int, float)) and not isinstance(normalizer, bool)
-    if not number or not normalizer > 0:  # type: ignore[operator]
+    if not is_number(normalizer) or not 0 < normalizer < math.inf:  # type: ignore[operator]
         raise input_error(
             caller, "normalizer", expected="a number > 0, or a tensor of one number",
             got=describe(normalizer) if isinstance(normalizer, Tensor) else repr(normalizer),

@@ -81,7 +81,7 @@ class Clip:
         high: b ≥ a.
 
     Raises:
-        InputError: a negative bound, or low > high.
+        InputError: a negative bound, low > high, or a bound that is no number.
 
     References:
         slime's example `mis.py`, mode "clip"; OpenRLHF "tis" with its defaults 0.5 and 5.
@@ -93,6 +93,8 @@ class Clip:
 
     def __post_init__(self) -> None:
         check_band("Clip", self.low, self.high)
+        for name, value in {"low": self.low, "high": self.high}.items():
+            check_number("Clip", name, value, "a bound on the ratio itself", least=0)
 
     def __call__(self, ratio: Tensor, evidence: Evidence) -> Tensor:
         return ratio.clamp(self.low, self.high)
@@ -257,7 +259,7 @@ class ByAge:
         what = "a number of versions"
         check_number("ByAge", "limit", self.limit, what, least=0, fix="pass limit=0")
         for name, bound in {"fresh": self.fresh, "stale": self.stale}.items():
-            if not callable(bound):
+            if not is_part(bound):
                 raise input_error(
                     "ByAge", name, expected="a callable (ratio, evidence) -> weights",
                     got=repr(bound), fix=f"pass {name}=Truncate(2.0)",

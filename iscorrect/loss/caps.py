@@ -80,11 +80,15 @@ def ess_cap(ratio: Tensor, units: Tensor, target: float, *, group: Group = None)
     Returns:
         "", the cap; the largest ratio where no truncation is needed.
 
+    Raises:
+        InputError: the target is no share.
+
     >>> ratios = torch.tensor([[1.0, 1.0, 1.0, 9.0]])
     >>> cap = ess_cap(ratios, torch.ones(1, 4, dtype=torch.bool), target=0.8)
     >>> bool(2.6 < cap < 2.7)
     True
     """
+    check_number("ess_cap", "target", target, "a share of the sample", above=0, most=1)
     ratio = masked(ratio, units)
     n = sum_over(torch.count_nonzero(units), group).clamp(min=1)
     tiny = torch.finfo(ratio.dtype).tiny

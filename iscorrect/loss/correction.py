@@ -9,13 +9,22 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from iscorrect.errors import check_choice, check_per_token, describe, input_error, is_part
+from iscorrect.errors import (
+    check_choice,
+    check_flag,
+    check_per_token,
+    check_shape,
+    describe,
+    input_error,
+    is_part,
+)
 from iscorrect.layout import Layout, as_layout, masked
 from iscorrect.loss.bounds import Bound, Ignore
 from iscorrect.loss.evidence import Evidence, Given, Scope, level_scope, scope_of, widest
 from iscorrect.loss.metrics import Metrics, correction_metrics
 from iscorrect.loss.ratios import Level, at_level, check_level, is_log_prob, ratio
 from iscorrect.loss.rules import Rule
+from iscorrect.ranks import Group, max_over
 
 Nonfinite = Literal["drop", "neutral", "raise"]
 
@@ -52,7 +61,9 @@ class Correction:
             synchronisation.
 
     Raises:
-        InputError: an unknown level, or parts that are not callable.
+        InputError: an unknown level, or parts that are not callable; at the call: what a part
+            returns has another shape, or what looks at the whole batch is given ranks that share
+            sequences and not the ``batch_group``.
 
     >>> from iscorrect.loss.bounds import Truncate
     >>> correct = Correction(level="token", bound=Truncate(cap=2.0))
@@ -71,6 +82,7 @@ class Correction:
     def __post_init__(self) -> None:
         check_level("Correction", self.level)
         check_choice("Correction", "nonfinite", self.nonfinite, get_args(Nonfinite))
+        check_flag("Correction", "normalize", self.normalize)
         if self.bound is not None and not is_part(self.bound):
             raise input_error(
                 "Correction", "bound", expected="None or a callable (ratio, evidence) -> weights",
@@ -121,15 +133,32 @@ class Correction:
             weighed = self.weigh(Evidence.of(given, layout, present=layout.mask, finite=finite))
             return Weights(weighed.weights, weighed.keep, weighed.metrics())
 
-    @torch.no_grad()
     def weigh(self, evidence: Evidence) -> Weighed:
         """The weights alone, from evidence that is finite already.
 
         Args:
             evidence: at the level of tokens.
         """
+        self._check_groups(evidence.layout)
+        with torch.no_grad():  # as a decorator it stops torch.compile
+            return self._weigh(evidence)
+
+    def _check_groups(self, layout: Layout) -> None:
+        """A sequence's unit is on one of its ranks: the others would see a batch of none."""
+        if layout.sequence_group is None or layout.batch_group is not None:
+            return
+        if self.scope == "batch":
+            raise input_error(
+                "Correction", "mask", expected="a Layout with the batch_group, where ranks share"
+                " sequences and the correction looks at the whole batch", got="one without",
+                fix="pass Layout(..., batch_group=) with all ranks that hold the batch; to a part"
+                " of your own that looks at tokens or sequences alone add scope = 'sequence'",
+            )
+
+    def _weigh(self, evidence: Evidence) -> Weighed:
+        layout = evidence.layout
         if self.nonfinite == "raise":
-            _raise_nonfinite(evidence.layout.mask & ~evidence.finite)
+            _raise_nonfinite(layout.mask & ~evidence.finite, layout.sequence_group)
         neutral = self.nonfinite == "neutral"
         evidence = evidence.at(self.level, neutral=neutral)
         log_ratio = at_level(evidence.log_ratio, evidence.layout, self.level)
@@ -143,6 +172,8 @@ class Correction:
                 "Correction", "bound", expected="to return weights, floats `b t`",
                 got=describe(weights), fix="multiply the ratio by what is kept: torch.where",
             )
+        check_shape("Correction", "bound", weights, layout.mask, "weights")
+        weights = weights.to(torch.promote_types(weights.dtype, rho.dtype))
         keep = evidence.usable & weights.bool()
         if neutral:
             keep = keep & evidence.present
@@ -153,6 +184,7 @@ class Correction:
                     "Correction", "reject", expected="to return bool `b t`, what is kept",
                     got=describe(kept), fix="return a comparison",
                 )
+            check_shape("Correction", "reject", kept, layout.mask, "what is kept")
             keep = keep & kept
         bounds = self.bound is not None and not isinstance(self.bound, Ignore)
         bounded = (weights - rho).bool() if bounds else None
@@ -184,13 +216,16 @@ class Weighed(NamedTuple):
         )
 
 
-def _raise_nonfinite(where: Tensor) -> None:
+def _raise_nonfinite(where: Tensor, group: Group) -> None:
     positions = where.nonzero().tolist()
-    if positions:
+    anywhere = positions
+    if group is not None:  # a rank that raised alone would leave the others waiting
+        anywhere = max_over(torch.tensor(len(positions), device=where.device), group).tolist()
+    if anywhere:
         shown = ", ".join(str(tuple(p)) for p in positions[:8])
         more = f" and {len(positions) - 8} more" if len(positions) > 8 else ""
         raise input_error(
             "Correction", "old_log_probs, rollout_log_probs", expected="finite under the mask",
-            got=f"NaN, ±inf, or 10⁴ nats and more at {shown}{more}",
+            got=f"NaN, ±inf, or 10⁴ nats and more at {shown or 'places of another rank'}{more}",
             fix="mask these tokens, or pass nonfinite='drop' to give them weight 0",
         )

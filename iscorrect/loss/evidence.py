@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from iscorrect.errors import input_error
+from iscorrect.errors import check_choice, input_error
 from iscorrect.layout import Layout, masked
 from iscorrect.loss.ratios import Level, at_level, difference, units
 from iscorrect.ranks import sum_over
@@ -155,6 +155,8 @@ def widest(*scopes: Scope) -> Scope:
     'sequence'
     """
     order: tuple[Scope, ...] = get_args(Scope)
+    for scope in scopes:
+        check_choice("a part", "scope", scope, order)
     return order[max(map(order.index, scopes))]
 
 

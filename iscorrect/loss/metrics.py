@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -151,7 +152,8 @@ class Metrics(Mapping[str, Tensor]):
     def all_reduced(self, group: Group) -> Metrics:
         """The metrics of all ranks of a group.
 
-        One collective for sums and one for extrema, after one that compares the names.
+        One collective for sums and one for extrema, after one that compares a checksum of the
+        names and waits for it.
 
         Args:
             group: the ranks; ``torch.distributed.group.WORLD`` for all, None for this one alone.
@@ -167,18 +169,32 @@ class Metrics(Mapping[str, Tensor]):
         if group is None:
             return self
         names = (*self.sums, *self.maxima)
-        for rank, theirs in enumerate(objects_over(names, group)):
+        for rank, theirs in enumerate(self._other_names(names, group)):
             if theirs != names:
                 raise input_error(
                     "Metrics.all_reduced", "self", expected="of the same names on all ranks",
                     got=f"{len(names)} sums and extrema here, {len(theirs)} on rank {rank}",
-                    fix="call the same loss on every rank before, and merge all of its metrics",
+                    fix="call the same loss on every rank before, and merge all of its metrics; a"
+                    " rank without tokens calls it on tensors of shape (0, t)",
                 )
-        sums = sum_over(torch.stack(list(_widened(self.sums).values())), group)
-        maxima = max_over(torch.stack(list(_widened(self.maxima).values())), group)
-        return Metrics(
-            dict(zip(self.sums, sums, strict=True)), dict(zip(self.maxima, maxima, strict=True))
-        )
+        return Metrics(_over(sum_over, self.sums, group), _over(max_over, self.maxima, group))
+
+    def _other_names(self, names: tuple[str, ...], group: Group) -> list[tuple[str, ...]]:
+        """The names of all ranks, where they are not the same on all."""
+        held = next(iter((self.sums | self.maxima).values()), torch.zeros(()))
+        checksum = zlib.crc32(repr(names).encode())
+        both = torch.tensor([checksum, -checksum], device=held.device)
+        most, least = max_over(both, group).tolist()
+        return [] if most == -least else objects_over(names, group)
+
+
+def _over(
+    reduce: Callable[[Tensor, Group], Tensor], totals: Totals, group: Group
+) -> dict[str, Tensor]:
+    if not totals:
+        return {}
+    reduced = reduce(torch.stack(list(_widened(totals).values())), group)
+    return dict(zip(totals, reduced, strict=True))
 
 
 AGES = {"0": 0, "1": 1, "2-3": 2, "4-7": 4, "8-15": 8, "16+": 16}
@@ -391,8 +407,15 @@ def _sum(x: Tensor) -> Tensor:
     return x.sum()
 
 
+DOT = 2**13
+"""Entries of a dot product: on a CPU a longer one loses digits, since it adds them in turn."""
+
+
 def _sum_of_squares(x: Tensor) -> Tensor:
-    return torch.dot(x.flatten(), x.flatten())
+    flat = x.flatten()
+    if torch.compiler.is_compiling() or len(flat) <= DOT:
+        return torch.dot(flat, flat)
+    return torch.stack([torch.dot(part, part) for part in flat.split(DOT)]).sum()
 
 
 def _stack(values: list[Tensor]) -> Tensor:

@@ -10,7 +10,14 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from iscorrect.errors import check_choice, check_per_token, input_error, is_part
+from iscorrect.errors import (
+    check_choice,
+    check_per_token,
+    check_shape,
+    describe,
+    input_error,
+    is_part,
+)
 from iscorrect.layout import Layout, as_layout, masked
 from iscorrect.loss.aggregate import (
     Aggregation,
@@ -182,7 +189,13 @@ class PolicyLoss:
         if isinstance(self.aggregation, Aggregation):
             return _Block(self.aggregation.total(loss, counted), counted, metrics)
         assert callable(self.aggregation)
-        return _Block(self.aggregation(loss, counted), counted, metrics)
+        total = self.aggregation(loss, counted)
+        if not isinstance(total, Tensor) or total.ndim:
+            raise input_error(
+                "PolicyLoss", "aggregation", expected="to return the loss, a tensor of one number",
+                got=describe(total), fix="sum or average inside the callable",
+            )
+        return _Block(total, counted, metrics)
 
     def per_token(self, batch: Finite, weights: Tensor) -> PerToken:
         """The loss of each token, 0 outside the mask, and what the objective clipped.
@@ -196,6 +209,7 @@ class PolicyLoss:
         log_probs, layout = batch.log_probs, batch.evidence.layout
         before = log_probs.detach() if batch.before is None else batch.before
         terms = made(self.objective, log_probs, before, batch.advantages, layout)
+        check_shape("PolicyLoss", "objective", terms.loss, layout.mask, "the loss")
         loss = weights * terms.loss
         if self.reference_kl is not None and batch.reference is not None:
             penalty = self.reference_kl(log_probs, *batch.reference)
@@ -251,6 +265,13 @@ class PolicyLoss:
                 f"{caller}: without `old_log_probs` the ratio of PPOClip is 1, so nothing is ever"
                 " clipped. Pass old_log_probs, those of before the update (for two policies"
                 " rollout_log_probs), or take Reinforce(), which has the same gradient.",
+                stacklevel=4,
+            )
+        if normalizer is not None and self.over == "kept":
+            warnings.warn(
+                f"{caller}: over='kept' divides by how many tokens or sequences are kept, and"
+                " `normalizer` stands in the place of that count. Let it count what is kept in the"
+                " whole batch, from Weights.keep; global_normalizer counts the mask it is given.",
                 stacklevel=4,
             )
         alone = batch.layout.batch_group is None and normalizer is not None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from iscorrect.errors import check_choice, check_number, input_error
-from iscorrect.layout import Layout, masked
+from iscorrect.layout import Layout, as_layout, masked
 
 Level = Literal["token", "sequence", "geometric", "prefix", "segment"]
 
@@ -17,7 +17,9 @@ IMPOSSIBLE = 1e4
 """Nats beyond which a number is no log-prob; the least probability of float64 is e^−745."""
 
 
-def log_ratio(log_probs: Tensor, rollout_log_probs: Tensor, layout: Layout) -> Tensor:
+def log_ratio(
+    log_probs: Tensor, rollout_log_probs: Tensor, layout: Layout | Tensor
+) -> Tensor:
     """Log-ratio of two policies at the sampled tokens.
 
         log ρ = log π − log μ
@@ -25,7 +27,7 @@ def log_ratio(log_probs: Tensor, rollout_log_probs: Tensor, layout: Layout) -> T
     Args:
         log_probs: "b t", log π, nats.
         rollout_log_probs: "b t", log μ, nats.
-        layout: which tokens count.
+        layout: which tokens count; or a mask, bool "b t".
 
     Returns:
         "b t", nats, in float32 or wider; 0 outside the mask.
@@ -34,7 +36,8 @@ def log_ratio(log_probs: Tensor, rollout_log_probs: Tensor, layout: Layout) -> T
     >>> log_ratio(torch.tensor([[-1.0, 9.0]]), torch.tensor([[-1.5, 7.0]]), Layout(mask))
     tensor([[0.5000, 0.0000]])
     """
-    return masked(difference(log_probs, rollout_log_probs), layout.mask)
+    mask = as_layout("log_ratio", layout).mask
+    return masked(difference(log_probs, rollout_log_probs), mask)
 
 
 def difference(a: Tensor, b: Tensor) -> Tensor:
@@ -57,7 +60,7 @@ def is_log_prob(x: Tensor) -> Tensor:
     return x.abs() < IMPOSSIBLE
 
 
-def at_level(log_ratio: Tensor, layout: Layout, level: Level) -> Tensor:
+def at_level(log_ratio: Tensor, layout: Layout | Tensor, level: Level) -> Tensor:
     """The log-ratio of the unit that each token belongs to.
 
         token      log ρ_t
@@ -68,16 +71,21 @@ def at_level(log_ratio: Tensor, layout: Layout, level: Level) -> Tensor:
 
     Args:
         log_ratio: "b t", nats.
-        layout: the sequences and segments.
+        layout: the sequences and segments; or a mask, bool "b t".
         level: as above.
 
     Returns:
         "b t", nats, the unit's value on each of its tokens.
 
+    Raises:
+        InputError: an unknown level.
+
     >>> layout = Layout(torch.ones(1, 2, dtype=torch.bool))
     >>> at_level(torch.tensor([[0.5, 1.0]]), layout, "sequence")
     tensor([[1.5000, 1.5000]])
     """
+    check_level("at_level", level)
+    layout = as_layout("at_level", layout)
     if level == "token":
         return log_ratio
     if level == "sequence":

@@ -247,8 +247,8 @@ def _value(caller: str, key: str, value: Any) -> Any:
         return _built(caller, key, value)
     if not isinstance(value, str):
         return value
-    if value in ("none", "true", "false"):
-        return {"none": None, "true": True, "false": False}[value]
+    if value.lower() in ("none", "true", "false"):
+        return {"none": None, "true": True, "false": False}[value.lower()]
     try:
         return float(value)
     except ValueError:

@@ -8,7 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from iscorrect.errors import check_number, describe, input_error
+from iscorrect.errors import check_flag, check_number, describe, input_error
 from iscorrect.layout import Layout, masked
 from iscorrect.loss.divergences import Estimator, estimator
 from iscorrect.loss.ratios import log_ratio
@@ -44,6 +44,7 @@ class ReferenceKL:
     def __post_init__(self) -> None:
         check_number("ReferenceKL", "coefficient", self.coefficient, "a factor", least=0)
         estimator("ReferenceKL", self.estimator)
+        check_flag("ReferenceKL", "corrected", self.corrected)
 
     def __call__(self, log_probs: Tensor, ref_log_probs: Tensor, layout: Layout) -> Tensor:
         d = log_ratio(ref_log_probs, log_probs, layout)
