@@ -476,6 +476,7 @@ def test_ranks_and_sends_have_the_same_draws_whatever_else_is_sent():
     torch.manual_seed(0)
     weights = {name: torch.randn(1000) for name in "abc"}
     first = dict(stochastic_round_weights(weights.items(), torch.bfloat16))
+    assert [*dict(stochastic_round_weights(weights, torch.bfloat16))] == [*first]
     other_rank = dict(stochastic_round_weights([("c", weights["c"])], torch.bfloat16))
     assert torch.equal(first["c"], other_rank["c"])
     again = dict(stochastic_round_weights([("d", weights["c"])], torch.bfloat16))

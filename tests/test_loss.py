@@ -682,6 +682,15 @@ def test_a_normalizer_is_finite_and_above_zero(normalizer):
         ic.aggregate(torch.ones(1, 4), torch.ones(1, 4, dtype=torch.bool), normalizer=normalizer)
 
 
+def test_what_centers_a_score_is_floating():
+    head = torch.zeros(1, 2, 3)
+    for which in range(3):
+        given = [head, head, torch.ones(1, 2)]
+        given[which] = given[which].long()
+        with pytest.raises(ic.InputError, match="a floating-point tensor, got int64"):
+            ic.score_centering(*given)
+
+
 def test_values_of_packed_sequences_are_to_be_spread_over_tokens():
     x = torch.zeros(1, 6)
     with pytest.raises(ic.InputError, match="one number per token"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -128,7 +128,8 @@ def _where(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def stochastic_round_weights(
-    weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype, *, seed: int = 0
+    weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], dtype: torch.dtype, *,
+    seed: int = 0,
 ) -> Iterator[tuple[str, Tensor]]:
     """Round a trainer's weights stochastically on their way to an engine.
 
@@ -139,7 +140,8 @@ def stochastic_round_weights(
     new draws pass another seed, on all ranks the same.
 
     Args:
-        weights: names and whole tensors, as trainers hand them to their engine's loader; a DTensor
+        weights: names and whole tensors, as trainers hand them to their engine's loader, or a
+            state dict; a DTensor
             is made whole when it is come to, so all its ranks have to come to it. Tensors of 16
             bits are widened; those of ``dtype`` or of integers pass as they are.
         dtype: of the engine: 16-bit or FP8.
@@ -174,7 +176,8 @@ def stochastic_round_weights(
         generator = torch.Generator(x.device).manual_seed(draws)
         return stochastic_round(wide, dtype, generator=generator)
 
-    return ((name, rounded(name, x)) for name, x in weights)
+    pairs = weights.items() if isinstance(weights, Mapping) else weights
+    return ((name, rounded(name, x)) for name, x in pairs)
 
 
 class Sent(NamedTuple):

@@ -79,7 +79,7 @@ def score_centering(
         "b t", float32 or wider; 0 where a number is not finite.
 
     Raises:
-        InputError: shapes differ, or the cap is not positive.
+        InputError: shapes differ, a tensor is not floating, or the cap is not positive.
 
     References:
         arXiv 2609.20807. Exact if the ratio is constant outside the head, so in particular where
@@ -91,6 +91,14 @@ def score_centering(
     torch.Size([1, 1])
     """
     check_number("score_centering", "cap", cap, "the cap of the weights it goes with", above=0)
+    given = {"head_log_probs": head_log_probs, "rollout_head_log_probs": rollout_head_log_probs,
+             "advantages": advantages}
+    for name, x in given.items():
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise input_error(
+                "score_centering", name, expected="a floating-point tensor", got=describe(x),
+                fix="pass float32 or wider",
+            )
     if head_log_probs.shape != rollout_head_log_probs.shape:
         raise input_error(
             "score_centering", "rollout_head_log_probs",
