@@ -294,6 +294,18 @@ def test_planned_differences_are_paired_by_seed(tmp_path):
     assert held == pytest.approx(4 * p, rel=0.1)
 
 
+def test_seeds_that_were_known_take_no_part_in_a_later_test(tmp_path):
+    folder = tmp_path / "reinforce"
+    folder.mkdir()
+    for seed in range(6):
+        for arm, right in {"token-tis-cap=2": 0.5 + seed / 100, "uncorrected": 0.4}.items():
+            (folder / f"vllm-bf16-stochastic-{arm}-every8-2e-05-{seed}.csv").write_text(
+                f"step,sampled,greedy\n0,0.9,0.9\n4,{right},{right}\n"
+            )
+    line = next(line for line in report.aged(tmp_path).splitlines() if " − " in line)
+    assert line.split("|")[2].strip() == "3" and line.split("|")[3].strip().startswith("0.14 ±")
+
+
 def test_a_faulty_trainer_scores_the_engines_tokens_as_it_sees_them(folder):
     answers = [offline.Answer([14, 1, 2], [3, 4, 5, 6], [-1.0, -2.0, -3.0, -4.0]),
                offline.Answer([14, 3, 4], [7, 15], [-1.0, -2.0])]

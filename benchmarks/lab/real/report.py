@@ -472,6 +472,8 @@ OF_AGE = tuple(
     (f"vllm-bf16-stochastic-{correction}", "vllm-bf16-stochastic-uncorrected")
     for correction in ("token-tis-cap=2", "icepop-low=0.5,high=5", "sequence-tis-cap=2", "ppo")
 )
+LOOKED_AT = 3
+"""Seeds of *every 8* whose differences were known when its test was planned."""
 BESIDE = {
     MAIN: (
         ("vllm-bf16-feedback-uncorrected", "vllm-bf16-uncorrected"),
@@ -506,15 +508,28 @@ def beside(records: Path) -> str:
 
 def contrasts(records: Path) -> str:
     """The planned differences between arms, paired by seed, with Holm's p over them."""
+    return tested(records, CONTRASTS, MAIN)
+
+
+def aged(records: Path) -> str:
+    """Corrections eight steps behind, on the seeds that nobody had looked at when it was planned.
+    """
+    return tested(records, OF_AGE, "every8-2e-05", least=LOOKED_AT)
+
+
+def tested(
+    records: Path, pairs: Sequence[tuple[str, str]], schedule: str, *, least: int = 0
+) -> str:
+    """Differences between arms, paired by seed from the least on, with Holm's p over them."""
     rows, ps = [], {}
-    for pair in CONTRASTS:
-        of = differences(records, *pair, MAIN)
+    for pair in pairs:
+        of = differences(records, *pair, schedule, least=least)
         if len(of["sampled"]) >= 3:
             ps[len(rows)] = float(stats.ttest_1samp(of["sampled"], 0).pvalue)
-        names = (named(f"{x}-{MAIN}") for x in pair)
+        names = (named(f"{x}-{schedule}") for x in pair)
         rows.append([" − ".join(names), str(len(of["sampled"])),
                      *(mean(x) if x else "" for x in of.values()), ""])
-    adjusted = holm([ps.get(i, 1.0) for i in range(len(CONTRASTS))])
+    adjusted = holm([ps.get(i, 1.0) for i in range(len(pairs))])
     for i, p in ps.items():
         rows[i][-1] = f"{p:.2g}, {adjusted[i]:.2g}"
     if not any(int(row[1]) for row in rows):
@@ -522,19 +537,20 @@ def contrasts(records: Path) -> str:
     return markdown(
         ["difference", "seeds", "right at T = 1, over the run", "greedily",
          "p at T = 1; Holm's over the four"], rows,
-    ) + "\nPaired by seed, Student's t.\n"
+    ) + f"\nPaired by seed, Student's t{f'; seeds from {least} on' if least else ''}.\n"
 
 
 def differences(
-    records: Path, a: str, b: str, schedule: str, folder: str = "reinforce"
+    records: Path, a: str, b: str, schedule: str, folder: str = "reinforce", *, least: int = 0,
 ) -> dict[str, list[float]]:
-    """How much more an arm's policy got right over the run than another's, by seed."""
+    """How much more an arm's policy got right over the run than another's, by seed from the least.
+    """
     arms = [
         {path.stem.rsplit("-", 1)[1]: rows_of(path)
          for path in (records / folder).glob(f"{arm}-{schedule}-*.csv")}
         for arm in (a, b)
     ]
-    both = sorted(arms[0].keys() & arms[1].keys())
+    both = sorted(seed for seed in arms[0].keys() & arms[1].keys() if int(seed) >= least)
     return {
         column: [area(arms[0][seed], column) - area(arms[1][seed], column) for seed in both]
         for column in ("sampled", "greedy")
@@ -600,5 +616,6 @@ def learning_figure(records: Path) -> plt.Figure:
 TABLES: dict[str, Callable[[Path], str]] = {
     "arrival": arrival, "rests": rests, "factors": factors, "kinds": kinds, "serving": serving,
     "offline": offline, "learning": learning, "contrasts": contrasts, "beside": beside,
+    "aged": aged,
     "quantised": quantised, "shared": shared, "summary": summary, **on_a_gpu.TABLES,
 }
