@@ -145,6 +145,10 @@ def size_of_the_advantage(new, old, rollout, a, w):
     return -w * a.abs() * new
 
 
+def clamped_advantage(new, old, rollout, a, w):
+    return -w * a.clamp(-1, 1) * new
+
+
 def differentiated_truncation(new, old, rollout, a, w):
     return -ratio(new - rollout).clamp(max=2) * a
 
@@ -237,6 +241,10 @@ def tokens_of_the_part(x, layout, normalizer):
 
 def mean_of_means(x, layout, normalizer):
     return sequence_mean(x / layout.sequence_count(x.dtype).clamp(min=1), layout, normalizer)
+
+
+def means_times_the_width(x, layout, normalizer):
+    return x.shape[-1] * mean_of_means(x, layout, normalizer)
 
 
 def mean_of_columns(x, layout, normalizer):
@@ -360,6 +368,10 @@ MISTAKES = [
     ("geometric mean for product", PLAIN, PLAIN.loss(weight=mean_of_logs)),
     ("gradient through the weights", PLAIN, PLAIN.loss(objective=differentiated_product)),
     ("token mean for sequence mean", PLAIN, PLAIN.loss(total=token_mean)),
+    ("absolute value of A", PLAIN, PLAIN.loss(objective=size_of_the_advantage)),
+    ("clamped A", PLAIN, PLAIN.loss(objective=clamped_advantage)),
+    ("divided by its own length, times the padded width", PLAIN,
+     PLAIN.loss(total=means_times_the_width)),
     ("tokens masked, not sequences", MASKED, MASKED.loss(weight=tokens_masked_for_sequences)),
     ("geometric mean decides", MASKED, MASKED.loss(weight=kept_by_the_geometric_mean)),
     ("divided by the kept tokens", MASKED, MASKED.loss(total=tokens_kept)),

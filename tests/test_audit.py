@@ -3,8 +3,10 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
+from torch.nn.functional import dropout
 
 from iscorrect import (
     PRESETS,
@@ -197,14 +199,73 @@ def test_renamed_passes_what_is_named_and_nothing_else(policy, engine, reward):
         ({"group": "rloo"}, ("audit", "`batch`", "at least 2", "got 1")),
         ({"advantages": torch.zeros(2)}, ("audit", "`advantages`", "`c v`", "(2,)")),
         ({"policy": TabularPolicy.random(3, 2)}, ("audit", "`policies`", "length=2")),
+        ({"reward": [0.0] * 15}, ("audit", "`reward`", "float64 (15,)", "got list")),
+        ({"reward": torch.full((15,), math.nan).double()}, ("`reward`", "finite", "nan at [0]")),
+        ({"batch": 2.0}, ("audit", "`batch`", "a whole number", "got 2.0")),
+        ({"batch": "2"}, ("audit", "`batch`", "got '2'")),
+        ({"samples": 1e3}, ("audit", "`samples`", "a whole number", "got 1000.0")),
+        ({"policy": torch.zeros(7, 3)}, ("audit", "`policy`", "a TabularPolicy", "float32")),
+        ({"rollout_policy": None}, ("audit", "`rollout_policy`", "got NoneType")),
+        ({"old_policy": torch.zeros(7, 3)}, ("`old_policy`", "a TabularPolicy, or None")),
+        ({"advantages": np.zeros((7, 3))}, ("audit", "`advantages`", "`c v`", "got ndarray")),
+        ({"advantages": torch.full((7, 3), math.inf).double()}, ("`advantages`", "inf at [0, 0]")),
+        ({"loss_fn": None}, ("audit", "`loss_fn`", "got NoneType")),
+        ({"loss_fn": PolicyLoss}, ("audit", "`loss_fn`", "got the class PolicyLoss")),
+        ({"loss_fn": token_is()}, ("audit", "`loss_fn`", "got Correction", "PolicyLoss(")),
     ],
 )
 def test_messages_name_caller_argument_and_value(policy, engine, reward, arguments, words):
     given = {"policy": policy, "rollout_policy": engine, "reward": reward} | arguments
     with pytest.raises(InputError) as error:
-        audit(loss_of(token_is()), **given)
+        audit(**({"loss_fn": loss_of(token_is())} | given))
     for word in (*words, "Fix: "):
         assert word in str(error.value)
+
+
+def test_renamed_refuses_a_name_that_no_caller_has_and_one_that_this_caller_lacks(
+    policy, engine, reward
+):
+    def theirs(new, old):
+        return (new - old).sum()
+
+    with pytest.raises(InputError, match=r"renamed: `names` .*did you mean 'log_probs'"):
+        renamed(theirs, log_prob="new")
+    ours = renamed(theirs, log_probs="new", old_log_probs="old")
+    assert audit(ours, policy, engine, reward, old_policy=engine).exact
+    with pytest.raises(InputError, match=r"renamed: `old_log_probs` must be among .*old_policy="):
+        audit(ours, policy, engine, reward)
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_a_loss_with_randomness_of_its_own_is_sampled_and_never_called_exact(
+    policy, engine, reward, reads
+):
+    def noisy(log_probs, **tensors):
+        loss = loss_of(token_is())(dropout(log_probs), **tensors).loss
+        if reads:
+            loss.item()
+        return loss
+
+    with pytest.raises(InputError, match=r"audit: `loss_fn` must be without randomness .*samples="):
+        audit(noisy, policy, engine, reward)
+    found = audit(noisy, policy, engine, reward, samples=200)
+    assert not found.exact and found.errors["bias"] > 0
+
+
+@pytest.mark.parametrize(
+    ("result", "got"),
+    [
+        (lambda x: {"loss": x.sum()}, "got dict"),
+        (lambda x: [x.sum()], "got list"),
+        (lambda x: 0.0, "got float"),
+        (lambda x: None, "got NoneType"),
+        (lambda x: -x, r"got float64 \(1, 3\)"),
+        (lambda x: (x, {}), r"a tuple that begins with float64 \(1, 3\)"),
+    ],
+)
+def test_a_loss_that_returns_no_scalar_is_told_what_to_return(policy, engine, reward, result, got):
+    with pytest.raises(InputError, match=f"audit: `loss_fn` must be a loss .*{got}.* Fix: return"):
+        audit(lambda log_probs, **_: result(log_probs), policy, engine, reward)
 
 
 @pytest.mark.parametrize("reads", [False, True])

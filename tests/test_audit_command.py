@@ -20,6 +20,7 @@ from iscorrect.cli.audit import (
     sweep,
     threshold,
 )
+from iscorrect.cli.main import main
 from iscorrect.testing import audit
 
 
@@ -124,6 +125,11 @@ def test_the_figure_marks_the_least_error_of_all_thresholds(setting):
         (["--mismatch", "bf17"], "`mismatch` must be one of"),
         (["icepop", "--sweep", "cap"], "icepop: high"),
         (["--vocab", "100", "--length", "9"], "100 ** 9"),
+        (["--mismatch", "top-k=1.7", "token-tis"], "a whole number of tokens, got 1.7"),
+        (["token-tis", "--sweep", "cap", "--values", "nan"],
+         "`--values` must be such that token-tis takes one of them, got nan"),
+        (["token-tis", "--values", "nan", "--plot", "x.png"], "`--values` must be such that"),
+        (["token-tis", "--plot", "/nonexistent/x.png"], "a file in a folder that is there"),
     ],
 )
 def test_messages_say_what_there_is(words, message):
@@ -225,6 +231,79 @@ def test_corrections_that_are_no_preset_are_audited_too(capsys):
     assert rows[text] == rows["sequence-tis:cap=1.5"]
     assert sweep(text) == [text]
     assert sweep("token-tis:cap=ionides") == ["token-tis:cap=ionides"]
+
+
+def test_values_that_are_no_numbers_are_told_what_they_must_be(capsys):
+    with pytest.raises(SystemExit):
+        arguments("--values", "1,x")
+    assert "--values: must be numbers with commas between, got '1,x'" in capsys.readouterr().err
+
+
+FAULTY = """
+import torch
+from iscorrect import Layout
+
+def other_names(logp, adv):
+    return (logp * adv).sum()
+
+def no_key(log_probs, **_):
+    return {}["loss"]
+
+def shapes(log_probs, **_):
+    return (log_probs @ torch.ones(7, 7).double()).sum()
+
+def float_mask(log_probs, *, mask, **_):
+    return Layout(mask.float())
+
+def a_dict(log_probs, **_):
+    return {"loss": log_probs.sum()}
+
+def dropped(log_probs, **_):
+    return torch.nn.functional.dropout(log_probs).sum()
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("other_names", ("TypeError: other_names() got an unexpected", "testing.renamed")),
+        ("no_key", ("KeyError: 'loss', at ", "faulty.py:9.")),
+        ("shapes", ("RuntimeError: mat1 and mat2", "faulty.py:12.")),
+        ("float_mask", ("InputError: Layout: `mask` must be", "faulty.py:15.")),
+        ("a_dict", ("a floating scalar tensor, or a tuple that begins with one, got dict",)),
+        ("dropped", ("without randomness",)),
+    ],
+)
+def test_a_loss_of_ones_own_that_fails_ends_with_2_and_says_where(
+    tmp_path, capsys, monkeypatch, name, words
+):
+    (tmp_path / "faulty.py").write_text(FAULTY)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    loss = f"{tmp_path / 'faulty.py'}:{name}"
+    assert main(["audit", *SMALL, "--loss", loss]) == 2
+    said = capsys.readouterr()
+    assert not said.out
+    for word in (loss, *words):
+        assert word in said.err
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("import torch\nx = 1 / 0\n", ("ZeroDivisionError: division by zero", "bad.py:2)")),
+        ("import sys\nsys.exit('bye')\n", ("SystemExit: bye", "bad.py:2)")),
+        ("from torch import nothing_of_this_name\n", ("ImportError: ", "bad.py:1)")),
+    ],
+)
+def test_a_module_that_fails_on_import_ends_with_2_and_says_where(
+    tmp_path, capsys, monkeypatch, text, words
+):
+    (tmp_path / "bad.py").write_text(text)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    assert main(["audit", "token-tis", "--loss", f"{tmp_path / 'bad.py'}:f"]) == 2
+    told = capsys.readouterr().err
+    for word in ("`--loss` must be", "bad.py:f", *words):
+        assert word in told
 
 
 @pytest.mark.parametrize(

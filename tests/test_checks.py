@@ -180,6 +180,34 @@ def test_a_wrong_weight_is_caught_as_a_bias(ratio):
     assert "check_unbiased: the expected gradient is" in message
 
 
+def with_advantages(change):
+    """The loss without a mistake, but for what it takes for A."""
+    loss_fn = partial(sequence_loss, ratio=correct)
+    return lambda log_probs, *, advantages, **others: loss_fn(
+        log_probs, advantages=change(advantages), **others
+    )
+
+
+@pytest.mark.parametrize(
+    "change", [torch.abs, torch.relu, lambda a: a.clamp(-1, 1)], ids=["abs", "relu", "clamp"]
+)
+def test_an_advantage_that_loses_its_sign_or_its_size_is_caught_as_a_bias(change):
+    message = fails(check_unbiased, with_advantages(change))
+    assert "check_unbiased: the expected gradient is" in message
+    assert re.search(r"with length=\d, eos=(None|1), on", message)
+
+
+@pytest.mark.parametrize("times", [lambda x: x.shape[1], lambda x: 2], ids=["width", "2"])
+def test_a_sequence_divided_by_its_own_length_is_caught_as_a_bias(times):
+    def loss_fn(log_probs, *, mask, advantages, **others):
+        lengths = mask.sum(-1, keepdim=True)
+        return partial(sequence_loss, ratio=correct)(
+            log_probs, mask=mask, advantages=times(mask) * advantages / lengths, **others
+        )
+
+    fails(check_unbiased, loss_fn)
+
+
 @pytest.mark.parametrize("ratio", [not_detached, sum_of_exponentials])
 def test_a_weight_that_is_not_one_or_carries_gradient_is_caught_between_equal_policies(ratio):
     message = fails(
@@ -223,6 +251,7 @@ def test_a_ratio_that_overflows_is_caught():
     assert "check_finite: the loss is" in fails(check_finite, loss_fn)
 
 
+@pytest.mark.filterwarnings("ignore:.*over='kept':UserWarning")
 def test_a_denominator_over_kept_tokens_is_caught():
     loss_fn = PolicyLoss(correction=sequence_mis(high=1.2), over="kept")
     message = fails(check_invariant_to_microbatching, loss_fn, tokens_of_the_batch)
@@ -312,6 +341,41 @@ def test_a_loss_that_turns_its_advantages_round_is_caught():
         return -(advantages * log_probs)[mask].mean()
 
     fails(check_sign, flips)
+
+
+def per_token(log_probs, **_):
+    return log_probs
+
+
+@pytest.mark.parametrize(
+    ("result", "got"),
+    [
+        (lambda x: {"loss": x.sum()}, "got dict"),
+        (lambda x: [x.sum()], "got list"),
+        (lambda x: x.sum().item(), "got float"),
+        (lambda x: None, "got NoneType"),
+        (lambda x: (), "got tuple"),
+        (lambda x: x, r"got float\d\d \("),
+        (lambda x: ({"loss": x.sum()}, x), "a tuple that begins with dict"),
+        (lambda x: x.sum().long(), r"got int64 \(\)"),
+    ],
+)
+@pytest.mark.parametrize("check", [check_sign, check_unbiased, check_finite])
+def test_a_loss_that_returns_no_scalar_is_told_what_to_return(check, result, got):
+    with pytest.raises(InputError, match=f"{check.__name__}: `loss_fn` must be a loss .*{got}"):
+        check(lambda log_probs, **_: result(log_probs))
+
+
+def test_a_reference_that_returns_no_scalar_is_named_and_so_is_what_cannot_be_called():
+    right = PolicyLoss(correction=token_tis())
+    with pytest.raises(InputError, match="check_same_as: `reference` must be a loss"):
+        check_same_as(right, per_token)
+    with pytest.raises(InputError, match="check_identity_when_equal: `uncorrected_loss_fn`"):
+        check_identity_when_equal(right, per_token)
+    for wrong, got in ((None, "NoneType"), (PolicyLoss, "the class PolicyLoss"),
+                       (token_tis(), "Correction")):
+        with pytest.raises(InputError, match=f"`loss_fn` must be a function .*got {got}"):
+            check_sign(wrong)
 
 
 def test_errors_of_the_loss_come_through():

@@ -116,6 +116,38 @@ def test_bad_input_ends_with_code_2_and_a_message(tmp_path, capsys, arguments, m
     assert not captured.out
 
 
+@pytest.mark.parametrize("command", [["demo"], ["report", "no-such-dump.npz"]])
+@pytest.mark.parametrize("out", ["taken", "taken/inside"])
+def test_a_folder_that_cannot_be_made_is_said_before_the_work(
+    tmp_path, monkeypatch, capsys, command, out
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").write_text("")
+    assert main([*command, "--out", out]) == 2
+    said = capsys.readouterr()
+    assert not said.out
+    assert f"{command[0]}: `--out` must be a folder" in said.err
+    assert f"got {out}, and taken is a file" in said.err
+
+
+def test_convert_says_which_columns_are_left_out_and_since_which_sequence(tmp_path, capsys):
+    row = {"rollout_log_probs": [-1.0], "old_log_probs": [-1.0], "mask": [1], "step": 3}
+    rows = [row | {"token_ids": [5]}, row | {"token_ids": [6], "turn": 1}, row]
+    source, target = tmp_path / "dump.jsonl", tmp_path / "other.npz"
+    source.write_text("".join(json.dumps(x) + "\n" for x in rows))
+    assert main(["convert", str(source), str(target)]) == 0
+    *left, last = capsys.readouterr().err.splitlines()
+    assert left == [
+        f"{name} is left out, for not all sequences have it: the first without is sequence"
+        f" {first}, counted from 0" for name, first in (("token_ids", 2), ("turn", 0))
+    ]
+    assert last.startswith("3 sequences, 3 tokens -> ")
+    assert set(np.load(target)) == {*row, "cu_seqlens"}
+    source.write_text(json.dumps(rows[0]))
+    assert main(["convert", str(source), str(target)]) == 0
+    assert "left out" not in capsys.readouterr().err
+
+
 # surroundings
 
 
@@ -139,7 +171,7 @@ def shell(command, directory, **environment):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("touch taken; $I report dump.npz --out taken", "File exists: taken"),
+        ("touch taken; $I report dump.npz --out taken", "`--out` must be a folder"),
         ("$I report dump.npz --out /proc/nowhere", "/proc/nowhere"),
         ("$I convert dump.npz no/other.npz", "Fix: make the directory first"),
         ("ulimit -f 8; trap '' XFSZ; $I convert dump.npz other.jsonl", "File too large"),

@@ -423,6 +423,13 @@ class TestCommand:
         assert report_main(path, "--json", "--fail-if", condition) == 2
         assert "Fix:" in capsys.readouterr().err
 
+    def test_a_number_that_the_report_has_not_gets_a_condition_as_its_fix(self, path, capsys):
+        assert report_main(path, "--json", "--fail-if", "mismatch/kl_k4>1") == 2
+        told = capsys.readouterr().err
+        assert "got 'mismatch/kl_k4>1'. Fix: did you mean 'mismatch/kl_k3'?" in told
+        assert report_main(path, "--json", "--fail-if", "nosuch>1") == 2
+        assert "Fix: pass --fail-if 'mismatch/kl_k3>0.01'" in capsys.readouterr().err
+
     def test_bad_input_exits_with_2_and_writes_nothing(self, tmp_path, capsys):
         (tmp_path / "dump.jsonl").write_text("{")
         assert report_main(tmp_path / "dump.jsonl", "--out", tmp_path / "out") == 2

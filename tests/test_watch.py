@@ -68,6 +68,12 @@ def test_names_that_begin_with_the_step_are_in_order(tmp_path, capsys, monkeypat
     assert capsys.readouterr() == ("steps: 4, alarms: 0\n", "")
 
 
+def test_steps_below_0_are_steps(tmp_path, capsys):
+    fill(tmp_path, [0.02] * 6, start=-3)
+    assert main(["watch", str(tmp_path), "--idle", "0"]) == 0
+    assert capsys.readouterr() == ("steps: 6, alarms: 0\n", "")
+
+
 def test_one_file_with_many_steps_is_as_good(tmp_path, capsys):
     fill(tmp_path / "many", [0.02] * 30 + [0.3] * 8)
     write_dump(read_dump(tmp_path / "many"), tmp_path / "one.npz")

@@ -8,6 +8,8 @@ import inspect
 import io
 import json
 import sys
+import sysconfig
+import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from iscorrect.cli.arguments import positive, seed
+from iscorrect.cli.arguments import comma_separated, positive, seed
 from iscorrect.cli.terminal import say
 from iscorrect.errors import InputError, import_extra, input_error, is_part
 from iscorrect.loss.policy_loss import PolicyLoss
@@ -28,7 +30,7 @@ from iscorrect.loss.specs import parse, read
 from iscorrect.testing.audit import Audit, LossFn, audit
 from iscorrect.testing.mismatch import parse_mismatch, token_sigma
 from iscorrect.testing.tabular import TabularPolicy, chi2, kl
-from iscorrect.text import Table, finite
+from iscorrect.text import Table, finite, visible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,6 +41,11 @@ THRESHOLDS = ("cap", "high", "limit", "slope", "mean_k3")
 HEADER = ("correction", "bias", "cosine", "std", "rmse", "mean weight", "ESS")
 FACTORS = [2 ** (step / 2) for step in range(-6, 7)]
 SAMPLES = 1_000
+INSTALLED = [
+    *(Path(sysconfig.get_paths()[x]) for x in ("stdlib", "platstdlib", "purelib", "platlib")),
+    Path(torch.__file__).parent, Path(__file__).parents[1],
+]
+"""Where the code is that is not the user's own."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +90,7 @@ class Setting:
         """
         case = (self.policy, self.rollout_policy, self.reward)
         if correction in self.losses:
-            return audit(self.losses[correction], *case)
+            return _audit_own(correction, self.losses[correction], *case)
         loss_fn = PolicyLoss(correction=parse(correction), aggregation="seq-mean-token-sum")
         if loss_fn.scope == "batch":
             return audit(loss_fn, *case, batch=self.average, samples=SAMPLES)
@@ -156,7 +163,7 @@ def load_loss(path: str) -> LossFn:
             the command was started in.
 
     Raises:
-        InputError: there is no such module or name, or it cannot be called.
+        InputError: there is no such module or name, it fails, or what it names cannot be called.
     """
     module, _, name = path.rpartition(":")
     try:
@@ -165,10 +172,10 @@ def load_loss(path: str) -> LossFn:
         else:
             sys.path.insert(0, str(Path.cwd()))
             found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, SyntaxError, ValueError, OSError) as error:
+    except (Exception, SystemExit) as error:  # whatever a file of the user's does
         raise input_error(
             "audit", "--loss", expected="module:function or file.py:function that can be imported",
-            got=f"{path!r} ({error})", fix="pass --loss my_losses:token_loss",
+            got=f"{path!r} ({_raised(error)})", fix="pass --loss my_losses:token_loss",
         ) from error
     if not is_part(found):
         raise input_error(
@@ -177,6 +184,40 @@ def load_loss(path: str) -> LossFn:
         )
     loss: LossFn = found
     return loss
+
+
+def _audit_own(
+    name: str, loss_fn: LossFn, policy: TabularPolicy, rollout_policy: TabularPolicy,
+    reward: Tensor,
+) -> Audit:
+    try:
+        return audit(loss_fn, policy, rollout_policy, reward)
+    except Exception as error:
+        if isinstance(error, InputError) and not _place(error):
+            raise InputError(f"{name}: {error}") from error
+        raise input_error(
+            "audit", "--loss", expected="a loss that can be called as loss(log_probs, *,"
+            " rollout_log_probs, advantages, mask)", got=f"{name!r}, which raised {_raised(error)}",
+            fix="mend it, or give its arguments these names with iscorrect.testing.renamed",
+        ) from error
+
+
+def _raised(error: BaseException) -> str:
+    """An exception on one line, and where the user's own code raised it."""
+    text = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".:")
+    place = _place(error)
+    return f"{text}, at {place}" if place else text
+
+
+def _place(error: BaseException) -> str:
+    """File and line of the last of the user's own lines that an exception passed."""
+    lines = [(line.filename, line.lineno) for line in traceback.extract_tb(error.__traceback__)]
+    own = [f"{file}:{number}" for file, number in lines if not _is_installed(file)]
+    return own[-1] if own else ""
+
+
+def _is_installed(file: str) -> bool:
+    return file.startswith("<") or any(Path(file).is_relative_to(x) for x in INSTALLED)
 
 
 def _module_of(path: Path) -> ModuleType:
@@ -219,7 +260,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         + ", ".join(THRESHOLDS),
     )
     parser.add_argument(
-        "--values", type=_numbers, default=(), metavar="X,Y,…",
+        "--values", type=comma_separated, default=(), metavar="X,Y,…",
         help="with --sweep or --plot: these values in place of some around each threshold",
     )
     parser.add_argument(
@@ -251,18 +292,20 @@ def run(arguments: Namespace) -> int:
     )
     if arguments.plot is not None:
         _check_figure(arguments.plot)
+        _check_values(corrections, arguments.values)
     rows, note = corrections, ""
     if arguments.sweep is not None:
         swept = [c for c in corrections if threshold(c) == arguments.sweep]
-        rows = [text for c in swept for text in sweep(c, arguments.values)]
         left = [c for c in corrections if c not in swept]
         note = f" Without the threshold {arguments.sweep}: {', '.join(left)}." if left else ""
-        if not rows:
+        if not swept:
             raise input_error(
                 "audit", "--sweep", expected="the threshold of one of the corrections",
                 got=repr(arguments.sweep),
                 fix="choose from " + ", ".join(f"{c}: {threshold(c)}" for c in corrections),
             )
+        _check_values(swept, arguments.values)
+        rows = [text for c in swept for text in sweep(c, arguments.values)]
     elif arguments.values and arguments.plot is None:
         raise input_error(
             "audit", "--values", expected="with --sweep or --plot", got="alone",
@@ -291,10 +334,6 @@ def run(arguments: Namespace) -> int:
 def _multiple(setting: Setting, name: str) -> str:
     """What a loss of one's own has for a scale, which its bias contains."""
     return f"{name}: {setting.audit(name).scale:.3g} ∇J is nearest to its expected gradient."
-
-
-def _numbers(text: str) -> list[float]:
-    return [float(x) for x in text.split(",")]
 
 
 def as_csv(rows: Mapping[str, Mapping[str, float]]) -> str:
@@ -331,12 +370,29 @@ def _check_figure(path: Path) -> None:
     import_extra("audit", "matplotlib.figure", "plots")
     from matplotlib.figure import Figure
 
+    if not path.parent.is_dir():
+        raise input_error(
+            "audit", "--plot", expected="a file in a folder that is there", got=visible(path),
+            fix="make the folder first",
+        )
     known = Figure().canvas.get_supported_filetypes()
     if path.suffix.removeprefix(".") not in known:
         raise input_error(
             "audit", "--plot", expected="a file that ends in one of " + ", ".join(known),
             got=str(path), fix="pass --plot frontier.png",
         )
+
+
+def _check_values(corrections: Sequence[str], values: Sequence[float]) -> None:
+    """Raise for a correction that takes none of the values as its threshold."""
+    for correction in corrections:
+        if not sweep(correction, values):
+            around = sweep(correction)
+            raise input_error(
+                "audit", "--values", expected=f"such that {correction} takes one of them",
+                got=",".join(f"{value:g}" for value in values),
+                fix=f"pass some from {around[0]} to {around[-1]}",
+            )
 
 
 def audit_rows(setting: Setting, corrections: Sequence[str]) -> list[list[str]]:

@@ -7,6 +7,7 @@ import importlib.util
 import math
 from pathlib import Path
 
+from iscorrect.cli.arguments import check_folder
 from iscorrect.cli.audit import Setting
 from iscorrect.cli.rollouts import MODELS, PAIRS, shipped_rollouts
 from iscorrect.cli.terminal import say
@@ -47,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """0."""
+    check_folder("demo", options.out)
     say("64 sequences of 128 tokens, sampled by vLLM, scored by Hugging Face transformers.",
         "Same weights, same tokens, and yet other probabilities:")
     kl: dict[str, float] = {}

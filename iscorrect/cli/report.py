@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from iscorrect.cli.arguments import positive
+from iscorrect.cli.arguments import check_folder, positive
 from iscorrect.cli.terminal import progress, say, tell
 from iscorrect.dumps import LogProbDump, Tokens, stream_dump
 from iscorrect.report.changes import Changes, page as compared, write_changes
@@ -49,6 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """0, or 1 where a --fail-if condition holds."""
+    directory = options.out or (None if options.json else Path("iscorrect-report"))
+    if directory is not None:
+        check_folder("report", directory)
     null = None
     if options.null:
         null = Tokens.join([Tokens.of(piece) for piece in stream_dump(options.null)])
@@ -64,7 +67,6 @@ def run(options: argparse.Namespace) -> int:
     if options.against:
         changes = Changes.of(gathered([options.against]), report)
     held = broken(options.fail_if, report, changes.numbers() if changes else None)
-    directory = options.out or (None if options.json else Path("iscorrect-report"))
     if options.json:
         say(json.dumps((changes or report).to_json(), indent=2))
     else:

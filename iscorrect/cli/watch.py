@@ -102,7 +102,7 @@ class _Run:
         self._grown: set[Path] = set()
         self._told: set[str] = set()
         self._open: dict[int, Metrics] = {}
-        self._over = -1
+        self._over = -math.inf
 
     def come(self, paths: Iterable[Path]) -> None:
         """Read files, unless they were read before; folders of ranks hold the same steps."""

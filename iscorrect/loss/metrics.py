@@ -181,7 +181,7 @@ class Metrics(Mapping[str, Tensor]):
 
     def _other_names(self, names: tuple[str, ...], group: Group) -> list[tuple[str, ...]]:
         """The names of all ranks, where they are not the same on all."""
-        held = next(iter((self.sums | self.maxima).values()), torch.zeros(()))
+        held = next(iter({**self.sums, **self.maxima}.values()), torch.zeros(()))
         checksum = zlib.crc32(repr(names).encode())
         both = torch.tensor([checksum, -checksum], device=held.device)
         most, least = max_over(both, group).tolist()
@@ -415,7 +415,7 @@ def _sum_of_squares(x: Tensor) -> Tensor:
     flat = x.flatten()
     if torch.compiler.is_compiling() or len(flat) <= DOT:
         return torch.dot(flat, flat)
-    return torch.stack([torch.dot(part, part) for part in flat.split(DOT)]).sum()
+    return torch.stack([torch.dot(part, part) for part in torch.split(flat, DOT)]).sum()
 
 
 def _stack(values: list[Tensor]) -> Tensor:

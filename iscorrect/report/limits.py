@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import operator
 import re
@@ -11,7 +12,7 @@ from iscorrect.diagnose import NOISE, Cause, Finding, causes
 from iscorrect.diagnose.findings import PATTERNS
 from iscorrect.diagnose.scale import few
 from iscorrect.diagnose.shared import KINDS
-from iscorrect.errors import check_choice, input_error
+from iscorrect.errors import input_error
 from iscorrect.report.gather import Report
 from iscorrect.report.sums import CANDIDATES, GROWTH, UPDATE
 
@@ -119,7 +120,13 @@ def check_thresholds(conditions: Sequence[str], metrics: dict[str, float]) -> li
                 expected="a name, one of > < >= <=, and a number; or finding, or finding:TEXT",
                 got=repr(condition), fix="pass --fail-if 'mismatch/kl_k3>0.01'",
             ) from None
-        check_choice("report", "fail-if", name, sorted(metrics))
+        if name not in metrics:
+            near = difflib.get_close_matches(name, metrics, n=1)
+            raise input_error(
+                "report", "fail-if", expected="about a number that the report has",
+                got=repr(condition), fix=f"did you mean {near[0]!r}?" if near
+                else "pass --fail-if 'mismatch/kl_k3>0.01', or see metrics.json for other names",
+            )
         # what cannot be computed cannot pass
         if math.isnan(metrics[name]) or COMPARISONS[comparison](metrics[name], limit):
             value = metrics[name]

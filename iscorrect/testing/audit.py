@@ -11,9 +11,10 @@ import torch
 from einops import einsum, rearrange, repeat
 from torch import Tensor
 
-from iscorrect.errors import describe, input_error
+from iscorrect.errors import InputError, check_choice, describe, input_error, is_part
 from iscorrect.layout import masked
 from iscorrect.loss.advantages import Baseline, group_advantages
+from iscorrect.loss.correction import Correction
 from iscorrect.testing.tabular import TabularPolicy, check_same_sequences
 
 LossFn = Callable[..., Any]
@@ -24,6 +25,9 @@ ENUMERABLE = 1 << 16
 SAMPLES = 20_000
 CHUNK = 1 << 21
 BLOCKS = 20
+NAMES = (
+    "log_probs", "rollout_log_probs", "advantages", "mask", "old_log_probs", "normalizer",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,10 +108,11 @@ def audit(
     """Bias and variance of −∇loss as an estimate of ∇J, with sequences drawn from another policy.
 
     Args:
-        loss_fn: as :data:`LossFn` says; see :func:`renamed` for one with other names.
+        loss_fn: as :data:`LossFn` says; see :func:`renamed` for one with other names. Without
+            randomness of its own, unless batches are sampled.
         policy: π, the one being trained; gradients are taken in its logits.
         rollout_policy: μ, where sequences come from; the loss sees what it reports.
-        reward: float64 "n", one per sequence.
+        reward: float64 "n", one per sequence, finite.
         batch: sequences per call of the loss. 1 is enough for losses that average over sequences
             and treat each alone; not for self-normalised weights, group baselines, or denominators
             that count tokens.
@@ -124,7 +129,8 @@ def audit(
 
     Raises:
         InputError: policies over different sequences, a reward of another shape, a group of one,
-            too few samples.
+            too few samples; a loss that returns no scalar, or that draws random numbers where
+            batches are enumerated.
 
     >>> from iscorrect import PolicyLoss, sequence_is, token_is
     >>> from iscorrect.testing import TabularPolicy, audit, mismatch
@@ -138,7 +144,8 @@ def audit(
     >>> audit(loss_fn, policy, rollout, reward).relative_bias > 0.05
     True
     """
-    check_same_sequences("audit", policy, rollout_policy, old_policy or policy)
+    loss_fn = checked_loss("audit", loss_fn)
+    _check_policies(policy=policy, rollout_policy=rollout_policy, old_policy=old_policy)
     _check(policy, reward, batch, group, advantages, samples)
     columns = {
         "log_probs": policy.log_probs,
@@ -157,7 +164,7 @@ def audit(
         tensors = {name: column[part.rows] for name, column in columns.items()}
         if group is not None:
             tensors["advantages"] = _against_group(reward[part.rows], group, policy.length)
-        slopes = -masked(_derivatives(loss_fn, tensors), tensors["mask"])
+        slopes = -masked(_derivatives(loss_fn, tensors, draws.exact), tensors["mask"])
         gradients = _in_logits(slopes, part.rows, policy)
         seen = _moments(part, gradients, slopes, tensors)
         moments = seen if moments is None else moments + seen
@@ -176,8 +183,12 @@ def renamed(loss_fn: LossFn, **names: str) -> LossFn:
 
     Args:
         loss_fn: takes all its tensors by keyword.
-        names: its name for each of ``log_probs``, ``rollout_log_probs``, ``advantages``, ``mask``
-            and ``old_log_probs``; those not mentioned are not passed.
+        names: its name for each of ``log_probs``, ``rollout_log_probs``, ``advantages``, ``mask``,
+            ``old_log_probs`` and ``normalizer``; those not mentioned are not passed.
+
+    Raises:
+        InputError: a name that is none of these; or, when called, one that the caller does not
+            pass.
 
     >>> def theirs(logp, adv, response_mask):
     ...     return -(logp * adv * response_mask).sum()
@@ -186,12 +197,58 @@ def renamed(loss_fn: LossFn, **names: str) -> LossFn:
     >>> ours(one, rollout_log_probs=one, advantages=one, mask=one.bool())
     tensor(-2.)
     """
+    for ours in names:
+        check_choice("renamed", "names", ours, NAMES)
 
     def call(log_probs: Tensor, **tensors: Tensor) -> Any:
         tensors["log_probs"] = log_probs
+        for ours in names.keys() - tensors.keys():
+            raise input_error(
+                "renamed", ours, expected="among the arguments that are passed",
+                got=", ".join(tensors), fix=f"leave out {ours}={names[ours]!r}, or pass what"
+                " brings it: old_policy= of audit, or old=True of a check",
+            )
         return loss_fn(**{theirs: tensors[ours] for ours, theirs in names.items()})
 
     return call
+
+
+def checked_loss(
+    caller: str, loss_fn: LossFn, argument: str = "loss_fn"
+) -> Callable[..., Tensor]:
+    """A loss that returns its scalar alone.
+
+    Args:
+        caller: what messages begin with.
+        loss_fn: see :data:`LossFn`.
+        argument: its name.
+
+    Raises:
+        InputError: it cannot be called on tensors; or, when called, it returns no scalar.
+    """
+    if not is_part(loss_fn) or isinstance(loss_fn, Correction):
+        raise input_error(
+            caller, argument, expected="a function on tensors, or a loss such as a PolicyLoss",
+            got=f"the class {loss_fn.__name__}" if isinstance(loss_fn, type)
+            else describe(loss_fn),
+            fix="pass PolicyLoss(correction=token_tis()), or a function of your own",
+        )
+
+    def scalar(log_probs: Tensor, **tensors: Any) -> Tensor:
+        result = loss_fn(log_probs, **tensors)
+        first = result[0] if isinstance(result, tuple) and result else result
+        if isinstance(first, Tensor) and first.ndim == 0 and first.is_floating_point():
+            return first
+        raise input_error(
+            caller, argument,
+            expected="a loss that returns a floating scalar tensor, or a tuple that begins with"
+            " one",
+            got=describe(result) if first is result
+            else f"one that returns a tuple that begins with {describe(first)}",
+            fix="return the loss as a tensor, reduced and not .item(), or (loss, metrics)",
+        )
+
+    return scalar
 
 
 class _Draws(NamedTuple):
@@ -225,23 +282,37 @@ def _draws(policy: TabularPolicy, batch: int, samples: int | None, seed: int) ->
     return _Draws(rows, chances, torch.arange(size) % BLOCKS, False)
 
 
-def _derivatives(loss_fn: LossFn, tensors: Mapping[str, Tensor]) -> Tensor:
+def _derivatives(
+    loss_fn: Callable[..., Tensor], tensors: Mapping[str, Tensor], exact: bool
+) -> Tensor:
     """∂loss/∂log π of each batch; tensors "k b t" -> "k b t"."""
     names = [name for name in tensors if name != "log_probs"]
 
     def loss(log_probs: Tensor, *others: Tensor) -> Tensor:
-        result = loss_fn(log_probs, **dict(zip(names, others, strict=True)))
-        value: Tensor = result[0] if isinstance(result, tuple) else result
-        return value
+        return loss_fn(log_probs, **dict(zip(names, others, strict=True)))
 
     columns = [tensors[name] for name in ("log_probs", *names)]
     try:  # on copies, for a loss may change its inputs
         derivatives: Tensor = torch.func.vmap(torch.func.grad(loss))(*[x.clone() for x in columns])
         return derivatives
-    except RuntimeError:
-        # Losses that read values, as with `.item()`, cannot be batched.
-        rows = zip(*[x.clone() for x in columns], strict=True)
-        return torch.stack([_derivative(loss, *row) for row in rows])
+    except RuntimeError as error:
+        if exact and "random operation" in str(error):
+            raise _random() from error
+    # Losses that read values, as with `.item()`, cannot be batched.
+    rows = zip(*[x.clone() for x in columns], strict=True)
+    before = torch.get_rng_state()
+    derivatives = torch.stack([_derivative(loss, *row) for row in rows])
+    if exact and not torch.equal(before, torch.get_rng_state()):
+        raise _random()
+    return derivatives
+
+
+def _random() -> InputError:
+    return input_error(
+        "audit", "loss_fn", expected="without randomness of its own where batches are enumerated",
+        got="one that draws random numbers",
+        fix="turn its dropout or noise off, or pass samples=20_000 to audit",
+    )
 
 
 def _derivative(loss: Callable[..., Tensor], log_probs: Tensor, *others: Tensor) -> Tensor:
@@ -348,6 +419,17 @@ def _moments(
     )
 
 
+def _check_policies(**policies: TabularPolicy | None) -> None:
+    for name, policy in policies.items():
+        optional = name == "old_policy"
+        if not isinstance(policy, TabularPolicy) and not (policy is None and optional):
+            raise input_error(
+                "audit", name, expected="a TabularPolicy" + (", or None" if optional else ""),
+                got=describe(policy), fix="pass TabularPolicy(logits, length)",
+            )
+    check_same_sequences("audit", *[policy for policy in policies.values() if policy is not None])
+
+
 def _check(
     policy: TabularPolicy,
     reward: Tensor,
@@ -356,24 +438,48 @@ def _check(
     advantages: Tensor | None,
     samples: int | None,
 ) -> None:
-    if reward.dtype != torch.float64 or reward.shape != policy.probabilities.shape:
+    shape = policy.probabilities.shape
+    if not _is_shaped(reward, shape) or reward.dtype != torch.float64:
         raise input_error(
-            "audit", "reward", expected=f"float64 {tuple(policy.probabilities.shape)}",
+            "audit", "reward", expected=f"float64 {tuple(shape)}",
             got=describe(reward), fix="give every row of policy.sequences a reward",
         )
-    if batch < (1 if group is None else 2):
+    if not _is_whole(batch) or batch < (1 if group is None else 2):
         raise input_error(
-            "audit", "batch", expected="at least 1, and at least 2 for a group", got=repr(batch),
-            fix="pass batch=2",
+            "audit", "batch", expected="a whole number, at least 1, and at least 2 for a group",
+            got=repr(batch), fix="pass batch=2",
         )
-    if samples is not None and samples < BLOCKS:
+    if samples is not None and (not _is_whole(samples) or samples < BLOCKS):
         raise input_error(
-            "audit", "samples", expected=f"None or at least {BLOCKS}", got=repr(samples),
+            "audit", "samples", expected=f"None, or a whole number of at least {BLOCKS}",
+            got=repr(samples),
             fix="pass samples=20_000, or None to enumerate what can be enumerated",
         )
-    if advantages is not None and (group is not None or advantages.shape != policy.logits.shape):
+    if advantages is not None and (
+        group is not None or not _is_shaped(advantages, policy.logits.shape)
+    ):
         raise input_error(
             "audit", "advantages",
             expected=f"`c v` {tuple(policy.logits.shape)}, and None where there is a group",
             got=describe(advantages), fix="pass policy.advantages(reward), or group alone",
         )
+    _check_finite("reward", reward)
+    _check_finite("advantages", advantages)
+
+
+def _is_shaped(x: object, shape: torch.Size) -> bool:
+    return isinstance(x, Tensor) and x.shape == shape
+
+
+def _is_whole(x: object) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool)
+
+
+def _check_finite(name: str, x: Tensor | None) -> None:
+    if x is None or x.isfinite().all():
+        return
+    where = (~x.isfinite()).nonzero()[0].tolist()
+    raise input_error(
+        "audit", name, expected="finite", got=f"{float(x[tuple(where)])} at {where}",
+        fix="give a finite number to every sequence, those that are never drawn too",
+    )

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from iscorrect.layout import Layout
 from iscorrect.loss.advantages import Baseline
-from iscorrect.testing.audit import LossFn, audit
+from iscorrect.testing.audit import LossFn, audit, checked_loss
 from iscorrect.testing.strategies import (
     Case,
     LossInputs,
@@ -34,6 +34,7 @@ from iscorrect.testing.strategies import (
     cases,
     padded_batches,
     policies,
+    tensors,
 )
 from iscorrect.testing.tabular import TabularPolicy
 
@@ -93,6 +94,8 @@ def check_same_as(
     ...     return -(weights * advantages * log_probs)[mask].mean()
     >>> check_same_as(mine, PolicyLoss(correction=token_tis(cap=2.0)))
     """
+    loss_fn = checked_loss("check_same_as", loss_fn)
+    reference = checked_loss("check_same_as", reference, "reference")
     limit = _Tolerance(tolerance, loss_fn, old)
 
     def same(inputs: LossInputs) -> None:
@@ -138,6 +141,7 @@ def check_weights(
     ...     return torch.where(d.exp() <= 3, d.exp(), 0)
     >>> check_weights(PolicyLoss(correction=sequence_mis(high=3.0)), weights)
     """
+    loss_fn = checked_loss("check_weights", loss_fn)
     limit = _Tolerance(tolerance, loss_fn, old)
 
     def weighted(inputs: LossInputs) -> None:
@@ -176,6 +180,7 @@ def check_sign(loss_fn: LossFn, *, old: bool = False, tolerance: float | None = 
     >>> from iscorrect import PolicyLoss, PPOClip, token_tis
     >>> check_sign(PolicyLoss(correction=token_tis(), objective=PPOClip()), old=True)
     """
+    loss_fn = checked_loss("check_sign", loss_fn)
     limit = _Tolerance(tolerance, loss_fn, old)
 
     def pushes(inputs: LossInputs) -> None:
@@ -211,6 +216,7 @@ def check_monotone(loss_fn: LossFn, *, old: bool = False, tolerance: float | Non
     >>> from iscorrect import PolicyLoss, sequence_tis
     >>> check_monotone(PolicyLoss(correction=sequence_tis()))
     """
+    loss_fn = checked_loss("check_monotone", loss_fn)
     limit = _Tolerance(tolerance, loss_fn, old)
 
     def monotone(inputs: LossInputs, step: float) -> None:
@@ -241,6 +247,8 @@ def check_unbiased(
 ) -> None:
     """The expected −∇loss is ∇J, exactly, whatever the policies and the reward.
 
+    Rewards have both signs and pass 1; sequences have one length or several.
+
     Truncated, masked and clipped losses are biased by design: compare those with
     :func:`check_same_as` or :func:`check_weights`.
 
@@ -259,9 +267,11 @@ def check_unbiased(
     >>> from iscorrect import PolicyLoss, sequence_is
     >>> check_unbiased(PolicyLoss(correction=sequence_is(), aggregation="seq-mean-token-sum"))
     """
+    loss_fn = checked_loss("check_unbiased", loss_fn)
     limit = _Tolerance(tolerance, loss_fn, old)
 
-    def unbiased(case: Case, third: TabularPolicy) -> None:
+    def unbiased(inputs: tuple[Case, TabularPolicy]) -> None:
+        case, third = inputs
         old_policy = third if old else None
         found = audit(loss_fn, *case, batch=batch, group=group, old_policy=old_policy)
         expected = scale * found.target
@@ -273,12 +283,12 @@ def check_unbiased(
                 f"the expected gradient is {_shown(found.expected, expected)}, not {scale:g} times"
                 f" ∇J = {_shown(expected, found.expected)} (‖difference‖"
                 f" {float(error.norm()):.3g}, nearest multiple {found.scale:.6g}, cosine"
-                f" {found.cosine:.6g})",
+                f" {found.cosine:.6g}), with length={case.policy.length}, eos={case.policy.eos}",
                 logits=case.policy.logits, rollout_logits=case.rollout_policy.logits,
                 reward=case.reward, **({"old_logits": third.logits} if old else {}),
             )
 
-    _run(unbiased, cases(vocab=2, length=2), policies(vocab=2, length=2))
+    _run(unbiased, _cases_with_a_third())
 
 
 def check_identity_when_equal(
@@ -304,6 +314,10 @@ def check_identity_when_equal(
     ...     PolicyLoss(correction=icepop()), PolicyLoss(correction=uncorrected())
     ... )
     """
+    loss_fn = checked_loss("check_identity_when_equal", loss_fn)
+    uncorrected_loss_fn = checked_loss(
+        "check_identity_when_equal", uncorrected_loss_fn, "uncorrected_loss_fn"
+    )
     limit = _Tolerance(tolerance, loss_fn, old)
 
     def identity(inputs: LossInputs) -> None:
@@ -334,6 +348,7 @@ def check_invariant_to_padding(
     >>> from iscorrect import PolicyLoss, sequence_tis
     >>> check_invariant_to_padding(PolicyLoss(correction=sequence_tis()))
     """
+    loss_fn = checked_loss("check_invariant_to_padding", loss_fn)
     limit = _Tolerance(tolerance, loss_fn, old)
 
     def invariant(inputs: LossInputs, left: int, right: int) -> None:
@@ -369,6 +384,7 @@ def check_invariant_to_packing(
     >>> from iscorrect import PolicyLoss, sequence_tis
     >>> check_invariant_to_packing(PolicyLoss(correction=sequence_tis()))
     """
+    loss_fn = checked_loss("check_invariant_to_packing", loss_fn)
     limit = _Tolerance(tolerance, loss_fn, old)
 
     def invariant(inputs: LossInputs) -> None:
@@ -413,6 +429,7 @@ def check_invariant_to_microbatching(
     >>> whole = partial(global_normalizer, group=None, gradients="summed")
     >>> check_invariant_to_microbatching(PolicyLoss(correction=token_tis()), whole)
     """
+    loss_fn = checked_loss("check_invariant_to_microbatching", loss_fn)
     limit = _Tolerance(tolerance, loss_fn, old)
 
     def invariant(inputs: LossInputs) -> None:
@@ -448,6 +465,7 @@ def check_no_gradient_outside_mask(
     >>> from iscorrect import PolicyLoss, sequence_tis
     >>> check_no_gradient_outside_mask(PolicyLoss(correction=sequence_tis()))
     """
+    loss_fn = checked_loss("check_no_gradient_outside_mask", loss_fn)
     limit = _Tolerance(tolerance, loss_fn, old)
 
     def nothing(inputs: LossInputs, ours: float, theirs: float) -> None:
@@ -481,6 +499,7 @@ def check_finite(loss_fn: LossFn, *, old: bool = False) -> None:
     >>> from iscorrect import PolicyLoss, sequence_tis
     >>> check_finite(PolicyLoss(correction=sequence_tis()))
     """
+    loss_fn = checked_loss("check_finite", loss_fn)
 
     def finite(inputs: LossInputs, factor: float) -> None:
         scaled = inputs.each(lambda x: factor * x.float(), inputs.layout)
@@ -509,8 +528,8 @@ def _run(test: Callable[..., None], *strategies: st.SearchStrategy[Any]) -> None
 
 
 def _evaluate(
-    loss_fn: LossFn, inputs: LossInputs, *, old: bool, mask: Tensor | Layout | None = None,
-    **others: Any,
+    loss_fn: Callable[..., Tensor], inputs: LossInputs, *, old: bool,
+    mask: Tensor | Layout | None = None, **others: Any,
 ) -> tuple[Tensor, Tensor]:
     log_probs = inputs.log_probs.clone().requires_grad_()
     if old:
@@ -518,15 +537,23 @@ def _evaluate(
     mask = inputs.layout.mask if mask is None else mask
     # copies, or a loss that changes its inputs would change what it is compared with
     copied = mask.clone() if isinstance(mask, Tensor) else mask.with_mask(mask.mask.clone())
-    result = loss_fn(
+    loss = loss_fn(
         log_probs, rollout_log_probs=inputs.rollout_log_probs.clone(),
         advantages=inputs.advantages.clone(), mask=copied, **others,
     )
-    loss: Tensor = result[0] if isinstance(result, tuple) else result
     if not loss.requires_grad:
         return loss, torch.zeros_like(log_probs)
     gradient = torch.autograd.grad(loss, log_probs, allow_unused=True, materialize_grads=True)[0]
     return loss.detach(), gradient
+
+
+@st.composite
+def _cases_with_a_third(draw: st.DrawFn) -> tuple[Case, TabularPolicy]:
+    """Two policies with a reward, and a third policy of the same sequences."""
+    length, eos = draw(st.sampled_from([(2, None), (3, 1)]))
+    case = draw(cases(vocab=2, length=length, eos=eos))
+    reward = draw(tensors(case.reward.shape, low=-2, high=2))
+    return case._replace(reward=reward), draw(policies(vocab=2, length=length, eos=eos))
 
 
 def _first_batch(case: Case, batch: int) -> LossInputs:
@@ -552,7 +579,7 @@ class _Narrower(TorchDispatchMode):  # type: ignore[no-untyped-call]
 class _Tolerance:
     """The tolerance of a loss: told, or found on the first inputs it is called with."""
 
-    def __init__(self, told: float | None, loss_fn: LossFn, old: bool) -> None:
+    def __init__(self, told: float | None, loss_fn: Callable[..., Tensor], old: bool) -> None:
         self.limit, self.loss_fn, self.old = told, loss_fn, old
 
     def __call__(self, inputs: LossInputs, **others: Any) -> float:

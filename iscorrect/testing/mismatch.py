@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -139,9 +139,9 @@ def top_p(policy: TabularPolicy, mass: float, *, report: Reported = "processed")
 
 def top_k(policy: TabularPolicy, count: int, *, report: Reported = "processed") -> TabularPolicy:
     """Sampling from the ``count`` likeliest tokens."""
-    check_number("top_k", "count", count, "a number of tokens", least=1)
+    check_number("top_k", "count", count, "a whole number of tokens", least=1, whole=True)
     order = policy.logits.argsort(-1, descending=True)
-    kept = torch.zeros_like(order, dtype=torch.bool).scatter(-1, order[:, : int(count)], True)
+    kept = torch.zeros_like(order, dtype=torch.bool).scatter(-1, order[:, :count], True)
     return _kept(policy, kept, report)
 
 
@@ -190,6 +190,11 @@ def _kept(policy: TabularPolicy, kept: Tensor, report: Reported) -> TabularPolic
     return _sampled_from(policy, torch.where(kept, policy.logits, -torch.inf), report)
 
 
+def _top_k(policy: TabularPolicy, count: float) -> TabularPolicy:
+    number: Any = int(count) if count.is_integer() else count
+    return top_k(policy, number)
+
+
 DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
@@ -200,7 +205,7 @@ MAKERS: dict[str, Callable[[TabularPolicy, float], TabularPolicy]] = {
     "heavy-noise": partial(noise, freedom=3.0),
     "temperature": temperature,
     "top-p": top_p,
-    "top-k": lambda policy, count: top_k(policy, int(count)),
+    "top-k": _top_k,
     "min-p": min_p,
     "repetition-penalty": repetition_penalty,
     "fault": fault,
