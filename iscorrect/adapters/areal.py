@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from iscorrect.adapters.averages import floats, sums
-from iscorrect.adapters.bands import ClipWhere, clamp_to
+from iscorrect.adapters.bands import ClipWhere, check_adds_up, check_no_reference, clamp_to
 from iscorrect.dumps import DumpWriter
 from iscorrect.errors import check_choice, input_error
 from iscorrect.layout import Layout
@@ -57,8 +57,8 @@ def loss_function(
             the versions that sampled the tokens.
 
     Raises:
-        InputError: another aggregation; at the call: a setting of the actor's that would make
-            every weight 1, or be ignored.
+        InputError: another aggregation, parts that look across the batch, or a ``reference_kl``;
+            at the call: a setting of the actor's that would make every weight 1, or be ignored.
     """
     spec = parse_loss(policy_loss)
     if spec.aggregation != TokenMean() or spec.over != "mask":
@@ -67,6 +67,8 @@ def loss_function(
             got=f"{spec.aggregation!r} over {spec.over!r}",
             fix="pass aggregation='token-mean'; AReaL weights micro-batches by their tokens",
         )
+    check_adds_up("areal.loss_function", spec, "a micro-batch")
+    check_no_reference("areal.loss_function", spec, "set actor.kl_ctl, a penalty on the rewards")
 
     calls = itertools.count()
 

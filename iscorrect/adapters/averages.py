@@ -50,6 +50,9 @@ def floats(values: Mapping[str, Tensor]) -> dict[str, float]:
 def from_averages(logged: Mapping[str, float], prefix: str = "") -> dict[str, float]:
     """The metrics of all micro-batches and ranks, from what the trainer has logged.
 
+    Exact where the trainer weighs all of them alike: one that averages within mini-batches first,
+    where every mini-batch has as many micro-batches.
+
     Only "batch/tokens" and "batch/sequences" are averages: of a micro-batch. Metrics that rest on
     maxima are there where the trainer logs maxima.
 

@@ -1,23 +1,25 @@
-"""Bounds and rules as other frameworks hold them, for what they do that corrections do not."""
+"""Bounds and rules as other frameworks hold them, for what they do that corrections do not.
+
+And what none of them can be given.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from iscorrect.errors import check_choice
+from iscorrect.errors import input_error
 from iscorrect.layout import masked
-from iscorrect.loss.bounds import Bound, Clip, Mask, Truncate
+from iscorrect.loss.bounds import Bound, Clip, Truncate
 from iscorrect.loss.correction import Correction
 from iscorrect.loss.evidence import Evidence, Scope, scope_of, widest
+from iscorrect.loss.policy_loss import PolicyLoss
 from iscorrect.loss.ratios import Level, at_level
-from iscorrect.loss.rules import Over, RatioOutside, Rule
-
-MaskType = Literal["tis", "icepop", "seq-mask-tis"]
+from iscorrect.loss.rules import Over, Rule
 
 SAFETY = 20.0
 """Nats at which verl and slime clamp log-ratios."""
@@ -123,22 +125,42 @@ class ClipWhere:
         return torch.where(self.rule(evidence), ratio, self.bound(ratio, evidence))
 
 
-def truncated(
-    caller: str, level: Level, kind: MaskType, low: float | None, high: float,
-    rules: tuple[Rule, ...],
-) -> Correction:
-    """One of the three kinds of OpenRLHF and NeMo-RL, as a correction."""
-    check_choice(caller, "type", kind, get_args(MaskType))
-    if kind == "tis":
-        return Correction(level=level, bound=clamp_to(low, high), reject=rules)
-    if kind == "icepop":
-        return Correction(level=level, bound=Mask(low or 0.0, high), reject=rules)
-    band = RatioOutside(level="geometric", low=low or 0.0, high=high)
-    return Correction(level=level, reject=(band, *rules))
-
-
 def clamp_to(low: float | None, high: float | None) -> Bound | None:
     """The bound that holds ratios in a band; None where it has no ends."""
     if high is None:
         return Clip(low, math.inf) if low else None
     return Clip(low, high) if low else Truncate(high)
+
+
+def check_adds_up(caller: str, spec: Correction | PolicyLoss, shown: str) -> None:
+    """Raise where a part looks across the batch, of which the trainer shows less.
+
+    Args:
+        caller: what the message begins with.
+        spec: what the trainer is to use.
+        shown: what it shows at a time.
+    """
+    if spec.scope == "batch":
+        raise input_error(
+            caller, "correction" if isinstance(spec, Correction) else "policy_loss",
+            expected="one that looks at tokens or sequences",
+            got=f"{spec!r}, which looks across a batch of which {shown} is shown",
+            fix="use a fixed bound and normalize=False; a part of your own that looks no farther"
+            " says so by scope = 'token'",
+        )
+
+
+def check_no_reference(caller: str, spec: PolicyLoss, own: str) -> None:
+    """Raise where a loss wants log-probs of a reference, which the trainer does not pass.
+
+    Args:
+        caller: what the message begins with.
+        spec: what the trainer is to use.
+        own: how the trainer is told to penalise, as the fix.
+    """
+    if spec.reference_kl is not None:
+        raise input_error(
+            caller, "policy_loss", expected="one without a reference_kl: a loss is passed no"
+            " log-probs of the reference", got=repr(spec.reference_kl),
+            fix=f"drop reference_kl, and {own}",
+        )

@@ -21,10 +21,12 @@ docstring says so.
     prime-rl default, ipo                        token_is with a rule on p − q
     ms-swift sequence_truncate, 2                the truncated geometric mean
 
-They agree on finite log-probs, with three exceptions. Ratios saturate here at e^30.5 in float32, so
+They agree on finite log-probs, with four exceptions. Ratios saturate here at e^30.5 in float32, so
 an unbounded weight beyond it differs. verl's, slime's and ms-swift's statistics of a sequence, and
 SkyRL's and ms-swift's weights, are held within e^±20 there; the first are here too. OpenRLHF holds
 probabilities 1e-6 away from 0 and 1 for its divergences; here the binary KL does, |p − q| does not.
+OpenRLHF's binary KL is often below 0 by rounding where the policies agree, and drops those tokens;
+here it is at least 0, and keeps them.
 
 For log-probs that are not finite every function but ``from_trl`` and ``from_areal`` drops the
 token, where the frameworks would train on NaN.

@@ -6,10 +6,11 @@ import dataclasses
 import itertools
 from typing import Any, ClassVar, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from iscorrect.adapters.averages import sums
-from iscorrect.adapters.bands import SAFETY, HeldRule
+from iscorrect.adapters.bands import SAFETY, HeldRule, check_adds_up
 from iscorrect.adapters.methods import around
 from iscorrect.dumps import DumpWriter
 from iscorrect.errors import check_choice, input_error
@@ -18,6 +19,7 @@ from iscorrect.loss.correction import Correction
 from iscorrect.loss.evidence import Evidence, Scope
 from iscorrect.loss.rules import RatioOutside
 from iscorrect.loss.specs import CorrectionConfig, parse
+from iscorrect.ranks import sum_over
 
 MODE = "rollout_importance_sampling_mode"
 
@@ -37,16 +39,12 @@ def install(
         dumps: writes both log-probs of every call, counted from 0.
 
     Raises:
-        InputError: the correction looks across the batch; when the trainer is made: no mode; in
-            training: no rollout log-probs.
+        InputError: the correction looks across the batch; when the trainer is made: no mode, or
+            ``--loss_type real``, which no weight reaches; in training: no rollout log-probs, or
+            none of the old policy with ``--use_liger_kernel``.
     """
     spec = parse(correction)
-    if spec.scope == "batch":
-        raise input_error(
-            "ms_swift.install", "correction", expected="one that looks at tokens or sequences",
-            got=f"{spec!r}, which looks across a batch of which a micro-batch is shown",
-            fix="use a fixed bound and normalize=False",
-        )
+    check_adds_up("ms_swift.install", spec, "a micro-batch")
     if trainer is None:
         from swift.rlhf_trainers import grpo_trainer
 
@@ -73,6 +71,9 @@ def install(
     def metrics_of(self: Any, *_: Any) -> dict[str, Tensor]:
         return sums(self._iscorrect_metrics)
 
+    def metrics_of_all(self: Any, *_: Any) -> dict[str, Tensor]:
+        return _over_ranks(sums(self._iscorrect_metrics))
+
     def remember(self: Any, old: Tensor, rollout: Tensor, mask: Tensor) -> None:
         self._iscorrect_log_probs = old, rollout
 
@@ -84,23 +85,48 @@ def install(
                 got="None, or a vLLM before 0.10.2", fix="set use_vllm=true with a newer vLLM",
             )
 
+    def check_liger_batch(self: Any, *arguments: Any, **named: Any) -> None:
+        check_batch(self, *arguments, **named)
+        if arguments[-1].old_per_token_logps is None:
+            raise input_error(
+                "ms_swift", "old_per_token_logps", expected="the trainer's log-probs, which"
+                " --use_liger_kernel takes from no one else", got="None",
+                fix="drop --use_liger_kernel",
+            )
+
     def check_mode(self: Any) -> None:
         if getattr(self, MODE) is None:
             raise input_error(
                 "ms_swift", MODE, expected="set: without one the trainer asks for no weights",
                 got="None", fix=f"pass --{MODE} token_truncate, whose weights are replaced",
             )
+        if self.loss_type == "real":
+            raise input_error(
+                "ms_swift", "loss_type", expected="one that rollout weights multiply", got="'real',"
+                " which ignores them", fix="pass another --loss_type, or drop the correction",
+            )
 
-    trainer._compute_is_correction_metrics = metrics_of
     if hasattr(trainer, "_get_rollout_is_correction"):
+        trainer._compute_is_correction_metrics = metrics_of
         trainer._get_rollout_is_correction = with_log_probs
         around(trainer, "_compute_loss_and_metrics", before=check_batch)
+        around(trainer, "compute_liger_loss", before=check_liger_batch)
         around(trainer, "_prepare_algorithm_params", after=check_mode)
     else:
+        trainer._compute_is_correction_metrics = metrics_of_all
         trainer._apply_rollout_importance_sampling = with_log_ratio
         around(trainer, "_compute_rollout_offpolicy_metrics", before=remember)
         around(trainer, "loss_func", before=check_batch)
         around(trainer, "_init_grpo_params", after=check_mode)
+
+
+def _over_ranks(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Averages over the ranks, which Megatron's trainer does not take of these metrics itself."""
+    from megatron.core import mpu
+
+    group = mpu.get_data_parallel_group(with_context_parallel=True)
+    total = sum_over(torch.stack(list(values.values())), group)
+    return dict(zip(values, total / torch.distributed.get_world_size(group), strict=True))
 
 
 @dataclasses.dataclass(frozen=True)

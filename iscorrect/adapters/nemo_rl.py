@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, get_args
 
+import torch
 from torch import Tensor
 
 from iscorrect.adapters.averages import token_metrics
-from iscorrect.adapters.bands import MaskType, Overflow, truncated
-from iscorrect.errors import input_error
+from iscorrect.adapters.bands import Overflow, check_adds_up, clamp_to
+from iscorrect.errors import InputError, check_choice, check_number, input_error
 from iscorrect.layout import masked
 from iscorrect.loss.aggregate import SequenceMeanTokenSum, TokenMean
-from iscorrect.loss.bounds import Ignore
+from iscorrect.loss.bounds import Ignore, Mask
 from iscorrect.loss.correction import Correction
 from iscorrect.loss.ratios import Level
+from iscorrect.loss.rules import RatioOutside
 from iscorrect.loss.specs import LossConfig, parse_loss
 
 MEANS = (
@@ -32,7 +35,7 @@ class CorrectedLoss:
 
     Raises:
         InputError: another aggregation, or parts that look across the batch; at the call: NeMo-RL
-            has not scored the responses.
+            has not scored the responses, or not by the reference of a ``reference_kl``.
     """
 
     def __init__(
@@ -46,12 +49,12 @@ class CorrectedLoss:
 
         spec = parse_loss(policy_loss)
         how = spec.aggregation
-        if not isinstance(how, (TokenMean, SequenceMeanTokenSum)) or spec.scope == "batch":
+        if not isinstance(how, (TokenMean, SequenceMeanTokenSum)):
             raise input_error(
                 "CorrectedLoss", "policy_loss", expected="one whose micro-batches add up: by tokens"
-                " or sequences, with bounds that do not look across the batch",
-                got=repr(spec), fix="pass aggregation='token-mean' and a fixed bound",
+                " or sequences", got=repr(how), fix="pass aggregation='token-mean'",
             )
+        check_adds_up("CorrectedLoss", spec, "a micro-batch")
         self.policy_loss = spec
         self.by_token = isinstance(how, TokenMean)
         self.loss_type = LossType.TOKEN_LEVEL if self.by_token else LossType.SEQUENCE_LEVEL
@@ -80,15 +83,11 @@ class CorrectedLoss:
         """
         mask = data["token_mask"][:, 1:].bool() & data["sample_mask"].bool()[:, None]
         old, rollout = data["prev_logprobs"][:, 1:], data["generation_logprobs"][:, 1:]
-        if not masked(old, mask).any() and (masked(rollout, mask).abs() > 0.01).any():
-            raise input_error(
-                "nemo_rl", "loss_fn.force_on_policy_ratio", expected="false: with it NeMo-RL passes"
-                " zeros for the trainer's log-probs", got="zeros",
-                fix="set loss_fn.force_on_policy_ratio=false",
-            )
-        reference = None
+        scored, reference = {"prev_logprobs": old}, None
         if self.policy_loss.reference_kl is not None:
-            reference = data["reference_policy_logprobs"][:, 1:]
+            reference = _reference(data)
+            scored["reference_policy_logprobs"] = reference
+        _check_scored(scored, rollout, mask)
         count = global_valid_toks if self.by_token else global_valid_seqs
         loss, metrics = self.policy_loss(
             next_token_logprobs, rollout_log_probs=rollout, old_log_probs=old,
@@ -109,36 +108,122 @@ class CorrectedLoss:
         }
 
 
+class _Unscored(NamedTuple):
+    """The setting with which NeMo-RL passes zeros for a model's log-probs."""
+
+    setting: str
+    expected: str
+    fix: str
+
+    def error(self, got: str) -> InputError:
+        return input_error("nemo_rl", self.setting, expected=self.expected, got=got, fix=self.fix)
+
+
+UNSCORED = {
+    "prev_logprobs": _Unscored(
+        "loss_fn.force_on_policy_ratio",
+        "false: with it NeMo-RL passes zeros for the trainer's log-probs",
+        "set loss_fn.force_on_policy_ratio=false",
+    ),
+    "reference_policy_logprobs": _Unscored(
+        "loss_fn.reference_policy_kl_penalty",
+        "above 0 with a reference_kl: at 0 NeMo-RL has no log-probs of the reference",
+        "set loss_fn.reference_policy_kl_penalty above 0, so that NeMo-RL scores the reference",
+    ),
+}
+
+
+def _reference(data: Mapping[str, Tensor]) -> Tensor:
+    name = "reference_policy_logprobs"
+    if name not in data:
+        raise UNSCORED[name].error(f"no {name}")
+    return data[name][:, 1:]
+
+
+def _check_scored(scored: dict[str, Tensor], rollout: Tensor, mask: Tensor) -> None:
+    """Raise where log-probs are zeros on tokens that the engine was not sure of."""
+    unsure = (masked(rollout, mask).abs() > 0.01).any()
+    zeros = torch.stack([unsure & ~masked(x, mask).any() for x in scored.values()])
+    for name, found in zip(scored, zeros.tolist(), strict=True):
+        if found:
+            raise UNSCORED[name].error("zeros")
+
+
+MaskType = Literal["tis", "icepop", "seq-mask-tis"]
+
+
 def from_nemo_rl(
-    use_importance_sampling_correction: bool = True,
+    use_importance_sampling_correction: bool = False,
     truncated_importance_sampling_ratio: float | None = None,
     truncated_importance_sampling_ratio_min: float | None = None,
-    truncated_importance_sampling_type: MaskType | None = "tis",
+    truncated_importance_sampling_type: MaskType | None = None,
     sequence_level_importance_ratios: bool = False,
 ) -> Correction:
-    """NeMo-RL's ``loss_fn`` settings of the same names.
+    """NeMo-RL's ``loss_fn`` settings of the same names, with its defaults.
 
     A ratio that overflows float32 gets weight 0, though it is the heaviest of all.
 
     Args:
         use_importance_sampling_correction: False for weights of 1.
-        truncated_importance_sampling_ratio: upper bound; None for unbounded weights.
-        truncated_importance_sampling_ratio_min: lower bound; None for 0.
+        truncated_importance_sampling_ratio: upper bound, given exactly where there is a type.
+        truncated_importance_sampling_ratio_min: lower bound; None, of "tis" alone, for 0.
         truncated_importance_sampling_type: "tis" clamps, "icepop" masks, "seq-mask-tis" masks
-            sequences by their geometric mean and leaves token weights unbounded.
+            sequences by their geometric mean and leaves token weights unbounded; None for
+            unbounded weights.
         sequence_level_importance_ratios: the weight is the product over the sequence.
 
     Raises:
-        InputError: an unknown type.
+        InputError: what NeMo-RL refuses too.
 
-    >>> from_nemo_rl(truncated_importance_sampling_ratio=2.0).bound
+    References:
+        nemo_rl/algorithms/loss/loss_functions.py (7ea279abf, 2026-08-22).
+
+    >>> from_nemo_rl(True, 2.0, truncated_importance_sampling_type="tis").bound
     Truncate(cap=2.0)
     """
-    if not use_importance_sampling_correction:
+    kind, weighted = truncated_importance_sampling_type, use_importance_sampling_correction
+    high, low = truncated_importance_sampling_ratio, truncated_importance_sampling_ratio_min
+    _check_truncation(kind, low, high, weighted, sequence_level_importance_ratios)
+    if not weighted:
         return Correction(bound=Ignore())
     level: Level = "sequence" if sequence_level_importance_ratios else "token"
-    high, low = truncated_importance_sampling_ratio, truncated_importance_sampling_ratio_min
-    if high is None:
-        return Correction(level=level, reject=(Overflow(),))
-    kind = truncated_importance_sampling_type or "tis"
-    return truncated("from_nemo_rl", level, kind, low, high, (Overflow(),))
+    finite = Overflow()
+    if kind is None or high is None:
+        return Correction(level=level, reject=(finite,))
+    if kind == "tis":
+        return Correction(level=level, bound=clamp_to(low, high), reject=(finite,))
+    if kind == "icepop":
+        return Correction(level=level, bound=Mask(low or 0.0, high), reject=(finite,))
+    band = RatioOutside(level="geometric", low=low or 0.0, high=high)
+    return Correction(level=level, reject=(band, finite))
+
+
+def _check_truncation(
+    kind: MaskType | None, low: float | None, high: float | None, weighted: bool, sequence: bool
+) -> None:
+    caller, name = "from_nemo_rl", "truncated_importance_sampling_type"
+    if kind is None:
+        if high is not None:
+            raise input_error(
+                caller, name, expected="given with a truncated_importance_sampling_ratio",
+                got="None", fix=f"pass {name}='tis'",
+            )
+        return
+    check_choice(caller, name, kind, get_args(MaskType))
+    if not weighted:
+        raise input_error(
+            caller, "use_importance_sampling_correction", expected=f"True with type {kind!r}",
+            got="False", fix="pass use_importance_sampling_correction=True",
+        )
+    if kind == "seq-mask-tis" and sequence:
+        raise input_error(
+            caller, "sequence_level_importance_ratios", expected="False with type 'seq-mask-tis',"
+            " whose weights are of tokens", got="True", fix="take 'tis' or 'icepop'",
+        )
+    name = "truncated_importance_sampling_ratio"
+    check_number(caller, name, high, "the upper bound of the ratio", above=0)
+    assert high is not None
+    check_number(
+        caller, f"{name}_min", low, "the lower bound of the ratio", least=0, most=high,
+        optional=kind == "tis",
+    )

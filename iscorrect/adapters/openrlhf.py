@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from iscorrect.adapters.bands import clamp_to
+from iscorrect.adapters.bands import check_no_reference, clamp_to
 from iscorrect.dumps import DumpWriter
 from iscorrect.errors import check_choice, input_error
 from iscorrect.loss.aggregate import SequenceMeanTokenSum, TokenMean
@@ -30,8 +30,8 @@ def install(policy_loss: LossConfig, dumps: DumpWriter | None = None) -> None:
         dumps: writes both log-probs of every call, counted from 0.
 
     Raises:
-        InputError: another aggregation; when the actor is made: a setting of OpenRLHF would pass no
-            rollout log-probs, or be ignored.
+        InputError: another aggregation, or a ``reference_kl``; when the actor is made: a setting of
+            OpenRLHF would pass no rollout log-probs, or be ignored.
     """
     from openrlhf.trainer.ray import ppo_actor
 
@@ -42,6 +42,7 @@ def install(policy_loss: LossConfig, dumps: DumpWriter | None = None) -> None:
         is_correction_level: str = "off",
         policy_loss_type: str = "ppo",
         dual_clip: float | None = None,
+        token_level_loss: bool = True,
         **_: Any,
     ) -> CorrectedPolicyLoss:
         if is_correction_level == "off":
@@ -59,7 +60,15 @@ def install(policy_loss: LossConfig, dumps: DumpWriter | None = None) -> None:
                     "openrlhf", setting, expected=f"{default!r}, since the policy_loss decides",
                     got=repr(value), fix=f"drop it, and pass objective={part}",
                 )
-        return CorrectedPolicyLoss(policy_loss, dumps)
+        loss_fn = CorrectedPolicyLoss(policy_loss, dumps)
+        if loss_fn.by_token != token_level_loss:
+            how = "token-mean" if token_level_loss else "seq-mean-token-mean"
+            raise input_error(
+                "openrlhf", "--actor.loss_agg_mode", expected="as the policy_loss aggregates, which"
+                " decides", got=f"{how!r}, and {loss_fn.policy_loss.aggregation!r}",
+                fix=f"pass aggregation={how!r}, or another --actor.loss_agg_mode",
+            )
+        return loss_fn
 
     setattr(ppo_actor, "PolicyLoss", build)  # noqa: B010
 
@@ -72,7 +81,7 @@ class CorrectedPolicyLoss(torch.nn.Module):
         dumps: writes both log-probs of every call, counted from 0.
 
     Raises:
-        InputError: another aggregation; at the call: no rollout log-probs.
+        InputError: another aggregation, or a ``reference_kl``; at the call: no rollout log-probs.
     """
 
     def __init__(self, policy_loss: LossConfig, dumps: DumpWriter | None = None) -> None:
@@ -83,6 +92,8 @@ class CorrectedPolicyLoss(torch.nn.Module):
                 "CorrectedPolicyLoss", "policy_loss", expected="one with a denominator",
                 got=repr(spec.aggregation), fix="pass aggregation='token-mean'",
             )
+        check_no_reference("CorrectedPolicyLoss", spec, "start OpenRLHF with --algo.kl.use_loss")
+        self.by_token = isinstance(spec.aggregation, TokenMean)
         self.policy_loss, self.dumps, self.calls = spec, dumps, itertools.count()
 
     def forward(
@@ -105,8 +116,7 @@ class CorrectedPolicyLoss(torch.nn.Module):
                 "CorrectedPolicyLoss", "rollout_log_probs", expected="the engine's log-probs",
                 got="None", fix=f"start OpenRLHF with {LEVEL} token",
             )
-        by_token = isinstance(self.policy_loss.aggregation, TokenMean)
-        count = batch_num_tokens if by_token else global_batch_size
+        count = batch_num_tokens if self.by_token else global_batch_size
         mask = (torch.ones_like(log_probs) if action_mask is None else action_mask).bool()
         if self.dumps is not None:
             self.dumps.write(
@@ -136,7 +146,8 @@ def from_openrlhf(
 
     "clip" raises small weights to the lower threshold, which published ablations find harmful; a
     sequence's ratio is the geometric mean, and the sequences that are kept have the token's own
-    weights, without a bound.
+    weights, without a bound. Where the policies agree, OpenRLHF's binary KL is often below 0 by
+    rounding and drops the token; here it is at least 0 and keeps it.
 
     Args:
         is_correction_level: "off" for weights of 1.

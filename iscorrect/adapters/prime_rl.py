@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from iscorrect.adapters.averages import token_metrics
+from iscorrect.adapters.bands import check_adds_up
 from iscorrect.errors import check_choice, input_error
 from iscorrect.layout import masked
 from iscorrect.loss.bounds import Truncate
@@ -44,11 +45,7 @@ def loss(
     from prime_rl.trainer.rl.loss import LossOutputs
 
     loss_fn = PolicyLoss(correction=parse(correction), aggregation="sum")
-    if loss_fn.scope == "batch":
-        raise input_error(
-            "prime_rl.loss", "correction", expected="one that looks at tokens or sequences",
-            got=repr(correction), fix="prime-rl shows one sample at a time; use a fixed bound",
-        )
+    check_adds_up("prime_rl.loss", loss_fn.correction, "one sample at a time")
     mask, advantages = inputs.loss_mask.bool(), inputs.advantages
     if getattr(inputs, "loss_weights", None) is not None:
         advantages = masked(advantages * inputs.loss_weights, mask)

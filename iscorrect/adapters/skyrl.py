@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from iscorrect.adapters.averages import floats, maxima, sums
+from iscorrect.adapters.bands import check_adds_up, check_no_reference
 from iscorrect.dumps import DumpWriter
 from iscorrect.errors import check_choice, input_error
 from iscorrect.layout import Layout, masked
@@ -40,7 +41,8 @@ def register(name: str, policy_loss: LossConfig, dumps: DumpWriter | None = None
         dumps: writes both log-probs of every call, counted from 0.
 
     Raises:
-        InputError: another aggregation; at the call: SkyRL's own correction is configured too.
+        InputError: another aggregation, parts that look across the batch, or a ``reference_kl``;
+            at the call: SkyRL's own correction is configured too.
     """
     from skyrl.backends.skyrl_train.utils.ppo_utils import register_policy_loss
 
@@ -51,6 +53,8 @@ def register(name: str, policy_loss: LossConfig, dumps: DumpWriter | None = None
             got=f"{spec.aggregation!r} over {spec.over!r}",
             fix="pass aggregation='sum'; SkyRL divides the advantages",
         )
+    check_adds_up("skyrl.register", spec, "a micro-batch")
+    check_no_reference("skyrl.register", spec, "set trainer.algorithm.use_kl_loss=true")
 
     calls = 0
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from iscorrect.adapters.averages import token_metrics
-from iscorrect.adapters.bands import HeldBound, NormalizedAfter, clamp_to
+from iscorrect.adapters.bands import HeldBound, NormalizedAfter, check_adds_up, clamp_to
 from iscorrect.adapters.ragged import check_together, pad_together
 from iscorrect.errors import check_choice, input_error
 from iscorrect.layout import masked, unpad
@@ -39,12 +39,7 @@ def tis_function(correction: CorrectionConfig) -> Callable[..., TISResult]:
             response, or missing.
     """
     spec = parse(correction)
-    if spec.scope == "batch":
-        raise input_error(
-            "tis_function", "correction", expected="one that looks at tokens or sequences",
-            got=f"{spec!r}, which looks across a batch of which slime shows a micro-batch",
-            fix="use a fixed bound and normalize=False",
-        )
+    check_adds_up("tis_function", spec, "a micro-batch")
 
     def correct(
         args: Any,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from iscorrect.adapters.bands import check_no_reference
 from iscorrect.adapters.ragged import pad_together
 from iscorrect.dumps import DumpWriter
 from iscorrect.errors import input_error
@@ -30,10 +31,13 @@ def custom_loss(policy_loss: LossConfig, dumps: DumpWriter | None = None) -> Cus
         dumps: writes both log-probs of every call, counted from 0.
 
     Raises:
-        InputError: at the call: a datum lacks one of the two, or holds one of another length; a
-            mask holds something else than 0 and 1.
+        InputError: a ``reference_kl``; at the call: a datum lacks one of the two, or holds one of
+            another length, or "weights" without a mask; a mask holds something else than 0 and 1.
     """
     spec = parse_loss(policy_loss)
+    check_no_reference(
+        "tinker.custom_loss", spec, "subtract the penalty from the advantages"
+    )
     calls = itertools.count()
 
     def loss_fn(data: list[Any], logprobs: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
@@ -68,6 +72,12 @@ def _input(datum: Any, i: int, name: str) -> Tensor:
 
 def _mask(datum: Any, i: int) -> Tensor:
     if "mask" not in datum.loss_fn_inputs:
+        if "weights" in datum.loss_fn_inputs:
+            raise input_error(
+                "tinker.custom_loss", f"data[{i}].loss_fn_inputs", expected="there with a 'mask'"
+                " beside 'weights', which this loss does not read", got="'weights' alone",
+                fix="pass weights of 0 and 1 as mask, and others times the advantages",
+            )
         return torch.ones_like(_input(datum, i, "logprobs"))
     mask = _input(datum, i, "mask")
     _check_mask("tinker.custom_loss", f"data[{i}] mask", mask)

@@ -285,8 +285,13 @@ def _verl_rules(
         return ()
     # verl drops repeated names before it counts thresholds
     options = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    if not options:
+        raise input_error(
+            "from_verl", "rollout_rs", expected="one or more of " + ", ".join(VERL_RULES),
+            got=repr(names), fix="pass rollout_rs=None for no rule",
+        )
     texts = [text.strip() for text in str(thresholds).split(",") if text.strip()]
-    if thresholds is None or not options or len(texts) not in (1, len(options)):
+    if thresholds is None or len(texts) not in (1, len(options)):
         raise input_error(
             "from_verl", "rollout_rs_threshold", expected=f"one threshold, or {len(options)} joined"
             " by commas", got=repr(thresholds), fix="pass one for each rule of rollout_rs",
@@ -303,6 +308,12 @@ def _verl_rule(option: str, text: str, strict: bool) -> Rule:
     low, high = _band("rollout_rs_threshold", text)
     rule: Rule
     if estimator == "k1":
+        if low is None and high < 1:
+            raise input_error(
+                "from_verl", "rollout_rs_threshold", expected=f"at least 1 for {option}, where a"
+                " single x is the band from 1/x to x", got=repr(text),
+                fix=f"pass '{1 / high:g}', or the band as 'low_high'",
+            )
         low = 1 / high if low is None else low
         low, high = (low, high) if strict else (1 / high, 1 / low)
         rule = RatioOutside(level=LEVELS[over], low=low, high=high)

@@ -274,6 +274,7 @@ def nemo_rl(world):
         all_of_it, _ = penalised(data, *counts, next_token_logprobs=batch.log_probs)
         torch.testing.assert_close(share, all_of_it)
         assert all_of_it > whole
+        _refuses_unscored_references(penalised, data, counts, batch.log_probs)
         unscored = data | {"prev_logprobs": 0 * data["prev_logprobs"]}
         _refused("loss_fn.force_on_policy_ratio=false", lambda d=unscored, f=loss_fn: f(
             d, *counts, next_token_logprobs=batch.log_probs  # noqa: B023
@@ -285,3 +286,13 @@ def nemo_rl(world):
         assert metrics["gen_kl_error"] == 0
     CorrectedLoss(PolicyLoss(), use_fused_linear_logprobs=True)
     return worst
+
+
+def _refuses_unscored_references(loss_fn, data, counts, log_probs):
+    name = "reference_policy_logprobs"
+    without = {key: x for key, x in data.items() if key != name}
+    for unscored in (without, without | {name: 0 * data[name]}):
+        _refused(
+            "reference_policy_kl_penalty above 0",
+            lambda d=unscored: loss_fn(d, *counts, next_token_logprobs=log_probs),
+        )

@@ -12,7 +12,17 @@ from hypothesis import given, strategies as st
 from outcome import record, reported
 from stubs import real
 
-from iscorrect import Correction, InputError, Layout, PolicyLoss, PPOClip, token_tis, uncorrected
+from iscorrect import (
+    Correction,
+    InputError,
+    Layout,
+    PolicyLoss,
+    PPOClip,
+    ReferenceKL,
+    pareto_is,
+    token_tis,
+    uncorrected,
+)
 from iscorrect.adapters.areal import from_areal, install, loss_function
 from iscorrect.adapters.averages import from_averages
 from iscorrect.dumps import DumpWriter, read_dump
@@ -102,6 +112,20 @@ def near_threshold(batch, filtered, band):
             mask=part.mask,
         ).keep)
     return not torch.equal(*keeps)
+
+
+@pytest.mark.parametrize(("parts", "fix"), [
+    (dict(correction=pareto_is()), "use a fixed bound"),
+    (dict(correction=Correction(normalize=True)), "normalize=False"),
+    (dict(objective=lambda log_probs, *_: -log_probs), "scope = 'token'"),
+    (dict(reference_kl=ReferenceKL(coefficient=0.1)), "set actor.kl_ctl"),
+])
+def test_what_its_micro_batches_cannot_give_is_refused_at_once(parts, fix):
+    own = actor.grpo_loss_fn
+    for given_to in (loss_function, install):
+        with pytest.raises(InputError, match=fix):
+            given_to(PolicyLoss(**parts))
+    assert actor.grpo_loss_fn is own
 
 
 def test_the_defaults_are_its_own():
@@ -211,6 +235,7 @@ def test_corrections_see_how_old_each_token_is(flat):
         seen.append(evidence.layout.age[evidence.layout.mask])
         return evidence.layout.mask
 
+    remember.scope = "token"
     zeros = torch.zeros(2, 5)
     data = dict(
         logprobs=zeros, prox_logp=zeros, advantages=zeros, loss_mask=mask, versions=versions

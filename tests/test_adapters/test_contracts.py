@@ -175,6 +175,7 @@ def test_nemo_rl_refuses_losses_whose_micro_batches_do_not_add_up():
     fakes.nemo_rl()
     from iscorrect.adapters.nemo_rl import CorrectedLoss
 
-    for loss in (PolicyLoss(aggregation="sum"), PolicyLoss(correction=pareto_is())):
-        with pytest.raises(InputError, match="micro-batches add up"):
-            CorrectedLoss(loss)
+    with pytest.raises(InputError, match="micro-batches add up"):
+        CorrectedLoss(PolicyLoss(aggregation="sum"))
+    with pytest.raises(InputError, match="a batch of which a micro-batch is shown"):
+        CorrectedLoss(PolicyLoss(correction=pareto_is()))

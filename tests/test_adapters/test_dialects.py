@@ -12,7 +12,7 @@ import pytest
 from batches import batches
 from hypothesis import given, strategies as st
 
-from iscorrect import Clip, Ignore, InputError, Mask, Truncate
+from iscorrect import Clip, Correction, Ignore, InputError, Mask, Truncate
 from iscorrect.adapters.areal import from_areal
 from iscorrect.adapters.ms_swift import from_ms_swift
 from iscorrect.adapters.nemo_rl import from_nemo_rl
@@ -176,8 +176,9 @@ def truncated(d, level, kind, low, high):
 
 @given(batches(), types, bands, st.booleans(), st.booleans(), st.booleans())
 def test_nemo_rl(batch, kind, band, one_sided, bounded, sequence):
-    low, high = (None, band[1]) if one_sided else band
+    low, high = (None, band[1]) if one_sided and kind == "tis" else band
     low, high = (low, high) if bounded else (None, None)
+    sequence = sequence and not (bounded and kind == "seq-mask-tis")
     level = "sequence" if sequence else "token"
     # exp overflows float32 above its largest number, and NeMo-RL makes inf a 0
     overflow = math.log(np.finfo(np.float32).max)
@@ -187,7 +188,7 @@ def test_nemo_rl(batch, kind, band, one_sided, bounded, sequence):
         weights = truncated(d, level, kind if bounded else "icepop", low, high)
         return np.where(x > overflow, 0, weights)
 
-    correction = from_nemo_rl(True, high, low, kind, sequence)
+    correction = from_nemo_rl(True, high, low, kind if bounded else None, sequence)
     assert_same(correction, batch, each(formula))
 
 
@@ -223,6 +224,8 @@ def test_settings_at_their_defaults_are_the_presets_of_the_table():
     assert from_slime(slime_arguments()).bound == Truncate(2.0)
     assert from_areal(action="clamp").bound == Truncate(5.0)
     assert from_nemo_rl(True, 5.0, 0.5, "icepop").bound == Mask(0.5, 5.0)
+    assert from_nemo_rl() == Correction(bound=Ignore())
+    assert from_nemo_rl(sequence_level_importance_ratios=True) == Correction(bound=Ignore())
     assert from_openrlhf().bound == Ignore()
     assert from_openrlhf("token").bound == Mask(0.5, 5.0)
     assert from_openrlhf("token", "clip").bound == Clip(0.5, 5.0)
@@ -237,7 +240,7 @@ def test_only_normalised_dialects_look_across_the_batch():
     local = [
         from_trl(), from_verl("token", 2.0, rollout_rs="seq_max_k2", rollout_rs_threshold=1.0),
         from_slime(slime_arguments(**mis)), from_areal(agg="max"),
-        from_areal(action="clamp", agg="sum"), from_nemo_rl(), from_openrlhf("seq"),
+        from_areal(action="clamp", agg="sum"), from_nemo_rl(True), from_openrlhf("seq"),
         from_openrlhf("token", "mask", "tv", (0.1,)), from_prime_rl(), from_ms_swift(),
         from_ms_swift("sequence_truncate"), from_skyrl(
             "sequence", sequence_mask_metric="product", token_mask_is_threshold_low=0.5,
@@ -268,6 +271,40 @@ REFUSED = {
     "verl three for two": (
         lambda: from_verl(rollout_rs="token_k2,token_k3", rollout_rs_threshold="1,2,3"),
         "rollout_rs_threshold", "one threshold, or 2 joined",
+    ),
+    "verl one bound of two": (
+        lambda: from_verl(None, rollout_rs="token_k1", rollout_rs_threshold="0.5"),
+        "rollout_rs_threshold", "pass '2'",
+    ),
+    "verl rule of no name": (
+        lambda: from_verl("token", "2.0", rollout_rs=""), "rollout_rs", "pass rollout_rs=None"
+    ),
+    "nemo-rl ratio without a type": (
+        lambda: from_nemo_rl(True, 2.0), "truncated_importance_sampling_type", "='tis'"
+    ),
+    "nemo-rl type": (
+        lambda: from_nemo_rl(True, 2.0, None, "mask"), "truncated_importance_sampling_type",
+        "'icepop'",
+    ),
+    "nemo-rl type without weights": (
+        lambda: from_nemo_rl(False, 2.0, None, "tis"), "use_importance_sampling_correction",
+        "pass use_importance_sampling_correction=True",
+    ),
+    "nemo-rl type without a ratio": (
+        lambda: from_nemo_rl(True, None, None, "tis"), "truncated_importance_sampling_ratio",
+        "got None",
+    ),
+    "nemo-rl icepop without a minimum": (
+        lambda: from_nemo_rl(True, 2.0, None, "icepop"), "truncated_importance_sampling_ratio_min",
+        "got None",
+    ),
+    "nemo-rl swapped": (
+        lambda: from_nemo_rl(True, 0.5, 2.0, "tis"), "truncated_importance_sampling_ratio_min",
+        "in [0, 0.5]",
+    ),
+    "nemo-rl masks sequences by tokens' weights": (
+        lambda: from_nemo_rl(True, 1.2, 0.9, "seq-mask-tis", True),
+        "sequence_level_importance_ratios", "'seq-mask-tis'",
     ),
     "slime's other functions": (
         lambda: from_slime(slime_arguments(custom_tis_function_path="mine.weights")),

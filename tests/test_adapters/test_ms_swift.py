@@ -1,8 +1,9 @@
 """ms-swift's own GRPO trainers, with a correction of this library in them."""
 
+import sys
 from collections import defaultdict
 from types import SimpleNamespace
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, Mock
 
 import pytest
 import torch
@@ -139,6 +140,68 @@ def test_its_loss_takes_an_installed_correction_and_logs_its_metrics():
     )
 
 
+@pytest.fixture(autouse=True)
+def ranks(monkeypatch):
+    """Megatron's group of data-parallel ranks, which a test may fill; this rank alone if not."""
+    asked = Mock(return_value=None)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda group=None: 1)
+    monkeypatch.setattr(
+        sys.modules["megatron.core"], "mpu", SimpleNamespace(get_data_parallel_group=asked),
+        raising=False,
+    )
+    return asked
+
+
+def test_megatrons_metrics_are_those_of_all_data_parallel_ranks(ranks, monkeypatch):
+    original = megatron.MegatronGRPOTrainer
+    cls = type(original.__name__, (original,), dict(vars(original)))
+    correction = token_tis(cap=1.2)
+    install(correction, cls)
+    batch = fixed(rows=6)
+    parts = [batch.rows(slice(0, 2)), batch.rows(slice(2, 6))]
+
+    def logged(part):
+        me, _ = made(cls, part)
+        me._compute_rollout_offpolicy_metrics(
+            part.old_log_probs, part.rollout_log_probs, part.mask
+        )
+        me._apply_rollout_importance_sampling(None, part.mask)
+        return me._compute_is_correction_metrics(None, None, None)
+
+    theirs = logged(parts[1])
+    ranks.return_value = "both ranks"
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda group: 2)
+    sent = []
+
+    def sum_over(x, group):
+        sent.append(group)
+        return x + torch.stack(list(theirs.values()))
+
+    monkeypatch.setattr("iscorrect.adapters.ms_swift.sum_over", sum_over)
+    read = from_averages({name: float(x) for name, x in logged(parts[0]).items()})
+    whole = correction(
+        old_log_probs=batch.old_log_probs, rollout_log_probs=batch.rollout_log_probs,
+        mask=batch.mask,
+    ).metrics.to_floats()
+    assert sent == ["both ranks"]
+    assert ranks.call_args.kwargs == {"with_context_parallel": True}
+    for name in ("mismatch/kl_k3", "is/ess", "is/bounded", "is/weight/mean"):
+        assert read[name] == pytest.approx(whole[name], rel=1e-5)
+    assert read["batch/tokens"] == pytest.approx(whole["batch/tokens"] / 2)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "sapo"])
+def test_weights_of_a_hundredth_make_the_gradient_a_hundredth(loss_type):
+    gradients = []
+    batch = fixed(scale=0.1)
+    for correction in (token_tis(cap=0.01), uncorrected()):
+        cls = type("GRPOTrainer", (hf.GRPOTrainer,), dict(vars(hf.GRPOTrainer)))
+        install(correction, cls)
+        gradients.append(step(cls, batch, loss_type=loss_type, tau_pos=1.0, tau_neg=1.0)[1])
+    assert gradients[1].any()
+    torch.testing.assert_close(gradients[0], 0.01 * gradients[1])
+
+
 def test_its_losses_leave_a_dump_to_report(tmp_path):
     cls = type("GRPOTrainer", (hf.GRPOTrainer,), dict(vars(hf.GRPOTrainer)))
     dumps = DumpWriter(tmp_path / "dump")
@@ -185,6 +248,9 @@ def test_a_trainer_that_would_never_ask_for_weights_stops(trainer):
         prepare(me)
     me.args.rollout_importance_sampling_mode = "token_truncate"
     prepare(me)
+    me.args.loss_type = "real"
+    with pytest.raises(InputError, match="another --loss_type"):
+        prepare(me)
 
 
 @pytest.mark.parametrize("how", ["no log-probs", "old vLLM"])
@@ -199,6 +265,33 @@ def test_a_batch_without_rollout_log_probs_stops_the_training(trainer, how):
             trainer._compute_loss_and_metrics(me, None, {}, given)
         else:
             trainer.loss_func(me, log_probs, data={"grpo_batch": given})
+
+
+def liger_step(cls, batch, **changes):
+    """Its loss by Liger's kernel, on a kernel that returns the weights it is given."""
+    me, _ = made(cls, batch)
+    me.template.padding_free, me.advantage_estimator = False, "grpo"
+    me.liger_grpo_loss = lambda vllm_is_ratio, **_: (vllm_is_ratio, [torch.zeros(())])
+    given = batch_of(batch, **changes)
+    given.logits_to_keep = batch.mask.shape[1]
+    ids = {"input_ids": torch.zeros(batch.mask.shape).long()}
+    return cls.compute_liger_loss(me, MagicMock(), ids, given)
+
+
+def test_ligers_kernel_gets_the_weights_or_the_training_stops():
+    cls = type("GRPOTrainer", (hf.GRPOTrainer,), dict(vars(hf.GRPOTrainer)))
+    correction = token_tis(cap=1.2)
+    install(correction, cls)
+    batch = fixed(rows=2)
+    expected = correction(
+        old_log_probs=batch.old_log_probs, rollout_log_probs=batch.rollout_log_probs,
+        mask=batch.mask,
+    ).weights
+    torch.testing.assert_close(liger_step(cls, batch), expected)
+    with pytest.raises(InputError, match="use_vllm=true"):
+        liger_step(cls, batch, rollout_per_token_logps=None)
+    with pytest.raises(InputError, match="drop --use_liger_kernel"):
+        liger_step(cls, batch, old_per_token_logps=None)
 
 
 def test_a_correction_that_looks_across_the_batch_is_refused(trainer):

@@ -9,7 +9,7 @@ from hypothesis import given, strategies as st
 from outcome import record, reported
 from stubs import real
 
-from iscorrect import InputError, PolicyLoss, PPOClip, token_tis
+from iscorrect import InputError, PolicyLoss, PPOClip, ReferenceKL, token_tis
 from iscorrect.adapters.openrlhf import CorrectedPolicyLoss, from_openrlhf, install
 from iscorrect.dumps import DumpWriter
 
@@ -166,10 +166,37 @@ def test_its_trainer_builds_the_installed_loss(installed):
     (dict(is_correction_level="off"), "--algo.advantage.is_correction_level token"),
     (dict(policy_loss_type="gspo"), "--actor.policy_loss_type"),
     (dict(dual_clip=3.0), "--actor.dual_clip"),
+    (dict(loss_agg_mode="seq-mean-token-mean"), "pass aggregation='seq-mean-token-mean'"),
 ])
 def test_settings_that_would_be_ignored_stop_its_trainer(installed, changed, setting):
     with pytest.raises(InputError, match=setting):
         trainer_of(**changed)
+
+
+def test_its_aggregation_may_be_that_of_the_installed_loss(installed):
+    install(PolicyLoss(aggregation="seq-mean-token-mean"))
+    trainer_of(loss_agg_mode="seq-mean-token-mean")
+    with pytest.raises(InputError, match="pass aggregation='token-mean'"):
+        trainer_of(loss_agg_mode="token-mean")
+
+
+def test_a_penalty_towards_a_reference_is_left_to_its_own(installed):
+    loss_fn = PolicyLoss(reference_kl=ReferenceKL(coefficient=0.1))
+    for given_to in (install, CorrectedPolicyLoss):
+        with pytest.raises(InputError, match=r"--algo\.kl\.use_loss"):
+            given_to(loss_fn)
+
+
+def test_its_binary_kl_drops_tokens_on_which_the_policies_agree_and_ours_keeps_them():
+    old = -torch.linspace(0.01, 2.0, 200)[None]
+    rollout, mask = old + 1e-5, torch.ones_like(old)
+    gate = ("token", "mask", "binary_kl", (0.0, 0.05))
+    own = theirs.PolicyLoss(**settings(gate))(old, old, mask, mask, rollout)
+    ours = CorrectedPolicyLoss(PolicyLoss(correction=from_openrlhf(**settings(gate))))(
+        old, old, mask, mask, rollout
+    )
+    assert own[4] > 0
+    assert ours[4] == 0
 
 
 def test_it_is_told_how_to_get_rollout_log_probs():

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -29,14 +30,27 @@ def dumps(monkeypatch, tmp_path):
 def test_openrlhf(monkeypatch):
     (actor,) = real("openrlhf", "openrlhf.trainer.ray.ppo_actor")
     ray = pytest.importorskip("ray")
+    own = environment_of_its_own(ray)
     monkeypatch.setattr(actor, "PolicyLoss", actor.PolicyLoss)
     started = {}
     monkeypatch.setattr(ray, "init", lambda **options: started.update(options))
     monkeypatch.setattr("runpy.run_module", lambda name, **_: started.update(module=name))
     exec(code("openrlhf")[0], {})
     assert started["module"] == "openrlhf.cli.train_ppo_ray"
+    assert started["runtime_env"]["env_vars"] == own
     started["runtime_env"]["worker_process_setup_hook"]()
     assert actor.PolicyLoss(is_correction_level="token").dumps is not None
+
+
+def environment_of_its_own(ray):
+    """The variables that OpenRLHF sets in its workers where it starts Ray itself."""
+    (cli,) = real("openrlhf", "openrlhf.cli.train_ppo_ray")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ray, "is_initialized", lambda: False)
+        patch.setattr(ray, "init", Mock(side_effect=StopIteration))
+        with pytest.raises(StopIteration):
+            cli.train(None)
+        return ray.init.call_args.kwargs["runtime_env"]["env_vars"]
 
 
 def test_skyrl(monkeypatch):

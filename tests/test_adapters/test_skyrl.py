@@ -12,7 +12,15 @@ from hypothesis import given
 from outcome import record, reported
 from stubs import real
 
-from iscorrect import InputError, PolicyLoss, PPOClip, token_tis
+from iscorrect import (
+    Correction,
+    InputError,
+    PolicyLoss,
+    PPOClip,
+    ReferenceKL,
+    pareto_is,
+    token_tis,
+)
 from iscorrect.adapters.averages import from_averages
 from iscorrect.adapters.skyrl import from_skyrl, register
 from iscorrect.dumps import DumpWriter, read_dump
@@ -154,6 +162,25 @@ def test_its_worker_takes_steps_and_logs_what_gives_the_metrics_of_the_whole_bat
     )
 
 
+def test_what_it_logs_weighs_mini_batches_alike_whatever_their_micro_batches():
+    """The trainer averages what the worker's calls, one for each mini-batch, return."""
+    batch = fixed(rows=6)
+    register("ours", TIS)
+    halves = [batch.rows(slice(0, 3)), batch.rows(slice(3, 6))]
+
+    def logged(rows):
+        both = [step("ours", half, rows=n)[0] for half, n in zip(halves, rows, strict=True)]
+        mean = {name: (both[0][name] + both[1][name]) / 2 for name in both[0]}
+        return from_averages(mean, prefix="loss_metrics/")["mismatch/kl_k3"]
+
+    whole = TIS(
+        batch.log_probs, rollout_log_probs=batch.rollout_log_probs, mask=batch.mask,
+        old_log_probs=batch.old_log_probs, advantages=batch.advantages,
+    ).metrics.to_floats()["mismatch/kl_k3"]
+    assert logged((1, 1)) == pytest.approx(whole, rel=1e-5)
+    assert logged((3, 1)) != pytest.approx(whole, rel=1e-2)
+
+
 def test_its_steps_leave_a_dump_to_report(tmp_path):
     batch = fixed(rows=4)
     dumps = DumpWriter(tmp_path / "dump")
@@ -273,6 +300,17 @@ def test_a_correction_of_its_own_that_is_left_on_is_an_error(registry):
         registry.get("ours")(*zeros, algorithm("ours"))
     with pytest.raises(InputError, match="SkyRL divides the advantages"):
         register("other", PolicyLoss(aggregation="token-mean"))
+
+
+@pytest.mark.parametrize(("parts", "fix"), [
+    (dict(correction=pareto_is()), "use a fixed bound"),
+    (dict(correction=Correction(normalize=True)), "normalize=False"),
+    (dict(objective=lambda log_probs, *_: -log_probs), "scope = 'token'"),
+    (dict(reference_kl=ReferenceKL(coefficient=0.1)), "trainer.algorithm.use_kl_loss=true"),
+])
+def test_what_its_micro_batches_cannot_give_is_refused_at_once(parts, fix):
+    with pytest.raises(InputError, match=fix):
+        register("ours", PolicyLoss(aggregation="sum", **parts))
 
 
 def test_a_real_ray_worker_has_the_registered_loss(registry):

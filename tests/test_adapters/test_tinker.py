@@ -7,7 +7,7 @@ from hypothesis import given, strategies as st
 from outcome import record
 from stubs import real
 
-from iscorrect import InputError, PolicyLoss, sequence_mis, token_tis
+from iscorrect import InputError, PolicyLoss, ReferenceKL, sequence_mis, token_tis
 from iscorrect.adapters.tinker import custom_loss
 from iscorrect.dumps import DumpWriter, read_dump
 
@@ -123,5 +123,19 @@ def test_a_datum_that_cannot_be_used_is_named():
         weights_sent([datum(**good), lacking], loss_fn, current)
     with pytest.raises(InputError, match=r"`advantages\[1\]` must be 3 tokens long"):
         weights_sent([datum(**good), datum(**good | {"advantages": ones[:2]})], loss_fn, current)
+    with pytest.raises(InputError, match=r"data\[1\].*pass weights of 0 and 1 as mask"):
+        weights_sent([datum(**good), datum(**good, weights=ones)], loss_fn, current)
     with pytest.raises(InputError, match=r"data\[1\] mask.*0 and 1"):
         weights_sent([datum(**good), datum(**good, mask=ones / 2)], loss_fn, current)
+
+
+def test_weights_beside_a_mask_are_left_to_the_caller():
+    ones = torch.ones(3)
+    given = datum(logprobs=-ones, advantages=ones, weights=ones / 2, mask=ones)
+    _, loss, _ = weights_sent([given], PolicyLoss(aggregation="sum"), [-ones])
+    assert loss == pytest.approx(3.0)
+
+
+def test_a_penalty_towards_a_reference_is_refused_at_once():
+    with pytest.raises(InputError, match="from the advantages"):
+        custom_loss(PolicyLoss(reference_kl=ReferenceKL(coefficient=0.1)))
