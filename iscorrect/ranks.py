@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 def check_member(caller: str, argument: str, group: Group) -> None:
     """Raise unless this rank belongs to the group, whose collectives would leave it out."""
-    if not isinstance(group, dist.ProcessGroup | None):
+    if group is not None and not isinstance(group, dist.ProcessGroup):
         raise input_error(
             caller, argument, expected="a process group, or None for this rank alone",
             got=type(group).__name__,

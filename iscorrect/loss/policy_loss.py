@@ -110,7 +110,7 @@ class PolicyLoss:
                 "PolicyLoss", "objective", expected="a callable on tensors, not a class",
                 got=repr(self.objective), fix="pass Reinforce() or PPOClip(), with parentheses",
             )
-        if not isinstance(self.reference_kl, ReferenceKL | None):
+        if self.reference_kl is not None and not isinstance(self.reference_kl, ReferenceKL):
             raise input_error(
                 "PolicyLoss", "reference_kl", expected="a ReferenceKL, or None",
                 got=repr(self.reference_kl), fix="pass reference_kl=ReferenceKL(coefficient=1e-3)",
