@@ -84,7 +84,6 @@ def at_level(log_ratio: Tensor, layout: Layout | Tensor, level: Level) -> Tensor
     >>> at_level(torch.tensor([[0.5, 1.0]]), layout, "sequence")
     tensor([[1.5000, 1.5000]])
     """
-    check_level("at_level", level)
     layout = as_layout("at_level", layout)
     if level == "token":
         return log_ratio
@@ -94,6 +93,8 @@ def at_level(log_ratio: Tensor, layout: Layout | Tensor, level: Level) -> Tensor
         return layout.sequence_mean(log_ratio)
     if level == "prefix":
         return layout.prefix_total(log_ratio)
+    if level != "segment":
+        check_level("at_level", level)
     return layout.segment_total(log_ratio)
 
 
