@@ -296,6 +296,10 @@ def parsed_loss(log_probs, **given):
     return ic.parse_loss("icepop ppo-clip")(log_probs, **given)
 
 
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13),
+    reason="an older torch.compile does not follow how a loss is made",
+)
 @pytest.mark.parametrize(
     "made", [ic.token_tis_loss, ic.masked_is_loss, ic.sequence_is_loss, parsed_loss]
 )
