@@ -13,6 +13,7 @@ from iscorrect.layout import Layout, as_layout, masked
 
 Level = Literal["token", "sequence", "geometric", "prefix", "segment"]
 
+SEGMENT: tuple[str, ...] = ("segment",)
 IMPOSSIBLE = 1e4
 """Nats beyond which a number is no log-prob; the least probability of float64 is e^−745."""
 
@@ -93,7 +94,7 @@ def at_level(log_ratio: Tensor, layout: Layout | Tensor, level: Level) -> Tensor
         return layout.sequence_mean(log_ratio)
     if level == "prefix":
         return layout.prefix_total(log_ratio)
-    if level != "segment":
+    if level not in SEGMENT:
         check_level("at_level", level)
     return layout.segment_total(log_ratio)
 
