@@ -13,7 +13,6 @@ from iscorrect.layout import Layout, as_layout, masked
 
 Level = Literal["token", "sequence", "geometric", "prefix", "segment"]
 
-SEGMENT: tuple[str, ...] = ("segment",)
 IMPOSSIBLE = 1e4
 """Nats beyond which a number is no log-prob; the least probability of float64 is e^−745."""
 
@@ -86,17 +85,15 @@ def at_level(log_ratio: Tensor, layout: Layout | Tensor, level: Level) -> Tensor
     tensor([[1.5000, 1.5000]])
     """
     layout = as_layout("at_level", layout)
+    reductions = {
+        "sequence": layout.sequence_total, "geometric": layout.sequence_mean,
+        "prefix": layout.prefix_total, "segment": layout.segment_total,
+    }
     if level == "token":
         return log_ratio
-    if level == "sequence":
-        return layout.sequence_total(log_ratio)
-    if level == "geometric":
-        return layout.sequence_mean(log_ratio)
-    if level == "prefix":
-        return layout.prefix_total(log_ratio)
-    if level not in SEGMENT:
+    if level not in reductions:
         check_level("at_level", level)
-    return layout.segment_total(log_ratio)
+    return reductions[level](log_ratio)
 
 
 def units(layout: Layout, level: Level) -> Tensor:
