@@ -292,17 +292,11 @@ def test_an_exported_loss_takes_other_shapes(name, objective):
     torch.testing.assert_close(exported.module()(*other), Step()(*other), rtol=1e-14, atol=0)
 
 
-def parsed_loss(log_probs, **given):
-    return ic.parse_loss("icepop ppo-clip")(log_probs, **given)
-
-
 @pytest.mark.skipif(
     tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13),
     reason="an older torch.compile does not follow how a loss is made",
 )
-@pytest.mark.parametrize(
-    "made", [ic.token_tis_loss, ic.masked_is_loss, ic.sequence_is_loss, parsed_loss]
-)
+@pytest.mark.parametrize("made", [ic.token_tis_loss, ic.masked_is_loss, ic.sequence_is_loss])
 def test_a_function_that_makes_its_loss_compiles(made):
     batch = make_batch(0)
     given = inputs(batch)
