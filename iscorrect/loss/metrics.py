@@ -413,7 +413,7 @@ DOT = 2**13
 
 def _sum_of_squares(x: Tensor) -> Tensor:
     flat = x.flatten()
-    if torch.compiler.is_compiling() or len(flat) <= DOT:
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or len(flat) <= DOT:
         return torch.dot(flat, flat)
     return torch.stack([torch.dot(part, part) for part in torch.split(flat, DOT)]).sum()
 
