@@ -200,15 +200,29 @@ def check_mask(
         )
 
 
+def check_floating(caller: str, **tensors: object) -> None:
+    """Raise unless every tensor is of floating-point numbers of 16 bits or more.
+
+    >>> check_floating("k3", log_ratio=torch.zeros(2))
+    """
+    for name, x in tensors.items():
+        if not (isinstance(x, Tensor) and x.is_floating_point() and x.element_size() > 1):
+            raise input_error(
+                caller, name, expected="a floating-point tensor of 16 bits or more",
+                got=describe(x), fix="pass a torch tensor of float32 or wider",
+            )
+
+
 def check_per_token(
-    caller: str, mask: Tensor, *, gradient: Sequence[str] = (), optional: Sequence[str] = (),
-    **tensors: Tensor | None,
+    caller: str, mask: Tensor, *, called: str = "mask", gradient: Sequence[str] = (),
+    optional: Sequence[str] = (), **tensors: Tensor | None,
 ) -> None:
     """Raise unless every tensor is floating, shaped and placed like ``mask``.
 
     Args:
         caller: what the message begins with.
         mask: bool "b t".
+        called: the name that the mask has as an argument.
         gradient: names of the tensors that may carry gradient; the others may not.
         optional: names of those that may be None.
         tensors: by argument name.
@@ -216,22 +230,17 @@ def check_per_token(
     for name, x in tensors.items():
         if x is None and name in optional:
             continue
-        floating = isinstance(x, Tensor) and x.is_floating_point() and x.element_size() > 1
-        if not isinstance(x, Tensor) or not floating:
-            raise input_error(
-                caller, name, expected="a floating-point tensor of 16 bits or more",
-                got=describe(x),
-                fix="pass per-token values as float32 or wider",
-            )
+        check_floating(caller, **{name: x})
+        assert x is not None
         if x.shape != mask.shape:
             raise input_error(
-                caller, name, expected=f"of shape {tuple(mask.shape)} like `mask`",
+                caller, name, expected=f"of shape {tuple(mask.shape)} like `{called}`",
                 got=describe(x), fix=_shape_hint(x, mask),
             )
         if x.device != mask.device:
             raise input_error(
-                caller, name, expected=f"on {mask.device} like `mask`", got=str(x.device),
-                fix=f"pass {name}.to(mask.device)",
+                caller, name, expected=f"on {mask.device} like `{called}`", got=str(x.device),
+                fix=f"pass {name}.to({called}.device)",
             )
         if x.requires_grad and name not in gradient and torch.is_grad_enabled():
             raise input_error(

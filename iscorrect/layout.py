@@ -8,7 +8,7 @@ value on every token of the sequence.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor
 
-from iscorrect.errors import check_mask, describe, input_error, is_integer
+from iscorrect.errors import check_flag, check_mask, describe, input_error, is_integer, is_number
 from iscorrect.ranks import Group, accumulator, check_member, max_over, sum_over
 
 Reduction = Literal["sum", "amax"]
@@ -80,6 +80,7 @@ class Layout:
         per_token = {"sequence_ids": sequence_ids, "segment_ids": segment_ids, "age": age}
         for name, ids in per_token.items():
             _check_ids(name, ids, mask)
+        check_flag("Layout", "zigzag", zigzag)
         check_member("Layout", "sequence_group", sequence_group)
         check_member("Layout", "batch_group", batch_group)
         if sequence_group is not None and dist.get_world_size(sequence_group) == 1:
@@ -444,7 +445,8 @@ def pad_sequences(tensors: Sequence[Tensor], *, value: float = 0.0) -> tuple[Ten
         padded "b t" and its mask, bool "b t", with t the greatest length.
 
     Raises:
-        InputError: a tensor is not one-dimensional, or they differ in dtype.
+        InputError: no list of tensors, one that is not one-dimensional, or other dtypes than the
+            first's; a value that is no number.
 
     >>> padded, mask = pad_sequences([torch.tensor([1.0, 2.0]), torch.tensor([3.0])])
     >>> padded, mask
@@ -452,6 +454,16 @@ def pad_sequences(tensors: Sequence[Tensor], *, value: float = 0.0) -> tuple[Ten
             [3., 0.]]), tensor([[ True,  True],
             [ True, False]]))
     """
+    if not isinstance(tensors, Iterable) or getattr(tensors, "ndim", 1) == 0:
+        raise input_error(
+            "pad_sequences", "tensors", expected="a list of one-dimensional tensors",
+            got=describe(tensors), fix="pass one tensor of `t` tokens per sequence",
+        )
+    if not is_number(value):
+        raise input_error(
+            "pad_sequences", "value", expected="a number", got=describe(value),
+            fix="pass what fills the rest of a row, such as value=0.0",
+        )
     tensors = list(tensors)
     for i, x in enumerate(tensors):
         if not isinstance(x, Tensor) or x.ndim != 1:

@@ -1,7 +1,9 @@
 """Bad input gets an error that names caller, argument, expected, got, and the fix."""
 
+import contextlib
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from batches import make_batch
@@ -9,6 +11,8 @@ from messages import Messages, places
 
 import iscorrect as ic
 from iscorrect import InputError, Layout, PolicyLoss
+from iscorrect.adapters.nemo_rl import from_nemo_rl
+from iscorrect.adapters.verl import from_verl
 
 MASK = torch.ones(2, 4, dtype=torch.bool)
 GOOD = dict(
@@ -229,6 +233,94 @@ def test_a_spec_refuses_what_it_cannot_mean(name):
     with pytest.raises(InputError) as error:
         make()
     named(error, caller, argument, *fragments)
+
+
+HEAD = dict(
+    hidden=torch.randn(2, 4, 3), weight=torch.randn(5, 3), target=torch.ones(2, 4).long(),
+    bias=None, temperature=1.0, softcap=None, chunk_size=8, head_dtype=torch.float32, support=None,
+    vocabulary_group=None, vocabulary_size=None, sequence_parallel=False, compile_kernels=False,
+)
+LOSS = dict(
+    rollout_log_probs=GOOD["rollout_log_probs"], advantages=GOOD["advantages"], mask=MASK,
+    old_log_probs=None, normalizer=None,
+)
+WEIGHTS = {"w": torch.randn(9)}
+TAKE = {
+    ic.PolicyLoss(): dict(log_probs=GOOD["log_probs"], **LOSS),
+    ic.token_tis(): dict(old_log_probs=GOOD["log_probs"], rollout_log_probs=GOOD["log_probs"],
+                         mask=MASK, advantages=None),
+    ic.token_tis_loss: dict(log_probs=GOOD["log_probs"], **LOSS, cap=2.0),
+    ic.masked_is_loss: dict(log_probs=GOOD["log_probs"], **LOSS, low=0.5, high=5.0, level="token"),
+    ic.fused_policy_loss: dict(loss_fn=PolicyLoss(), **HEAD, **LOSS, extra=None),
+    ic.fp32_head_loss: dict(hidden=HEAD["hidden"], weight=HEAD["weight"], target=HEAD["target"],
+                            **LOSS),
+    ic.linear_log_probs: dict(**HEAD, entropy=False, layout=None),
+    ic.log_probs_from_logits: dict(logits=torch.randn(2, 4, 5), target=HEAD["target"], mask=None,
+                                   temperature=1.0, support=None, inplace_backward=False),
+    ic.score_centering: dict(head_log_probs=torch.zeros(2, 4, 3), cap=2.0, advantages=MASK.float(),
+                             rollout_head_log_probs=torch.zeros(2, 4, 3)),
+    ic.aggregate: dict(per_token=GOOD["log_probs"], mask=MASK, how="token-mean", normalizer=2.0,
+                       horizon=None),
+    ic.global_normalizer: dict(mask=MASK, how="token-mean", group=None, gradients="summed"),
+    ic.group_advantages: dict(rewards=torch.randn(4), group_ids=torch.tensor([0, 0, 1, 1]),
+                              keep=None, estimator="grpo", eps=1e-6, batch_group=None),
+    ic.log_ratio: dict(log_probs=GOOD["log_probs"], rollout_log_probs=GOOD["log_probs"],
+                       layout=Layout(MASK)),
+    ic.at_level: dict(log_ratio=GOOD["log_probs"], layout=Layout(MASK), level="sequence"),
+    ic.effective_sample_size: dict(weights=MASK.float(), mask=MASK),
+    ic.ess_cap: dict(ratio=MASK.float(), units=MASK, target=0.5, group=None),
+    ic.pareto_tail: dict(log_weights=MASK.float(), units=MASK, group=None),
+    ic.k1: dict(log_ratio=torch.zeros(2)), ic.k2: dict(log_ratio=torch.zeros(2)),
+    ic.k3: dict(log_ratio=torch.zeros(2)), ic.ratio: dict(log_ratio=torch.zeros(2)),
+    ic.Layout: dict(mask=MASK, sequence_ids=None, segment_ids=None, sequence_group=None,
+                    num_ids=None, zigzag=False, batch_group=None, age=None),
+    ic.pad_sequences: dict(tensors=[torch.ones(3)], value=0.0),
+    ic.unpad: dict(padded=MASK.float(), mask=MASK),
+    ic.audit_fp16: dict(source=WEIGHTS, underflow=0.01),
+    ic.fp16_scaler: dict(device="cpu", scale=4.0, growth_interval=4, process_group=None),
+    ic.weight_arrival: dict(before=WEIGHTS, after={"w": torch.randn(9)}, dtype=torch.bfloat16,
+                            scaling="none"),
+    ic.stochastic_round: dict(x=torch.ones(2), dtype=torch.bfloat16, generator=None),
+    ic.stochastic_round_weights: dict(weights=WEIGHTS, dtype=torch.bfloat16, seed=0),
+    ic.round_with_feedback: dict(x=torch.ones(2), dtype=torch.bfloat16, rest=None),
+    ic.coherence: dict(uncorrected=torch.randn(9, 5), corrected=torch.randn(9, 5), sequences=4.0),
+    ic.GradientSketch(): dict(gradients=[torch.ones(3)]),
+    ic.GradientSketch: dict(seed=0, size=11, group=None),
+    ic.Monitor: dict(watch={"mismatch/kl_k3": "rise"}),
+    ic.PolicyLoss: dict(correction=ic.token_tis(), objective=ic.Reinforce(), over="mask",
+                        aggregation="token-mean", horizon=None, reference_kl=None),
+    ic.Correction: dict(level="token", bound=None, reject=(), normalize=False, nonfinite="drop"),
+    ic.ByAge: dict(limit=2, fresh=ic.Truncate(), stale=ic.Mask()),
+    ic.ReferenceKL: dict(coefficient=0.1, estimator="k3", corrected=False),
+    ic.DivergenceAbove: dict(limit=0.1, estimator="k3", over="mean"),
+    ic.to_text: dict(spec=ic.token_tis()), ic.to_dict: dict(spec=ic.token_tis()),
+}
+OTHERS = (
+    None, 3, "text", [1.0], object(), np.zeros((2, 4)), torch.zeros(7, 3), torch.tensor(1.0),
+    torch.float16, ic.Truncate,
+)
+
+
+@pytest.mark.parametrize("f", TAKE, ids=lambda f: getattr(f, "__name__", type(f).__name__))
+def test_whatever_is_passed_in_the_place_of_an_argument_the_error_is_the_librarys_own(f):
+    f(**TAKE[f])
+    for argument in TAKE[f]:
+        for other in OTHERS:
+            with contextlib.suppress(InputError):
+                f(**TAKE[f] | {argument: other})
+
+
+@pytest.mark.parametrize(("f", "flag"), [
+    (ic.Layout, "zigzag"), (ic.linear_log_probs, "entropy"),
+    (ic.linear_log_probs, "sequence_parallel"), (ic.fused_policy_loss, "compile_kernels"),
+    (ic.log_probs_from_logits, "inplace_backward"), (ic.Correction, "normalize"),
+    (ic.ReferenceKL, "corrected"), (from_verl, "strict"), (from_verl, "rollout_is_batch_normalize"),
+    (from_nemo_rl, "sequence_level_importance_ratios"),
+])
+def test_a_no_in_words_is_not_taken_for_a_yes(f, flag):
+    with pytest.raises(InputError, match="True or False, got 'no'") as error:
+        f(**TAKE.get(f, {}) | {flag: "no"})
+    named(error, f.__name__, flag)
 
 
 def test_a_callable_aggregation_takes_no_normalizer():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from iscorrect.adapters.averages import token_metrics
 from iscorrect.adapters.bands import Overflow, check_adds_up, clamp_to
-from iscorrect.errors import InputError, check_choice, check_number, input_error
+from iscorrect.errors import InputError, check_choice, check_flag, check_number, input_error
 from iscorrect.layout import masked
 from iscorrect.loss.aggregate import SequenceMeanTokenSum, TokenMean
 from iscorrect.loss.bounds import Ignore, Mask
@@ -55,6 +55,7 @@ class CorrectedLoss:
                 " or sequences", got=repr(how), fix="pass aggregation='token-mean'",
             )
         check_adds_up("CorrectedLoss", spec, "a micro-batch")
+        check_flag("CorrectedLoss", "use_fused_linear_logprobs", use_fused_linear_logprobs)
         self.policy_loss = spec
         self.by_token = isinstance(how, TokenMean)
         self.loss_type = LossType.TOKEN_LEVEL if self.by_token else LossType.SEQUENCE_LEVEL
@@ -181,6 +182,11 @@ def from_nemo_rl(
     >>> from_nemo_rl(True, 2.0, truncated_importance_sampling_type="tis").bound
     Truncate(cap=2.0)
     """
+    for name, flag in {
+        "use_importance_sampling_correction": use_importance_sampling_correction,
+        "sequence_level_importance_ratios": sequence_level_importance_ratios,
+    }.items():
+        check_flag("from_nemo_rl", name, flag)
     kind, weighted = truncated_importance_sampling_type, use_importance_sampling_correction
     high, low = truncated_importance_sampling_ratio, truncated_importance_sampling_ratio_min
     _check_truncation(kind, low, high, weighted, sequence_level_importance_ratios)

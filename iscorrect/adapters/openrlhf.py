@@ -10,7 +10,7 @@ from torch import Tensor
 
 from iscorrect.adapters.bands import check_no_reference, clamp_to
 from iscorrect.dumps import DumpWriter
-from iscorrect.errors import check_choice, input_error
+from iscorrect.errors import check_choice, check_flag, input_error
 from iscorrect.loss.aggregate import SequenceMeanTokenSum, TokenMean
 from iscorrect.loss.bounds import Ignore, Mask
 from iscorrect.loss.correction import Correction
@@ -61,6 +61,7 @@ def install(policy_loss: LossConfig, dumps: DumpWriter | None = None) -> None:
                     got=repr(value), fix=f"drop it, and pass objective={part}",
                 )
         loss_fn = CorrectedPolicyLoss(policy_loss, dumps)
+        check_flag("openrlhf", "token_level_loss", token_level_loss)
         if loss_fn.by_token != token_level_loss:
             how = "token-mean" if token_level_loss else "seq-mean-token-mean"
             raise input_error(

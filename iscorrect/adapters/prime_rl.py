@@ -10,7 +10,7 @@ from torch import Tensor
 
 from iscorrect.adapters.averages import token_metrics
 from iscorrect.adapters.bands import check_adds_up
-from iscorrect.errors import check_choice, input_error
+from iscorrect.errors import check_choice, check_flag, input_error
 from iscorrect.layout import masked
 from iscorrect.loss.bounds import Truncate
 from iscorrect.loss.correction import Correction
@@ -44,6 +44,7 @@ def loss(
     """
     from prime_rl.trainer.rl.loss import LossOutputs
 
+    check_flag("prime_rl.loss", "score_centering", score_centering)
     loss_fn = PolicyLoss(correction=parse(correction), aggregation="sum")
     check_adds_up("prime_rl.loss", loss_fn.correction, "one sample at a time")
     mask, advantages = inputs.loss_mask.bool(), inputs.advantages

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from iscorrect.adapters.bands import clamp_to
 from iscorrect.dumps import DumpWriter
-from iscorrect.errors import InputError, check_choice, check_number, input_error
+from iscorrect.errors import InputError, check_choice, check_flag, check_number, input_error
 from iscorrect.fp16.arrival import Arrived, UpdateWatch, over_ranks
 from iscorrect.head.fused import fused_policy_loss
 from iscorrect.loop.coherence import GradientSketch, coherence
@@ -95,6 +95,7 @@ class CorrectedGRPO:
         coherence: int = 0,
         **kwargs: Any,
     ) -> None:
+        check_flag("CorrectedGRPO", "fused", fused)
         check_number(
             "CorrectedGRPO", "coherence", coherence, "a number of steps", least=0, whole=True,
             fix="pass coherence=100, or leave it at 0",

@@ -22,7 +22,7 @@ from torch import Tensor
 from iscorrect.adapters.bands import LEVELS, HeldBound, HeldRule, NormalizedAfter
 from iscorrect.adapters.methods import around
 from iscorrect.dumps import DumpWriter
-from iscorrect.errors import check_choice, input_error
+from iscorrect.errors import check_choice, check_flag, input_error
 from iscorrect.layout import Layout, masked
 from iscorrect.loss.bounds import Bound, Ignore, Mask, Truncate
 from iscorrect.loss.correction import Correction
@@ -264,6 +264,8 @@ def from_verl(
     >>> from_verl(None, rollout_rs="seq_mean_k1", rollout_rs_threshold="0.5_4", strict=True).reject
     (RatioOutside(level='geometric', low=0.5, high=4.0),)
     """
+    check_flag("from_verl", "strict", strict)
+    check_flag("from_verl", "rollout_is_batch_normalize", rollout_is_batch_normalize)
     rules = _verl_rules(rollout_rs, rollout_rs_threshold, strict)
     if rollout_is is None or rollout_is_threshold is None:
         return Correction(bound=Ignore(), reject=rules)

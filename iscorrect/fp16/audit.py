@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from iscorrect.errors import describe, input_error
+from iscorrect.errors import describe, input_error, is_number
 from iscorrect.fp16.checkpoints import FLOATS, Source, Stored, stored
 from iscorrect.fp16.ranges import OVERFLOW, Kind, Range, measure
 from iscorrect.text import Table, finite, number, percent, visible
@@ -254,9 +254,9 @@ def audit_fp16(
     >>> audit.verdict, [(row.name, reason) for row, reason in audit.harms]
     ('not safe', [('large', '1 overflow, up to 1.00e+05')])
     """
-    if not 0 <= underflow < 1:
+    if not (is_number(underflow) and 0 <= underflow < 1):
         raise input_error(
-            "audit_fp16", "underflow", expected="a share in [0, 1)", got=f"{underflow}",
+            "audit_fp16", "underflow", expected="a share in [0, 1)", got=repr(underflow),
             fix="pass underflow=0.01",
         )
     if inputs is not None and not isinstance(source, nn.Module):

@@ -51,7 +51,13 @@ def fp16_scaler(
     ([1.0, 1.0], 512.0)
     """
     check_number("fp16_scaler", "scale", scale, "what losses are multiplied by", above=0)
-    kind = torch.device(device).type
+    try:
+        kind = torch.device(device).type
+    except (RuntimeError, TypeError) as error:
+        raise input_error(
+            "fp16_scaler", "device", expected="a torch device", got=repr(device),
+            fix="pass device='cuda', or 'cpu'",
+        ) from error
     if kind == "cuda" and not torch.cuda.is_available():
         raise input_error(
             "fp16_scaler", "device", expected="one that is there", got=f"{device} without CUDA",

@@ -161,6 +161,12 @@ def stochastic_round_weights(
             fix="pass seed as an int, on all ranks the same",
         )
 
+    if not isinstance(weights, Iterable) or isinstance(weights, (str, Tensor)):
+        raise input_error(
+            "stochastic_round_weights", "weights", expected="pairs of a name and a tensor",
+            got=describe(weights), fix="pass model.named_parameters()",
+        )
+
     def rounded(name: str, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):
             raise input_error(

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from iscorrect.errors import InputError, describe, input_error
+from iscorrect.errors import InputError, check_flag, describe, input_error
 from iscorrect.head.support import KeptIds, Support, as_rows, check_ids, check_target
 from iscorrect.layout import Layout, as_layout
 from iscorrect.ranks import Group, agree, sum_over
@@ -70,13 +70,15 @@ class Head:
                 got=describe(self.weight), fix="pass lm_head.weight",
             )
         vocabulary = len(self.weight)
-        if self.bias is not None and self.bias.shape != (vocabulary,):
+        bias = self.bias is None or isinstance(self.bias, Tensor)
+        if not bias or (self.bias is not None and self.bias.shape != (vocabulary,)):
             raise input_error(
-                caller, "bias", expected=f"of shape ({vocabulary},)", got=describe(self.bias),
-                fix="pass lm_head.bias, or None where there is none",
+                caller, "bias", expected=f"a tensor of shape ({vocabulary},), or None",
+                got=describe(self.bias), fix="pass lm_head.bias, or None where there is none",
             )
         for name, value in {"temperature": self.temperature, "softcap": self.softcap}.items():
-            if value is not None and not (isinstance(value, (int, float)) and value > 0):
+            left_out = name == "softcap" and value is None
+            if not left_out and not (isinstance(value, (int, float)) and value > 0):
                 raise input_error(
                     caller, name, expected="a number > 0", got=repr(value),
                     fix=f"pass {name} as the sampler and the model's config have it",
@@ -209,6 +211,12 @@ def prepare(
     The arguments are those of the caller. Where ranks share the head, ``facts`` are what else has
     to be the same on all, or what the caller's own checks found wrong on this one.
     """
+    for name, x in {"hidden": hidden, "weight": weight}.items():
+        if not isinstance(x, Tensor) or x.ndim == 0:
+            raise input_error(
+                caller, name, expected="a floating-point tensor `... d`", got=describe(x),
+                fix="pass the last hidden states and lm_head.weight as torch tensors",
+            )
     weight, bias, group = _as_shard(caller, weight, bias, vocabulary_group)
     head = Head(
         weight, bias, temperature, softcap, head_dtype, group,
@@ -220,6 +228,8 @@ def prepare(
         try:
             head.check(caller)
             _check_counts(caller, chunk_size=chunk_size, vocabulary_size=vocabulary_size)
+            check_flag(caller, "sequence_parallel", sequence_parallel)
+            check_flag(caller, "compile_kernels", compile_kernels)
             mask = None if layout is None else as_layout(caller, layout, "layout").mask
             cut = ranks if sequence_parallel else 1
             _check_tokens(caller, head, hidden, target, mask, cut)
@@ -296,7 +306,9 @@ def _check_tokens(
     hint = None
     if cut > 1:
         hint = f"pass the targets of all {cut} ranks, padded so that each holds as many"
-    elif target.shape[:-1] == hidden.shape[:-2] and head.group is not None:
+    elif head.group is not None and isinstance(target, Tensor) and (
+        target.shape[:-1] == hidden.shape[:-2]
+    ):
         hint = "pass sequence_parallel=True where ranks hold the hidden states of some tokens"
     check_target(caller, target, (*rows, cut * columns), of="hidden states", hint=hint)
     if mask is not None and mask.shape != target.shape:

@@ -9,6 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from iscorrect.errors import check_flag
 from iscorrect.gradients import differentiates_once
 from iscorrect.head.inputs import Counted, Head, prepare
 from iscorrect.head.reader import Reader, default_step
@@ -126,6 +127,7 @@ def linear_log_probs(
     >>> linear_log_probs(hidden, weight, torch.zeros(2, 3, dtype=torch.int64))[0]
     tensor([-1.3863, -1.3863, -1.3863])
     """
+    check_flag("linear_log_probs", "entropy", entropy)
     if torch.compiler.is_compiling() and vocabulary_group is None:
         # custom operators import sympy, a second that nobody else should wait for
         from iscorrect.head.node import Settings, log_probs_in_graph

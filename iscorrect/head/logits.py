@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from iscorrect.errors import check_mask, describe, input_error
+from iscorrect.errors import check_flag, check_mask, describe, input_error
 from iscorrect.gradients import differentiates_once
 from iscorrect.head.support import Support, check_ids, check_support, check_target
 from iscorrect.layout import masked
@@ -61,6 +61,7 @@ def log_probs_from_logits(
     tensor([-0.6931])
     """
     _check(logits, target, temperature, support)
+    check_flag("log_probs_from_logits", "inplace_backward", inplace_backward)
     if mask is not None:
         _check_like_target(mask, target)
         counted = log_probs_from_logits(

@@ -187,10 +187,21 @@ class GradientSketch:
             gradients: of every parameter, in the same order each time; None is left out, and stands
                 for zeros. Of a sharded tensor pass the local part.
         """
+        if not isinstance(gradients, Iterable) or isinstance(gradients, Tensor):
+            raise input_error(
+                "GradientSketch", "gradients", expected="the gradient of every parameter",
+                got=describe(gradients), fix="pass [p.grad for p in model.parameters()]",
+            )
         total: Tensor | None = None
         for number, gradient in enumerate(gradients):
             if gradient is None:
                 continue
+            if not isinstance(gradient, Tensor):
+                raise input_error(
+                    "GradientSketch", "gradients", expected="tensors, or None",
+                    got=f"{describe(gradient)} as number {number}",
+                    fix="pass [p.grad for p in model.parameters()]",
+                )
             if gradient.layout != torch.strided:
                 raise input_error(
                     "GradientSketch", "gradients", expected="dense",

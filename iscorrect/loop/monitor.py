@@ -122,7 +122,7 @@ class Monitor:
         if not isinstance(watch, Mapping) or not watch:
             raise input_error(
                 "Monitor", "watch", expected="a dict of at least one metric",
-                got=describe(watch) if watch else "none",
+                got="none" if isinstance(watch, Mapping) else describe(watch),
                 fix="pass watch={'mismatch/kl_k3': 'rise'}, or leave it out",
             )
         if not isinstance(notify, Sequence) or not all(map(callable, notify)):

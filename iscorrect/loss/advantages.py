@@ -16,7 +16,7 @@ from iscorrect.errors import (
     is_integer,
 )
 from iscorrect.layout import Layout, masked
-from iscorrect.ranks import Group, accumulator, gather_over
+from iscorrect.ranks import Group, accumulator, check_member, gather_over
 
 Baseline = Literal["grpo", "dr-grpo", "rloo"]
 
@@ -85,6 +85,7 @@ def group_advantages(
         )
     check_choice("group_advantages", "estimator", estimator, get_args(Baseline))
     check_number("group_advantages", "eps", eps, "what is added to the deviation", least=0)
+    check_member("group_advantages", "batch_group", batch_group)
     here = len(rewards)
     keep = torch.ones_like(rewards, dtype=torch.bool) if keep is None else keep
     dtype = torch.promote_types(rewards.dtype, torch.float32)

@@ -225,7 +225,8 @@ def global_normalizer(
     >>> global_normalizer(torch.ones(2, 3, dtype=torch.bool), group=None, gradients="averaged")
     tensor(6., dtype=torch.float64)
     """
-    any_horizon = 1 if how == "seq-mean-token-sum-norm" else None  # N does not depend on it
+    # N does not depend on the horizon
+    any_horizon = 1 if isinstance(how, str) and how == "seq-mean-token-sum-norm" else None
     spec = named_aggregation("global_normalizer", how, any_horizon)
     check_choice("global_normalizer", "gradients", gradients, ("averaged", "summed"))
     layout = as_layout("global_normalizer", mask)

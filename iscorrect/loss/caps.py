@@ -13,10 +13,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from iscorrect.errors import check_number
+from iscorrect.errors import check_mask, check_number, check_per_token
 from iscorrect.layout import masked
 from iscorrect.loss.evidence import Evidence
-from iscorrect.ranks import Group, max_over, sum_over
+from iscorrect.ranks import Group, check_member, max_over, sum_over
 
 Limit: TypeAlias = float | Callable[[Tensor, Evidence], Tensor]
 """A bound on the ratio: a number, or a callable (ratio "b t", evidence) -> ""."""
@@ -81,7 +81,7 @@ def ess_cap(ratio: Tensor, units: Tensor, target: float, *, group: Group = None)
         "", the cap; the largest ratio where no truncation is needed.
 
     Raises:
-        InputError: the target is no share.
+        InputError: the target is no share, or ratios and units are not of the same tokens.
 
     >>> ratios = torch.tensor([[1.0, 1.0, 1.0, 9.0]])
     >>> cap = ess_cap(ratios, torch.ones(1, 4, dtype=torch.bool), target=0.8)
@@ -89,6 +89,9 @@ def ess_cap(ratio: Tensor, units: Tensor, target: float, *, group: Group = None)
     True
     """
     check_number("ess_cap", "target", target, "a share of the sample", above=0, most=1)
+    check_mask("ess_cap", units, "units")
+    check_per_token("ess_cap", units, called="units", gradient=("ratio",), ratio=ratio)
+    check_member("ess_cap", "group", group)
     ratio = masked(ratio, units)
     n = sum_over(torch.count_nonzero(units), group).clamp(min=1)
     tiny = torch.finfo(ratio.dtype).tiny

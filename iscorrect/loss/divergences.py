@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from iscorrect.errors import input_error
+from iscorrect.errors import check_floating, input_error
 from iscorrect.loss.ratios import saturated
 
 
@@ -32,6 +32,7 @@ def k1(log_ratio: Tensor) -> Tensor:
     >>> k1(torch.tensor([-1.0, 0.5]))
     tensor([ 1.0000, -0.5000])
     """
+    check_floating("k1", log_ratio=log_ratio)
     return -log_ratio
 
 
@@ -49,6 +50,7 @@ def k2(log_ratio: Tensor) -> Tensor:
     >>> k2(torch.tensor([-1.0, 0.5]))
     tensor([0.5000, 0.1250])
     """
+    check_floating("k2", log_ratio=log_ratio)
     return log_ratio.square() / 2
 
 
@@ -67,6 +69,7 @@ def k3(log_ratio: Tensor) -> Tensor:
     >>> k3(torch.tensor([-1.0, 0.5]))
     tensor([0.3679, 0.1487])
     """
+    check_floating("k3", log_ratio=log_ratio)
     log_ratio = saturated(log_ratio)
     return k3_given(log_ratio, expm1(log_ratio))
 
@@ -122,6 +125,7 @@ def binary_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     >>> binary_kl(torch.tensor([0.5]).log(), torch.tensor([0.25]).log())
     tensor([0.1438])
     """
+    check_floating("binary_kl", log_p=log_p, log_q=log_q)
     p, rest_p, rest_q = log_p.exp(), -expm1(log_p), -expm1(log_q)
     token = torch.where(p > 0, p * (log_p - log_q), 0)
     others = torch.where(rest_p > 0, rest_p * (rest_p.log() - rest_q.log()), 0)
@@ -145,6 +149,7 @@ def probability_gap(log_p: Tensor, log_q: Tensor) -> Tensor:
     >>> probability_gap(torch.tensor([0.5]).log(), torch.tensor([0.25]).log())
     tensor([0.2500])
     """
+    check_floating("probability_gap", log_p=log_p, log_q=log_q)
     return torch.maximum(log_p, log_q).exp() * -expm1(-(log_p - log_q).abs())
 
 
@@ -180,7 +185,7 @@ def estimator(caller: str, name: str | Estimator, others: Iterable[str] = ()) ->
     """
     if callable(name):
         return name
-    if name not in ESTIMATORS:
+    if not isinstance(name, str) or name not in ESTIMATORS:
         raise input_error(
             caller, "estimator", expected=", ".join(map(repr, [*ESTIMATORS, *others]))
             + " or a callable on the log-ratio", got=repr(name), fix="pass estimator='k3'",

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from iscorrect.errors import input_error
+from iscorrect.errors import check_mask, check_per_token, input_error
 from iscorrect.layout import Layout, masked
 from iscorrect.loss.divergences import expm1, k3_given
 from iscorrect.loss.evidence import Evidence
@@ -74,7 +74,7 @@ class Metrics(Mapping[str, Tensor]):
         self._tensors: dict[str, Tensor] | None = None
 
     def __add__(self, other: Metrics) -> Metrics:
-        return merge([self, other])
+        return merge([self, other]) if isinstance(other, Metrics) else NotImplemented
 
     def __radd__(self, other: object) -> Metrics:
         """``sum(list_of_metrics)`` begins with 0."""
@@ -386,12 +386,17 @@ def effective_sample_size(weights: Tensor, mask: Tensor) -> Tensor:
     Returns:
         "" in [0, 1]; 1 when all weights are equal, 0 when all are 0 or nothing counts.
 
+    Raises:
+        InputError: a mask that is none, or weights of other tokens than its.
+
     References:
         Kish, Survey Sampling (1965).
 
     >>> effective_sample_size(torch.tensor([[1.0, 1.0, 2.0]]), torch.ones(1, 3, dtype=torch.bool))
     tensor(0.8889)
     """
+    check_mask("effective_sample_size", mask)
+    check_per_token("effective_sample_size", mask, gradient=("weights",), weights=weights)
     weights = masked(weights, mask).to(torch.promote_types(weights.dtype, torch.float32))
     largest = _max(weights).to(weights.dtype)
     weights = weights / torch.where(largest > 0, largest, 1)

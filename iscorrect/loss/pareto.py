@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from iscorrect.ranks import Group, accumulator, gather_over, objects_over, sum_over
+from iscorrect.errors import check_mask, check_per_token
+from iscorrect.ranks import Group, accumulator, check_member, gather_over, objects_over, sum_over
 
 SHORTEST_TAIL = 5
 
@@ -45,6 +46,9 @@ def pareto_tail(log_weights: Tensor, units: Tensor, *, group: Group = None) -> T
         The tail, of its members those that this rank holds. Its index is trustworthy below
         min(1 − 1/log₁₀ S, 0.7).
 
+    Raises:
+        InputError: log-weights and units are not of the same tokens.
+
     References:
         Vehtari, Simpson, Gelman, Yao, Gabry, "Pareto smoothed importance sampling", JMLR 25 (2024).
         Zhang & Stephens, "A new and efficient estimation method for the generalized Pareto
@@ -57,6 +61,11 @@ def pareto_tail(log_weights: Tensor, units: Tensor, *, group: Group = None) -> T
     >>> bool((tail.k - 0.4).abs() < 0.1)
     True
     """
+    check_mask("pareto_tail", units, "units")
+    check_per_token(
+        "pareto_tail", units, called="units", gradient=("log_weights",), log_weights=log_weights
+    )
+    check_member("pareto_tail", "group", group)
     here = torch.where(units, log_weights, -torch.inf).flatten().to(accumulator(units.device))
     top = torch.topk(here, _longest(here.numel(), group))
     sample, first = gather_over(top.values, group)

@@ -8,7 +8,13 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from iscorrect.errors import check_choice, check_number, input_error
+from iscorrect.errors import (
+    check_choice,
+    check_floating,
+    check_number,
+    check_per_token,
+    input_error,
+)
 from iscorrect.layout import Layout, as_layout, masked
 
 Level = Literal["token", "sequence", "geometric", "prefix", "segment"]
@@ -32,11 +38,18 @@ def log_ratio(
     Returns:
         "b t", nats, in float32 or wider; 0 outside the mask.
 
+    Raises:
+        InputError: log-probs that are no tensors, or of other tokens than the layout's.
+
     >>> mask = torch.tensor([[True, False]])
     >>> log_ratio(torch.tensor([[-1.0, 9.0]]), torch.tensor([[-1.5, 7.0]]), Layout(mask))
     tensor([[0.5000, 0.0000]])
     """
     mask = as_layout("log_ratio", layout).mask
+    check_per_token(
+        "log_ratio", mask, called="layout", gradient=("log_probs", "rollout_log_probs"),
+        log_probs=log_probs, rollout_log_probs=rollout_log_probs,
+    )
     return masked(difference(log_probs, rollout_log_probs), mask)
 
 
@@ -78,22 +91,23 @@ def at_level(log_ratio: Tensor, layout: Layout | Tensor, level: Level) -> Tensor
         "b t", nats, the unit's value on each of its tokens.
 
     Raises:
-        InputError: an unknown level.
+        InputError: an unknown level, or log-ratios of other tokens than the layout's.
 
     >>> layout = Layout(torch.ones(1, 2, dtype=torch.bool))
     >>> at_level(torch.tensor([[0.5, 1.0]]), layout, "sequence")
     tensor([[1.5000, 1.5000]])
     """
     layout = as_layout("at_level", layout)
+    check_per_token(
+        "at_level", layout.mask, called="layout", gradient=("log_ratio",), log_ratio=log_ratio
+    )
     reductions = {
         "sequence": layout.sequence_total, "geometric": layout.sequence_mean,
         "prefix": layout.prefix_total, "segment": layout.segment_total,
     }
-    if level == "token":
-        return log_ratio
-    if level not in reductions:
+    if not isinstance(level, str) or level not in ("token", *reductions):
         check_level("at_level", level)
-    return reductions[level](log_ratio)
+    return log_ratio if level == "token" else reductions[level](log_ratio)
 
 
 def units(layout: Layout, level: Level) -> Tensor:
@@ -151,6 +165,7 @@ def ratio(log_ratio: Tensor) -> Tensor:
     >>> ratio(torch.tensor([0.0, -torch.inf]))
     tensor([1., 0.])
     """
+    check_floating("ratio", log_ratio=log_ratio)
     return saturated(log_ratio).exp()
 
 

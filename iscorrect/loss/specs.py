@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from iscorrect.errors import InputError, input_error
+from iscorrect.errors import InputError, describe, input_error
 from iscorrect.loss.aggregate import AGGREGATIONS
 from iscorrect.loss.bounds import (
     ByAge,
@@ -157,12 +157,13 @@ def to_dict(spec: Correction | PolicyLoss) -> dict[str, Any]:
         Every argument, for :func:`parse` or :func:`parse_loss`, JSON or YAML.
 
     Raises:
-        InputError: a part that has no name.
+        InputError: neither a correction nor a loss, or a part that has no name.
 
     >>> from iscorrect import sequence_tis
     >>> to_dict(sequence_tis())["bound"]
     {'name': 'truncate', 'cap': 2.0}
     """
+    _check_spec("to_dict", spec)
     return {field.name: _plain(field.name, getattr(spec, field.name))
             for field in dataclasses.fields(spec)}
 
@@ -177,12 +178,13 @@ def to_text(spec: Correction | PolicyLoss) -> str:
         What :func:`parse` or :func:`parse_loss` reads back to an equal value.
 
     Raises:
-        InputError: a part that has no name.
+        InputError: neither a correction nor a loss, or a part that has no name.
 
     >>> from iscorrect import PolicyLoss, PPOClip, token_tis
     >>> to_text(PolicyLoss(correction=token_tis(cap=3.0), objective=PPOClip(high=1.28)))
     'token-tis:cap=3 ppo-clip:high=1.28 token-mean'
     """
+    _check_spec("to_text", spec)
     if isinstance(spec, Correction):
         return _outer(_correction_in_short(spec))
     words = [to_text(spec.correction), _outer(_shortened("objective", spec.objective)),
@@ -192,6 +194,14 @@ def to_text(spec: Correction | PolicyLoss) -> str:
     if spec.reference_kl is not None:
         words.append(_outer(_shortened("reference_kl", spec.reference_kl)))
     return " ".join(words)
+
+
+def _check_spec(caller: str, spec: object) -> None:
+    if not isinstance(spec, (Correction, PolicyLoss)):
+        raise input_error(
+            caller, "spec", expected="a Correction or a PolicyLoss", got=describe(spec),
+            fix="pass token_tis(), or PolicyLoss(correction=token_tis())",
+        )
 
 
 # From plain data to parts.
