@@ -241,7 +241,7 @@ def test_the_report_fills_every_table(folder, tmp_path, monkeypatch):
     reinforce.main(folder, tmp_path / "reinforce", arm, learner.Schedule(steps=2, judged=2), 0)
     report.main(tmp_path, [page], tmp_path)
     text = page.read_text()
-    assert text.count("No record") == 8 + len(report.on_a_gpu.TABLES) and text.count("|---|") == 6
+    assert text.count("No record") == 9 + len(report.on_a_gpu.TABLES) and text.count("|---|") == 6
     pictures = {path.name for path in tmp_path.glob("*.png")}
     assert pictures == {"real-arrival.png", "real-learning.png"}
 

@@ -7,6 +7,7 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from math import inf, nan
 from pathlib import Path
 
@@ -472,8 +473,8 @@ OF_AGE = tuple(
     (f"vllm-bf16-stochastic-{correction}", "vllm-bf16-stochastic-uncorrected")
     for correction in ("token-tis-cap=2", "icepop-low=0.5,high=5", "sequence-tis-cap=2", "ppo")
 )
-LOOKED_AT = 3
-"""Seeds of *every 8* whose differences were known when its test was planned."""
+LOOKED_AT = {8: 3, 4: 1}
+"""By how many steps lie between two sends: seeds that were known when their test was planned."""
 BESIDE = {
     MAIN: (
         ("vllm-bf16-feedback-uncorrected", "vllm-bf16-uncorrected"),
@@ -511,10 +512,9 @@ def contrasts(records: Path) -> str:
     return tested(records, CONTRASTS, MAIN)
 
 
-def aged(records: Path) -> str:
-    """Corrections eight steps behind, on the seeds that nobody had looked at when it was planned.
-    """
-    return tested(records, OF_AGE, "every8-2e-05", least=LOOKED_AT)
+def aged(records: Path, every: int = 8) -> str:
+    """Corrections some steps behind, on the seeds that nobody had looked at when it was planned."""
+    return tested(records, OF_AGE, f"every{every}-2e-05", least=LOOKED_AT[every])
 
 
 def tested(
@@ -616,6 +616,6 @@ def learning_figure(records: Path) -> plt.Figure:
 TABLES: dict[str, Callable[[Path], str]] = {
     "arrival": arrival, "rests": rests, "factors": factors, "kinds": kinds, "serving": serving,
     "offline": offline, "learning": learning, "contrasts": contrasts, "beside": beside,
-    "aged": aged,
+    "aged": aged, "aged_by_four": partial(aged, every=4),
     "quantised": quantised, "shared": shared, "summary": summary, **on_a_gpu.TABLES,
 }
