@@ -131,7 +131,7 @@ def check_number(
         above: what it must exceed.
         most: the largest that will do.
         optional: whether None will do.
-        whole: whether it must be an int.
+        whole: whether it must be a whole number.
         fix: what to pass instead; None: ``what`` says it.
 
     >>> check_number("BinaryKL", "limit", 0.1, "a divergence in nats", least=0)
@@ -146,13 +146,14 @@ Fix: pass target as a share of the sample.
     number = is_number(value) and (not whole or isinstance(value, Integral))
     if number and least <= value <= most and value > above:  # type: ignore[operator]
         return
+    kind = "a whole number" if whole else "a number"
     if most < math.inf:
         expected = f"in ({above:g}" if above > -math.inf else f"in [{least:g}"
         expected += f", {most:g}]"
     elif above > -math.inf:
-        expected = f"a number > {above:g}"
+        expected = f"{kind} > {above:g}"
     else:
-        expected = f"a number >= {least:g}" if least > -math.inf else "a number"
+        expected = f"{kind} >= {least:g}" if least > -math.inf else kind
     raise input_error(
         caller, argument, expected=f"{expected}, {what}{', or None' if optional else ''}",
         got=repr(value), fix=fix or f"pass {argument} as {what}",

@@ -48,7 +48,7 @@ def giving_gradients_away(
     caller: str, value: Tensor, *pairs: tuple[Tensor | None, Tensor | None],
     scaled: Callable[[Tensor, Tensor, torch.dtype], Tensor] = scaled,
 ) -> Tensor:
-    """The same for a scalar and derivatives as large as the weights of a model.
+    """As :func:`with_gradient`, for a scalar whose derivatives are as large as a model.
 
     The first backward hands the derivatives over and frees them, so that there is no second one.
     They may be wider than their tensors, and are multiplied before they are rounded: a loss scale

@@ -85,6 +85,7 @@ class Layout:
         check_member("Layout", "batch_group", batch_group)
         if sequence_group is not None and dist.get_world_size(sequence_group) == 1:
             sequence_group = None  # which cuts nothing
+        mask = _saved(mask)
         self.mask, self.age = mask, age
         self.sequence_group, self.zigzag, self.batch_group = sequence_group, zigzag, batch_group
         if sequence_group is not None:
@@ -193,7 +194,7 @@ class Layout:
                 "Layout.with_mask", "mask", expected=f"of shape {tuple(self.mask.shape)}",
                 got=describe(mask), fix="pass a mask over the same tokens",
             )
-        return self._with(mask)
+        return self._with(_saved(mask))
 
     def _with(self, mask: Tensor) -> Layout:
         part = object.__new__(Layout)  # which torch.compile follows, unlike copy.copy
@@ -419,6 +420,13 @@ def masked(x: Tensor, mask: Tensor) -> Tensor:
     # `where` on a CPU goes element by element; clearing the bits is exact and vectorised.
     ones = mask.to(BITS[x.dtype]).neg_()
     return (x.detach().view(BITS[x.dtype]) & ones).view(x.dtype)
+
+
+def _saved(x: Tensor) -> Tensor:
+    """A tensor that a backward may keep: autograd refuses those of ``torch.inference_mode``."""
+    if torch.compiler.is_compiling() or not x.is_inference() or torch.is_inference_mode_enabled():
+        return x
+    return x.clone()
 
 
 def wide(x: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ def visible(text: object) -> str:
 
 
 def finite(x: Any) -> Any:
-    """The same as JSON can hold it: in dicts and lists, None for what is not finite.
+    """A value as JSON can hold it: NaN and infinities become None, in dicts and lists too.
 
     >>> finite({"a": [1.5, math.inf]})
     {'a': [1.5, None]}

@@ -195,7 +195,7 @@ def test_renamed_passes_what_is_named_and_nothing_else(policy, engine, reward):
     [
         ({"reward": torch.zeros(3)}, ("audit", "`reward`", "float64 (15,)", "float32 (3,)")),
         ({"batch": 0}, ("audit", "`batch`", "got 0")),
-        ({"samples": 3}, ("audit", "`samples`", "at least 20", "got 3")),
+        ({"samples": 3}, ("audit", "`samples`", ">= 20", "got 3")),
         ({"group": "rloo"}, ("audit", "`batch`", "at least 2", "got 1")),
         ({"advantages": torch.zeros(2)}, ("audit", "`advantages`", "`c v`", "(2,)")),
         ({"policy": TabularPolicy.random(3, 2)}, ("audit", "`policies`", "length=2")),

@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -128,6 +129,7 @@ def test_places_of_both_are_compared_and_others_are_not():
 def test_too_few_sequences_tell_nothing(sequences):
     changes = compared(some_dump(0), some_dump(1, noise=1.0, sequences=sequences))
     assert {x.verdict for x in changes.metrics} == {"not known"}
+    assert math.isnan(changes.numbers()["mismatch/kl_k3/change/low"])
     assert dict(page(changes).lines)["k3"] == "too few sequences to say whether it changed"
     json.dumps(changes.to_json(), allow_nan=False)
 

@@ -71,6 +71,18 @@ def test_fp16_on_both_sides_ships_a_tenth_of_the_mismatch_of_bf16():
     assert len(PAIRS) == 9
 
 
+def test_compare_says_how_many_tokens_it_could_not_measure(tmp_path, capsys):
+    log_probs = -torch.ones(4, 8)
+    half = torch.where(torch.arange(8) < 4, log_probs, torch.nan)
+    for name, rollout in (("half", half), ("none", torch.full_like(log_probs, torch.nan))):
+        dump = LogProbDump(rollout_log_probs=rollout, old_log_probs=log_probs, mask=log_probs < 0)
+        write_dump(dump, tmp_path / f"{name}.npz")
+    assert main(["compare", str(tmp_path / "half.npz")]) == 0
+    assert "32 tokens, 16 of them without a finite log-prob" in capsys.readouterr().out
+    assert main(["compare", str(tmp_path / "none.npz")]) == 2
+    assert "log-probs are finite, got none of 32" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".jsonl"])
 def test_compare_reads_a_dump_and_prints_a_row_per_correction(tmp_path, capsys, suffix):
     path = tmp_path / f"rollouts{suffix}"

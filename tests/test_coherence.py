@@ -164,11 +164,22 @@ def test_16_bit_gradients_are_added_up_in_float32():
     (lambda g: coherence(g, g, sequences=0), "the sequences of a batch"),
     (lambda g: GradientSketch()([None]), "call it after backward"),
     (lambda g: GradientSketch(size=0), "how many numbers a sketch has"),
-    (lambda g: GradientSketch(size=1.5), "`size` must be a whole number, got 1.5"),
-    (lambda g: GradientSketch(size=7.0), "`size` must be a whole number, got 7.0"),
-    (lambda g: GradientSketch(seed="a"), "`seed` must be a whole number, got 'a'"),
+    (lambda g: GradientSketch(size=1.5), "`size` must be a whole number >= 1, .* got 1.5"),
+    (lambda g: GradientSketch(size=7.0), "`size` must be a whole number >= 1, .* got 7.0"),
+    (lambda g: GradientSketch(seed="a"), "`seed` must be a whole number, .* got 'a'"),
     (lambda g: GradientSketch()([None, g.to_sparse()]), "`gradients` must be dense, got .* 1"),
 ])
 def test_what_it_cannot_use_is_refused(call, said):
     with pytest.raises(InputError, match=said):
         call(torch.ones(5, 10))
+
+
+def test_a_sketch_is_of_float32_whatever_the_default():
+    g = [torch.randn(5000)]
+    plain = GradientSketch(size=11)(g)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(GradientSketch(size=11)(g), plain)
+    finally:
+        torch.set_default_dtype(before)

@@ -219,8 +219,11 @@ class TestDialects:
             "log_probs": [torch.tensor([-1.5]), torch.tensor([-2.5, -3.5])],
             "tokens": [torch.tensor([7, 8]), torch.tensor([7, 8, 9])],
         }
-        torch.save({"rollout_id": 4, "rollout_data": columns}, tmp_path / "4_0.pt")
-        dump = read_dump(tmp_path / "4_0.pt")
+        folder = tmp_path / "from_step_200"  # a checkpoint's step, not the dump's
+        folder.mkdir()
+        torch.save({"rollout_id": 4, "rollout_data": columns}, folder / "4_0.pt")
+        dump = read_dump(folder / "4_0.pt")
+        assert dump.step.tolist() == [4, 4]
         assert dump.mask.tolist() == [[True, False], [True, True]]
         assert dump.token_ids[0, 0] == 8
         assert dump.token_ids[1].tolist() == [8, 9]
@@ -489,3 +492,23 @@ def test_fields_of_other_shapes_are_refused():
             LogProbDump(mask=mask, **good, **{name: x.long()})
     with pytest.raises(InputError, match="at least one"):
         concatenate([])
+
+
+@pytest.mark.parametrize("ids", [True, False])
+def test_candidates_are_read_in_any_order_with_the_sampled_one_first_or_not(ids):
+    torch.manual_seed(0)
+    logits = torch.randn(4, 9, 20).log_softmax(-1)
+    sampled = torch.randint(0, 20, (4, 9))
+    first = logits.topk(5)
+    fresh = not ids  # without ids nobody can tell that the sampled one is listed twice
+    sampled = torch.where((first.indices == sampled[..., None]).any(-1) & fresh,
+                          logits.argmin(-1), sampled)
+    chosen = logits.gather(-1, sampled[..., None])
+    dump = LogProbDump(
+        rollout_log_probs=chosen[..., 0], old_log_probs=chosen[..., 0], token_ids=sampled,
+        mask=sampled >= 0, top_k_log_probs=torch.cat([chosen, first.values], -1),
+        top_k_ids=torch.cat([sampled[..., None], first.indices], -1) if ids else None,
+    )
+    tokens = Tokens.of(dump)
+    assert np.allclose(tokens.best, first.values[..., 0].flatten())
+    assert np.allclose(tokens.lead, (first.values[..., 0] - first.values[..., 1]).flatten())

@@ -156,7 +156,7 @@ SPECS = {
     "horizon missing": (lambda: PolicyLoss(aggregation="seq-mean-token-sum-norm"), "PolicyLoss",
                         "horizon", "max_new_tokens"),
     "half a token": (lambda: PolicyLoss(aggregation="seq-mean-token-sum-norm", horizon=1.5),
-                     "PolicyLoss", "horizon", "an int > 0"),
+                     "PolicyLoss", "horizon", "a whole number > 0"),
     "horizon idle": (lambda: PolicyLoss(horizon=5), "PolicyLoss", "horizon", "got 5"),
     "sum with normalizer": (lambda: ic.aggregate(torch.ones(1, 1), MASK[:1, :1], "sum",
                                                  normalizer=3), "aggregate", "normalizer"),
@@ -321,6 +321,26 @@ def test_a_no_in_words_is_not_taken_for_a_yes(f, flag):
     with pytest.raises(InputError, match="True or False, got 'no'") as error:
         f(**TAKE.get(f, {}) | {flag: "no"})
     named(error, f.__name__, flag)
+
+
+@pytest.mark.parametrize(("f", "argument", "value"), [
+    (ic.linear_log_probs, "temperature", np.float32(0.5)),
+    (ic.linear_log_probs, "softcap", np.float32(2.0)),
+    (ic.linear_log_probs, "chunk_size", np.int64(8)),
+    (ic.linear_log_probs, "vocabulary_size", np.int64(5)),
+    (ic.fused_policy_loss, "temperature", np.float32(0.5)),
+    (ic.log_probs_from_logits, "temperature", np.float32(0.5)),
+    (ic.GradientSketch, "seed", np.int64(1)),
+])
+def test_numbers_of_numpy_are_numbers(f, argument, value):
+    found, plain = (f(**TAKE[f] | {argument: x}) for x in (value, value.item()))
+    if f is ic.GradientSketch:
+        found, plain = found([torch.ones(30)]), plain([torch.ones(30)])
+    if f is ic.fused_policy_loss:
+        found, plain = found.loss, plain.loss
+    assert torch.equal(found, plain)
+    with pytest.raises(InputError):
+        f(**TAKE[f] | {argument: True})
 
 
 def test_a_callable_aggregation_takes_no_normalizer():

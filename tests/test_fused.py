@@ -517,3 +517,16 @@ def test_a_log_prob_that_is_none_takes_its_sequence_out_of_the_gradient_too(froz
     assert loss == 0 and metrics["is/rejected"] == 1
     assert hidden.grad.abs().max() == 0
     assert frozen or head.grad.abs().max() == 0
+
+
+def test_an_objective_without_gradient_is_a_loss_without_one():
+    def nothing(log_probs, old_log_probs, advantages, layout):
+        return torch.zeros_like(log_probs)
+
+    hidden = torch.randn(1, 3, 4, requires_grad=True)
+    loss, _ = fused_policy_loss(
+        PolicyLoss(objective=nothing), hidden=hidden, weight=torch.randn(5, 4),
+        target=torch.ones(1, 3).long(), rollout_log_probs=-torch.ones(1, 3),
+        advantages=torch.ones(1, 3), mask=torch.ones(1, 3, dtype=torch.bool),
+    )
+    assert not loss and not loss.requires_grad

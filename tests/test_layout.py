@@ -222,3 +222,20 @@ def test_an_unknown_level_is_refused_and_a_mask_is_a_layout():
 def test_a_group_is_a_process_group():
     with pytest.raises(ic.InputError, match="a process group, or None"):
         Layout(torch.ones(1, 2, dtype=torch.bool), batch_group="world")
+
+
+@pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean"])
+@pytest.mark.parametrize("objective", [ic.PPOClip(level="geometric"), ic.GMPO(), ic.Reinforce()])
+def test_a_batch_made_under_inference_mode_trains(objective, aggregation):
+    loss_fn = ic.PolicyLoss(objective=objective, aggregation=aggregation)
+    x = -torch.rand(2, 5)
+    plain = dict(rollout_log_probs=x - 0.1, old_log_probs=x.clone(), advantages=torch.ones(2, 5),
+                 mask=torch.ones(2, 5, dtype=torch.bool))
+    with torch.inference_mode():
+        made = {name: tensor.clone() for name, tensor in plain.items()}
+    gradients = []
+    for batch in (plain, made):
+        leaf = x.clone().requires_grad_()
+        loss_fn(leaf, **batch).loss.backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)

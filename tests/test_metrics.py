@@ -276,6 +276,17 @@ def test_metrics_are_computed_once_however_they_are_read():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_ratios_divergences_and_caps_of_16_bits_are_those_of_the_same_numbers(dtype):
+    d = torch.linspace(-3, 3, 400).to(dtype)[None]
+    units = torch.ones_like(d, dtype=torch.bool)
+    for f in (ic.k3, ic.ratio, lambda d: ic.ess_cap(ic.ratio(d).to(d.dtype), units, 0.9)):
+        found, exact = f(d), f(d.double())
+        assert found.dtype in (torch.float32, torch.float64)
+        torch.testing.assert_close(found.double(), exact, rtol=1e-2 if exact.ndim == 0 else 1e-6,
+                                   atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_effective_sample_of_16_bit_weights_is_summed_in_float32(dtype):
     mask = torch.ones(1, 5000, dtype=torch.bool)
     assert ic.effective_sample_size(torch.ones(1, 5000, dtype=dtype), mask) == 1

@@ -745,7 +745,7 @@ def refused_heads(grid):
     wrong_on_all = [
         ({"vocabulary_size": 7}, "`vocabulary_size` must be at most 6"),
         ({"vocabulary_size": 5}, r"`target` must be token ids in \[0, 5\) .*, got 5"),
-        ({"vocabulary_size": 0}, "`vocabulary_size` must be an int > 0"),
+        ({"vocabulary_size": 0}, "`vocabulary_size` must be a whole number > 0"),
         ({"vocabulary_group": grid.heads}, "`vocabulary_group` must be a process group"),
         ({"sequence_parallel": True}, r"`target` must be of shape \(2, 6\)"),
         ({"hidden": torch.zeros(2, 1, 4)}, "pass sequence_parallel=True where"),

@@ -614,6 +614,8 @@ def test_turns_are_segments_and_versions_are_ages_of_a_correction():
         ).metrics.to_floats()
         assert found[text]["is/ess"] == expected["is/ess"]
     assert found[by_age]["is/rejected"] == 0.25
+    whole = summarise([dump], corrections=["correction:level=segment"]).corrections
+    assert whole["correction:level=segment"]["is/bias_mass"] == pytest.approx(0, abs=1e-6)
     with pytest.raises(InputError, match="or a dump with step and version in numbers"):
         summarise([replace(dump, version=None)], corrections=[by_age])
 

@@ -20,7 +20,7 @@ from iscorrect.loss.correction import Correction
 from iscorrect.loss.divergences import k2, k3
 from iscorrect.loss.evidence import Evidence, Scope
 from iscorrect.loss.ratios import Level
-from iscorrect.loss.rules import Over
+from iscorrect.loss.rules import Over, reduced
 from iscorrect.loss.specs import LossConfig, parse_loss
 
 
@@ -188,12 +188,7 @@ class AReaLRule:
     def __call__(self, evidence: Evidence) -> Tensor:
         d, layout = evidence.log_ratio, evidence.layout
         x = {"kl_k2": k2(d), "kl_k3": k3(-d)}.get(self.metric, d)
-        if self.over == "sum":
-            x = layout.sequence_total(x)
-        elif self.over == "mean":
-            x = layout.sequence_mean(x)
-        elif self.over == "max":
-            x = layout.sequence_max(x)
+        x = reduced(x, layout, self.over)
         x = x.exp() if self.metric == "ratio" else x
         keep = x <= self.upper
         return keep if self.lower is None else keep & (x >= self.lower)

@@ -31,7 +31,7 @@ from iscorrect.loss.metrics import policy_metrics
 from iscorrect.loss.objectives import Objective, made
 from iscorrect.loss.policy_loss import PolicyLoss
 from iscorrect.loss.ratios import at_level, log_ratio
-from iscorrect.loss.rules import DivergenceAbove, Over, RatioOutside, Rule
+from iscorrect.loss.rules import DivergenceAbove, Over, RatioOutside, Rule, reduced
 from iscorrect.loss.specs import CorrectionConfig, parse, parse_loss
 
 Hook = Callable[[Any, Mapping[str, Any]], tuple[Any, dict[str, float]]]
@@ -436,13 +436,8 @@ def _rule_metrics(rule: Rule, d: Tensor, layout: Layout) -> dict[str, float]:
     else:
         return {}
     option = next(option for option, of in VERL_RULES.items() if of == (over, name))
-    x = estimator("verl_metrics", name)(d)
-    if over == "sum":
-        x = layout.sequence_total(x)
-    elif over == "mean":
-        x = layout.sequence_mean(x)
-    elif over == "max":
-        x = layout.sequence_max(x)
+    x = reduced(estimator("verl_metrics", name)(d), layout, over)
+    if over == "max":
         x = torch.where(x.isfinite(), x, 0)
     present = layout.mask.any(-1)
     metrics: dict[str, float] = rollout_corr_helper.compute_rs_metrics(

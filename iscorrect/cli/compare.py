@@ -10,6 +10,7 @@ import json
 
 from iscorrect.cli.terminal import say
 from iscorrect.dumps import stream_dump
+from iscorrect.errors import input_error
 from iscorrect.loss.presets import PRESETS, uncorrected
 from iscorrect.loss.specs import parse
 from iscorrect.report.effects import HEADER, Effects, effect_row
@@ -41,8 +42,15 @@ def run(options: argparse.Namespace) -> int:
         say(json.dumps(finite(values), indent=2))
         return 0
     m = whole.floats()[""]
+    left_out = m["is/nonfinite"] * m["batch/tokens"]
+    if left_out == m["batch/tokens"]:
+        raise input_error(
+            "compare", "DUMP", expected="a dump with a token whose log-probs are finite",
+            got=f"none of {left_out:.0f}", fix="dump the log-probs of sampled tokens",
+        )
+    unknown = f", {left_out:.0f} of them without a finite log-prob" if left_out else ""
     say(
-        f"{sequences} sequences, {m['batch/tokens']:.0f} tokens;"
+        f"{sequences} sequences, {m['batch/tokens']:.0f} tokens{unknown};"
         f" k1 {number(m['mismatch/kl_k1'])}, k3 {number(m['mismatch/kl_k3'])} nats per token,"
         f" largest |Δ log p| {number(m['mismatch/log_prob_diff/max'])}", *seen.notes(), "",
         Table("What each correction does", HEADER,

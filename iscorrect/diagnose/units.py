@@ -116,7 +116,7 @@ def some_sequences(tokens: Tokens) -> Finding | None:
     return Finding(
         f"some {what} apart from the rest",
         f"{among} differ {math.exp(high):.1f} times as much as the rest; the farthest is sequence"
-        f" {int(rows[level.argmax()])}",
+        f" {tokens.sequence(int(rows[level.argmax()]))}",
         found, float(apart.mean()),
     )
 

@@ -106,14 +106,12 @@ class Tokens:
         best = candidate = None
         if dump.top_k_log_probs is not None and dump.top_k_log_probs.shape[-1] > 0:
             top = to_numpy(dump.top_k_log_probs)[row, column].astype(np.float64)
-            best = top[:, 0]
-            if top.shape[1] > 1:
-                with np.errstate(invalid="ignore"):
-                    lead = top[:, 0] - top[:, 1]
-            if dump.top_k_ids is not None and ids is not None:
-                same = to_numpy(dump.top_k_ids)[row, column] == ids[:, None]
+            listed = None if dump.top_k_ids is None else to_numpy(dump.top_k_ids)[row, column]
+            if listed is not None and ids is not None:
+                same = listed == ids[:, None]
                 at = same.argmax(1)
                 candidate = np.where(same.any(1), top[np.arange(len(top)), at], np.nan)
+            best, lead = _likeliest(top, listed)
         of_token = {name: getattr(dump, name) for name in UNITS}
         units = {n: None if x is None else to_numpy(x)[row, column] for n, x in of_token.items()}
         names = dict(dump.names)
@@ -297,6 +295,23 @@ def _optional(x: Tensor | None) -> Array | None:
 
 def _counted(x: Tensor | None, row: Array, column: Array) -> Array | None:
     return None if x is None else to_numpy(x)[row, column].astype(np.float64)
+
+
+def _likeliest(top: Array, ids: Array | None) -> tuple[Array, Array | None]:
+    """The likeliest candidate "n", and how far it leads; vLLM lists the sampled token before them.
+
+    >>> best, lead = _likeliest(np.array([[-3.0, -0.5, -1.0]]), None)
+    >>> best.tolist(), lead.tolist()
+    ([-0.5], [0.5])
+    """
+    if ids is not None:  # and once more where it is among them
+        again = (ids[:, 1:] == ids[:, :1]).any(1)
+        top = np.column_stack([np.where(again, np.nan, top[:, 0]), top[:, 1:]])
+    falling = -np.sort(-top, axis=1)  # NaN last
+    if top.shape[1] == 1:
+        return falling[:, 0], None
+    with np.errstate(invalid="ignore"):
+        return falling[:, 0], falling[:, 0] - falling[:, 1]
 
 
 def _seen(ids: Array) -> Array:

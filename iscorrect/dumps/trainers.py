@@ -61,7 +61,7 @@ def _slime(row: Row, path: Path) -> Row:
         "entropy": row.get("entropy"),
         "group": row.get("group_index"),
         "policy_version": _one_version(row.get("weight_versions")),
-        "step": step_of(path),
+        "step": step_of(Path(path.name)),  # a folder may name the step of a checkpoint
     }
 
 

@@ -151,11 +151,12 @@ class UpdateWatch:
             )
         if self._places is None:
             share = min(1.0, self._entries / max(1, sum(x.numel() for x in parts)))
-            generator = torch.Generator().manual_seed(0)
+            generator = torch.Generator("cpu").manual_seed(0)
             counts = [math.ceil(share * x.numel()) for x in parts]
             self._places = [
-                (torch.arange(n) if n == x.numel()
-                 else torch.randint(x.numel(), (n,), generator=generator)).to(x.device)
+                (torch.arange(n, device="cpu") if n == x.numel()
+                 else torch.randint(x.numel(), (n,), generator=generator, device="cpu")
+                 ).to(x.device)
                 for n, x in zip(counts, parts, strict=True)
             ]
         pairs = zip(parts, self._places, strict=True)

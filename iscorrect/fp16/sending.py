@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from iscorrect.errors import describe, input_error
+from iscorrect.errors import check_number, describe, input_error
 from iscorrect.fp16.arrival import check_scaling
 
 BITS = {2: (torch.int16, 0x7FFF), 1: (torch.uint8, 0x7F)}
@@ -141,9 +141,9 @@ def stochastic_round_weights(
 
     Args:
         weights: names and whole tensors, as trainers hand them to their engine's loader, or a
-            state dict; a DTensor
-            is made whole when it is come to, so all its ranks have to come to it. Tensors of 16
-            bits are widened; those of ``dtype`` or of integers pass as they are.
+            state dict; a DTensor is made whole when it is come to, so all its ranks have to come
+            to it. Tensors of 16 bits are widened; those of ``dtype`` or of integers pass as they
+            are.
         dtype: of the engine: 16-bit or FP8.
         seed: of the draws.
 
@@ -155,11 +155,10 @@ def stochastic_round_weights(
     (torch.bfloat16, [1.0, 1.0078125])
     """
     check_scaling("stochastic_round_weights", dtype, "none")
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise input_error(
-            "stochastic_round_weights", "seed", expected="a whole number", got=repr(seed),
-            fix="pass seed as an int, on all ranks the same",
-        )
+    check_number(
+        "stochastic_round_weights", "seed", seed, "of the draws", whole=True,
+        fix="pass seed as an int, on all ranks the same",
+    )
 
     if not isinstance(weights, Iterable) or isinstance(weights, (str, Tensor)):
         raise input_error(

@@ -181,7 +181,9 @@ class Allowed(NamedTuple):
 
 
 class Moments:
-    """Of u, the logits less their running maximum, under weights e^u; merged block by block.
+    """Mean and spread of a token's logits under the softmax, merged block by block.
+
+    u is a logit less the running maximum:
 
     weight = Σ e^u,  first = Σ e^u u,  second = Σ e^u (u − first/weight)²
     """

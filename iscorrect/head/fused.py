@@ -69,8 +69,8 @@ def fused_policy_loss(
     Tokens outside the mask cost nothing, and tokens without an advantage no gradient. On a CPU
     neither do others whose derivative is 0; on a GPU they do, for the host would have to wait for
     their number in every chunk. It waits twice a call, for how many tokens count and how many of
-    them have an advantage, once more where some have none, and once or twice more for weights of
-    whole sequences.
+    them have an advantage, once more where some have none, once or twice more for weights of
+    whole sequences, and two or three times for a support.
 
     Args:
         loss_fn: the loss.

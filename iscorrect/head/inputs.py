@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from iscorrect.errors import InputError, check_flag, describe, input_error
+from iscorrect.errors import InputError, check_flag, check_number, describe, input_error
 from iscorrect.head.support import KeptIds, Support, as_rows, check_ids, check_target
 from iscorrect.layout import Layout, as_layout
-from iscorrect.ranks import Group, agree, sum_over
+from iscorrect.ranks import Group, agree, check_member, sum_over
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +47,7 @@ class Head:
         return torch.promote_types(torch.promote_types(dtype, self.head_dtype), torch.float32)
 
     def slope(self, logits: Tensor) -> Tensor:
-        """Of the soft cap, 1 − tanh², by what it made of the logits."""
+        """Derivative of the soft cap, 1 − tanh², from the capped logits."""
         assert self.softcap is not None
         tanh = logits * (self.temperature / self.softcap)
         # −inf stands for what has underflowed
@@ -76,13 +76,14 @@ class Head:
                 caller, "bias", expected=f"a tensor of shape ({vocabulary},), or None",
                 got=describe(self.bias), fix="pass lm_head.bias, or None where there is none",
             )
-        for name, value in {"temperature": self.temperature, "softcap": self.softcap}.items():
-            left_out = name == "softcap" and value is None
-            if not left_out and not (isinstance(value, (int, float)) and value > 0):
-                raise input_error(
-                    caller, name, expected="a number > 0", got=repr(value),
-                    fix=f"pass {name} as the sampler and the model's config have it",
-                )
+        check_number(
+            caller, "temperature", self.temperature, "the sampler's", above=0,
+            fix="pass the sampler's temperature; greedy decoding has no log-probs to correct",
+        )
+        check_number(
+            caller, "softcap", self.softcap, "the model's", above=0, optional=True,
+            fix="pass final_logit_softcapping of the model's config",
+        )
         floating = isinstance(self.head_dtype, torch.dtype) and self.head_dtype.is_floating_point
         if not floating:
             raise input_error(
@@ -102,7 +103,7 @@ class Counted:
         target: int "n".
         support: what each may be, or None.
         part: which hidden states are here; None: all.
-        start: the first row of the hidden states, where all that follow one another are meant.
+        start: the first row, where these tokens' hidden states lie in consecutive rows, or None.
     """
 
     hidden: Tensor
@@ -227,7 +228,12 @@ def prepare(
     if not isinstance(facts, InputError):
         try:
             head.check(caller)
-            _check_counts(caller, chunk_size=chunk_size, vocabulary_size=vocabulary_size)
+            counts = {"chunk_size": chunk_size, "vocabulary_size": vocabulary_size}
+            for name, count in counts.items():
+                check_number(
+                    caller, name, count, "how many", above=0, whole=True, optional=True,
+                    fix=f"leave {name} out, or pass {name}=4096",
+                )
             check_flag(caller, "sequence_parallel", sequence_parallel)
             check_flag(caller, "compile_kernels", compile_kernels)
             mask = None if layout is None else as_layout(caller, layout, "layout").mask
@@ -278,16 +284,6 @@ def autocast_to(hidden: Tensor, weight: Tensor) -> torch.dtype | None:
     return narrow if wider and hidden.dtype == narrow else None
 
 
-def _check_counts(caller: str, **counts: int | None) -> None:
-    for name, value in counts.items():
-        count = isinstance(value, int) and not isinstance(value, bool) and value > 0
-        if value is not None and not count:
-            raise input_error(
-                caller, name, expected="an int > 0, or None", got=repr(value),
-                fix=f"leave {name} out, or pass {name}=4096",
-            )
-
-
 def _check_tokens(
     caller: str, head: Head, hidden: Tensor, target: Tensor, mask: Tensor | None, cut: int
 ) -> None:
@@ -328,11 +324,7 @@ def _as_shard(
     caller: str, weight: Any, bias: Any, group: Group
 ) -> tuple[Tensor, Tensor | None, Group]:
     """A rank's rows as plain tensors, and the group that holds the others, if any does."""
-    if group is not None and not isinstance(group, dist.ProcessGroup):
-        raise input_error(
-            caller, "vocabulary_group", expected="a process group that this rank is in, or None",
-            got=repr(group), fix="pass mesh['tp'].get_group()",
-        )
+    check_member(caller, "vocabulary_group", group)
     if hasattr(weight, "placements"):
         mesh, placements = weight.device_mesh, weight.placements
         if mesh.ndim != 1 or not placements[0].is_shard(0):

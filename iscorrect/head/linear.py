@@ -83,7 +83,8 @@ def linear_log_probs(
     autocast rounds them when the hidden states come in its dtype. Products of float32 follow
     ``torch.backends.cuda.matmul.allow_tf32``, which takes from them what a float32 head is for.
 
-    Nothing waits for the device, but that a layout on a GPU is asked once how many tokens count.
+    Nothing waits for the device, but that a layout on a GPU is asked once how many tokens count,
+    and a support two or three times how many ids it keeps.
     Under ``torch.compile`` a whole head is one node of the graph.
 
     With the head's rows on several ranks (tensor parallelism), each makes the same call on the same

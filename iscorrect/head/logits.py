@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from iscorrect.errors import check_flag, check_mask, describe, input_error
+from iscorrect.errors import check_flag, check_mask, check_number, describe, input_error
 from iscorrect.gradients import differentiates_once
 from iscorrect.head.support import Support, check_ids, check_support, check_target
 from iscorrect.layout import masked
@@ -253,8 +253,7 @@ def _check(
     check_target("log_probs_from_logits", target, logits.shape[:-1], of="logits")
     if support is not None:
         check_support("log_probs_from_logits", support, target)
-    if not (isinstance(temperature, (int, float)) and temperature > 0):
-        raise input_error(
-            "log_probs_from_logits", "temperature", expected="a number > 0", got=repr(temperature),
-            fix="pass the sampler's temperature; greedy decoding has no log-probs to correct",
-        )
+    check_number(
+        "log_probs_from_logits", "temperature", temperature, "the sampler's", above=0,
+        fix="pass the sampler's temperature; greedy decoding has no log-probs to correct",
+    )

@@ -263,6 +263,8 @@ class _Derivative:
         leaf = log_probs.detach().requires_grad_()
         with torch.enable_grad():
             loss = self._loss(part, leaf)
+        if not loss.requires_grad:  # a part of the user's has none
+            return torch.zeros_like(leaf)
         (gradient,) = torch.autograd.grad(loss, leaf, rearrange(self.scale[part], "n -> 1 n"))
         return first_over(gradient, self.group)
 

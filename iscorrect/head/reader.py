@@ -329,7 +329,7 @@ class Reader:
     def differentiate_all(
         self, tokens: Counted, reading: Reading, coefficient: Tensor, into: Gradients, step: int
     ) -> None:
-        """The same for any number of tokens, whose logits are computed again."""
+        """As :meth:`differentiate`, for any number of tokens; their logits are computed again."""
         busy = self._busy(coefficient)
         if busy is not None:
             tokens, reading, coefficient = tokens[busy], reading[busy], coefficient[busy]

@@ -145,7 +145,7 @@ class Slopes(NamedTuple):
 
 @dataclass(eq=False)
 class Sums:
-    """Of some blocks of rows.
+    """What some blocks of the head's rows add to a chunk's log-probs.
 
     Attributes:
         largest: "c", logit but for the target's.

@@ -170,14 +170,12 @@ class GradientSketch:
     """
 
     def __init__(self, *, seed: int = 0, size: int = SIZE, group: Group = None) -> None:
-        check_number("GradientSketch", "size", size, "how many numbers a sketch has", least=1)
-        for name, value in (("size", size), ("seed", seed)):
-            if not isinstance(value, int):
-                raise input_error(
-                    "GradientSketch", name, expected="a whole number", got=repr(value),
-                    fix=f"pass {name} as an int",
-                )
-        self.seed, self.size, self.group = seed, size, group
+        check_number(
+            "GradientSketch", "size", size, "how many numbers a sketch has", least=1, whole=True,
+            fix="leave size out, or pass size=8191",
+        )
+        check_number("GradientSketch", "seed", seed, "of the signs", whole=True, fix="pass seed=0")
+        self.seed, self.size, self.group = int(seed), int(size), group
 
     @torch.no_grad()
     def __call__(self, gradients: Iterable[Tensor | None]) -> Tensor:
@@ -218,7 +216,9 @@ class GradientSketch:
             generator = torch.Generator(gradient.device)
             generator.manual_seed(draws)
             if total is None:
-                total = torch.zeros(self.size, device=gradient.device)
+                total = torch.zeros(
+                    self.size, device=gradient.device, dtype=torch.float32
+                )
             own = torch.zeros_like(total)
             # whole rows of the sketch, so that a place does not depend on where parts begin
             step = max(PART // self.size, 1) * self.size

@@ -11,8 +11,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from iscorrect.errors import check_choice, check_per_token, describe, input_error, is_number
-from iscorrect.layout import Layout, as_layout, masked
+from iscorrect.errors import (
+    check_choice,
+    check_number,
+    check_per_token,
+    describe,
+    input_error,
+    is_number,
+)
+from iscorrect.layout import Layout, as_layout, masked, wide
 from iscorrect.loss.evidence import Scope
 from iscorrect.ranks import Group, accumulator, check_member, sum_over
 
@@ -61,7 +68,7 @@ class Aggregation:
 
     def total(self, per_token: Tensor, layout: Layout) -> Tensor:
         """Σ c x, "", in float32 or wider; ``per_token`` "b t" is 0 outside the mask."""
-        per_token = per_token.to(torch.promote_types(per_token.dtype, torch.float32))
+        per_token = wide(per_token)
         coefficients = self.coefficients(layout, per_token.dtype)
         if isinstance(coefficients, Tensor):
             return (per_token * coefficients).sum()
@@ -272,12 +279,10 @@ def named_aggregation(caller: str, how: object, horizon: int | None) -> Aggregat
 
 def check_horizon(caller: str, horizon: object) -> None:
     """Raise unless a horizon is a number of tokens."""
-    if not isinstance(horizon, int) or isinstance(horizon, bool) or horizon <= 0:
-        raise input_error(
-            caller, "horizon", expected="the generation budget in tokens, an int > 0",
-            got=repr(horizon), fix="pass horizon=max_new_tokens; the padded width is no property"
-            " of the data",
-        )
+    check_number(
+        caller, "horizon", horizon, "the generation budget in tokens", above=0, whole=True,
+        fix="pass horizon=max_new_tokens; the padded width is no property of the data",
+    )
 
 
 def check_normalizer(caller: str, normalizer: object, how: object) -> None:

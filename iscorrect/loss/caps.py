@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from iscorrect.errors import check_mask, check_number, check_per_token
-from iscorrect.layout import masked
+from iscorrect.layout import masked, wide
 from iscorrect.loss.evidence import Evidence
 from iscorrect.ranks import Group, check_member, max_over, sum_over
 
@@ -92,7 +92,7 @@ def ess_cap(ratio: Tensor, units: Tensor, target: float, *, group: Group = None)
     check_mask("ess_cap", units, "units")
     check_per_token("ess_cap", units, called="units", gradient=("ratio",), ratio=ratio)
     check_member("ess_cap", "group", group)
-    ratio = masked(ratio, units)
+    ratio = masked(wide(ratio), units)
     n = sum_over(torch.count_nonzero(units), group).clamp(min=1)
     tiny = torch.finfo(ratio.dtype).tiny
     nothing = ratio.new_zeros(1)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from iscorrect.errors import check_floating, input_error
+from iscorrect.layout import wide
 from iscorrect.loss.ratios import saturated
 
 
@@ -63,14 +64,15 @@ def k3(log_ratio: Tensor) -> Tensor:
         log_ratio: "...", nats; held at the log-ratio at which ratios saturate, 30.5 in float32.
 
     Returns:
-        "...", nats, ≥ 0 and finite. Accurate where it matters: `exp(d) − 1 − d` in float32 loses
-        every digit at |d| ≈ 1e-4 and turns negative; `expm1(d) − d` keeps three.
+        "...", nats, ≥ 0 and finite, in float32 or wider. Accurate where it matters:
+        `exp(d) − 1 − d` in float32 loses every digit at |d| ≈ 1e-4 and turns negative;
+        `expm1(d) − d` keeps three.
 
     >>> k3(torch.tensor([-1.0, 0.5]))
     tensor([0.3679, 0.1487])
     """
     check_floating("k3", log_ratio=log_ratio)
-    log_ratio = saturated(log_ratio)
+    log_ratio = saturated(wide(log_ratio))
     return k3_given(log_ratio, expm1(log_ratio))
 
 

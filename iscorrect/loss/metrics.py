@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from iscorrect.errors import check_mask, check_per_token, input_error
-from iscorrect.layout import Layout, masked
+from iscorrect.layout import Layout, masked, wide
 from iscorrect.loss.divergences import expm1, k3_given
 from iscorrect.loss.evidence import Evidence
-from iscorrect.loss.ratios import Level, saturation, units as units_of
+from iscorrect.loss.ratios import Level, saturated, units as units_of
 from iscorrect.ranks import Group, accumulator, check_member, max_over, objects_over, sum_over
 
 Totals = Mapping[str, Tensor]
@@ -43,7 +43,8 @@ class Metrics(Mapping[str, Tensor]):
         is/bounded                        share of units whose ratio the bound changed; absent
                                           where there is none
         is/rejected                       share of tokens with weight 0
-        is/nonfinite                      share of tokens whose log-ratio is NaN or infinite
+        is/nonfinite                      share of tokens with a log-prob that is none: NaN, ±inf,
+                                          10⁴ nats and more
         policy/kl_k1, kl_k3               the same of KL(π_old‖π), where old_log_probs are given
         policy/clipped                    share of tokens that the objective clips
 
@@ -258,7 +259,7 @@ def correction_metrics(
     """What a correction saw and did.
 
     Args:
-        evidence: token level, before any bound.
+        evidence: at the correction's level, before any bound.
         log_ratio: "b t", nats, at the correction's level, before normalisation and bound.
         bounded: bool "b t", where the bound changed the ratio; None where there is no bound.
         weights: "b t", after bound and rejection.
@@ -268,9 +269,8 @@ def correction_metrics(
         `mismatch/…`, a property of the data, `is/…`, of the correction, and both by `age/…`.
     """
     d, layout, units = evidence.log_ratio, evidence.layout, evidence.units
-    limit = saturation(d.dtype)
     # d is 0 where it does not count, and so is every divergence of it.
-    excess = expm1(d.clamp(max=limit))
+    excess = expm1(saturated(d))
     lowest, highest = _min(d), _max(d)
     of_sequences = [layout.per_sequence(x) for x in (d, layout.mask, evidence.finite)]
     total, tokens, finite = [x.sum(dtype=x.dtype) for x in of_sequences]
@@ -280,8 +280,8 @@ def correction_metrics(
         "kept_tokens": _count(keep),
         "k1": -total,
         "k2": _sum_of_squares(d) / 2,
-        "k3": _sum(k3_given(d, excess)),
-        "abs": _sum(d.abs()),
+        "k3": k3_given(d, excess).sum(),
+        "abs": d.abs().sum(),
         "chi2": _sum_of_squares(excess),
         **_sums_of_sequences(*layout.whole_sequences(of_sequences)),
     }
@@ -291,22 +291,22 @@ def correction_metrics(
         least, most, unit_weights = lowest, highest, weights
         of_units = {
             "units": tokens, "usable": finite, "kept_units": sums["kept_tokens"],
-            "excess": _sum(excess), "unit_chi2": sums["chi2"],
+            "excess": excess.sum(), "unit_chi2": sums["chi2"],
         }
     else:
         all_units = units_of(layout, evidence.level)
         log_ratio = masked(log_ratio, units)
         least, most = _min(log_ratio), _max(log_ratio)
-        unit_excess = expm1(log_ratio.clamp(max=limit))
+        unit_excess = expm1(saturated(log_ratio))
         unit_weights = masked(_heaviest(weights, layout, evidence.level), all_units)
         of_units = {
             "units": _count(all_units), "usable": _count(units),
             "kept_units": _count(unit_weights.bool()),
-            "excess": _sum(unit_excess), "unit_chi2": _sum_of_squares(unit_excess),
+            "excess": unit_excess.sum(), "unit_chi2": _sum_of_squares(unit_excess),
         }
     sums = {
         **sums, **of_units,
-        "weight": _sum(unit_weights),
+        "weight": unit_weights.sum(),
         "weight_squared": _sum_of_squares(unit_weights),
     }
     if layout.age is not None:
@@ -330,10 +330,10 @@ def correction_metrics(
 
 def _sums_of_sequences(log_ratio: Tensor, tokens: Tensor, finite: Tensor) -> dict[str, Tensor]:
     """Sums over sequences of log-ratio, counted tokens and finite tokens; "s" each."""
-    wide = accumulator(tokens.device)
-    exist = (tokens > 0).to(wide)
+    dtype = accumulator(tokens.device)
+    exist = (tokens > 0).to(dtype)
     whole = exist * (finite == tokens)
-    ratio = whole * log_ratio.to(wide).clamp(max=saturation(wide)).exp()
+    ratio = whole * saturated(log_ratio.to(dtype)).exp()
     sequences, whole_sequences, total = torch.stack([exist, whole, ratio]).sum(1).unbind()
     return {
         "sequences": sequences,
@@ -363,11 +363,10 @@ def policy_metrics(log_ratio: Tensor, layout: Layout, clipped: Tensor | None) ->
     Returns:
         `policy/…`.
     """
-    limit = saturation(log_ratio.dtype)
     sums = {
         "policy_tokens": _count(layout.mask),
-        "policy_k1": -_sum(log_ratio),
-        "policy_k3": _sum(k3_given(log_ratio, expm1(log_ratio.clamp(max=limit)))),
+        "policy_k1": -log_ratio.sum(),
+        "policy_k3": k3_given(log_ratio, expm1(saturated(log_ratio))).sum(),
     }
     if clipped is not None:
         sums["clipped"] = _count(clipped & layout.mask)
@@ -397,7 +396,7 @@ def effective_sample_size(weights: Tensor, mask: Tensor) -> Tensor:
     """
     check_mask("effective_sample_size", mask)
     check_per_token("effective_sample_size", mask, gradient=("weights",), weights=weights)
-    weights = masked(weights, mask).to(torch.promote_types(weights.dtype, torch.float32))
+    weights = wide(masked(weights, mask))
     largest = _max(weights).to(weights.dtype)
     weights = weights / torch.where(largest > 0, largest, 1)
     squares = torch.count_nonzero(mask) * weights.square().sum()
@@ -406,10 +405,6 @@ def effective_sample_size(weights: Tensor, mask: Tensor) -> Tensor:
 
 def _count(which: Tensor) -> Tensor:
     return which.to(torch.int32).sum(dtype=torch.int32)  # half the time of count_nonzero
-
-
-def _sum(x: Tensor) -> Tensor:
-    return x.sum()
 
 
 DOT = 2**13

@@ -15,7 +15,7 @@ from iscorrect.errors import (
     check_per_token,
     input_error,
 )
-from iscorrect.layout import Layout, as_layout, masked
+from iscorrect.layout import Layout, as_layout, masked, wide
 
 Level = Literal["token", "sequence", "geometric", "prefix", "segment"]
 
@@ -55,8 +55,7 @@ def log_ratio(
 
 def difference(a: Tensor, b: Tensor) -> Tensor:
     """Difference a − b in float32 or wider: 16-bit inputs are upcast before the subtraction."""
-    wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-    return a.to(wide) - b.to(wide)
+    return wide(a) - wide(b)
 
 
 def is_log_prob(x: Tensor) -> Tensor:
@@ -160,13 +159,13 @@ def ratio(log_ratio: Tensor) -> Tensor:
         log_ratio: "b t", nats.
 
     Returns:
-        "b t", ≥ 0 and finite.
+        "b t", ≥ 0 and finite, in float32 or wider.
 
     >>> ratio(torch.tensor([0.0, -torch.inf]))
     tensor([1., 0.])
     """
     check_floating("ratio", log_ratio=log_ratio)
-    return saturated(log_ratio).exp()
+    return saturated(wide(log_ratio)).exp()
 
 
 def check_level(caller: str, level: object) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from iscorrect.errors import check_choice, check_number
+from iscorrect.layout import Layout
 from iscorrect.loss.divergences import PAIRS, Estimator, binary_kl, estimator, probability_gap
 from iscorrect.loss.evidence import Evidence, Scope, level_scope
 from iscorrect.loss.ratios import Level, at_level, check_band, check_level, ratio as ratio_of
@@ -21,6 +22,19 @@ from iscorrect.ranks import accumulator, gather_over
 
 Rule = Callable[[Evidence], Tensor]
 Over = Literal["token", "mean", "sum", "max"]
+
+
+def reduced(x: Tensor, layout: Layout, over: Over) -> Tensor:
+    """Values "b t" as what they come to over their sequence, on each of its tokens.
+
+    >>> reduced(torch.tensor([[1.0, 3.0]]), Layout(torch.ones(1, 2, dtype=torch.bool)), "mean")
+    tensor([[2., 2.]])
+    """
+    if over == "mean":
+        return layout.sequence_mean(x)
+    if over == "sum":
+        return layout.sequence_total(x)
+    return layout.sequence_max(x) if over == "max" else x
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,13 +121,7 @@ class DivergenceAbove:
         return "token" if self.over == "token" else "sequence"
 
     def __call__(self, evidence: Evidence) -> Tensor:
-        value = self._divergence(evidence)
-        if self.over == "mean":
-            value = evidence.layout.sequence_mean(value)
-        elif self.over == "sum":
-            value = evidence.layout.sequence_total(value)
-        elif self.over == "max":
-            value = evidence.layout.sequence_max(value)
+        value = reduced(self._divergence(evidence), evidence.layout, self.over)
         return value <= self.limit
 
     def _of_pairs(self) -> bool:

@@ -149,7 +149,10 @@ class Changes:
         for change in self.metrics:
             values = change.difference, change.low, change.high
             names = (f"{change.name}/change{end}" for end in ends)
-            found |= dict(zip(names, values, strict=True))
+            found |= {
+                name: x if math.isfinite(x) else math.nan
+                for name, x in zip(names, values, strict=True)
+            }
         return found
 
     def to_json(self) -> dict[str, Any]:
@@ -180,7 +183,7 @@ def page(changes: Changes) -> Page:
     ]
     lines.append(("k3", _sentence(next(x for x in changes.metrics if x.name == K3))))
     notes = [INTERVALS, PAIRED if changes.paired else APART]
-    if any(report.metrics["tail/pareto_k"] > 0.7 for report in both.values()):
+    if any(0.7 < report.metrics["tail/pareto_k"] < math.inf for report in both.values()):
         notes.append(HEAVY)
     findings = [
         (f"{name}: {pattern}", *rest) for name, report in both.items()

@@ -73,7 +73,8 @@ class Effects:
             raw = ratio(at_level(d, layout, level))
             weight = out.weights
             if level not in ("token", "prefix"):
-                weight = layout.sequence_max(weight)
+                of_unit = layout.segment_max if level == "segment" else layout.sequence_max
+                weight = of_unit(weight)
             distance = masked((raw - weight).abs(), ones).sum(dtype=torch.float64)
             self.distance[name] = self.distance.get(name, 0.0) + float(distance)
             self.units[name] = self.units.get(name, 0) + int(torch.count_nonzero(ones))

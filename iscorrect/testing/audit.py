@@ -11,7 +11,7 @@ import torch
 from einops import einsum, rearrange, repeat
 from torch import Tensor
 
-from iscorrect.errors import InputError, check_choice, describe, input_error, is_part
+from iscorrect.errors import InputError, check_choice, check_number, describe, input_error, is_part
 from iscorrect.layout import masked
 from iscorrect.loss.advantages import Baseline, group_advantages
 from iscorrect.loss.correction import Correction
@@ -444,17 +444,14 @@ def _check(
             "audit", "reward", expected=f"float64 {tuple(shape)}",
             got=describe(reward), fix="give every row of policy.sequences a reward",
         )
-    if not _is_whole(batch) or batch < (1 if group is None else 2):
-        raise input_error(
-            "audit", "batch", expected="a whole number, at least 1, and at least 2 for a group",
-            got=repr(batch), fix="pass batch=2",
-        )
-    if samples is not None and (not _is_whole(samples) or samples < BLOCKS):
-        raise input_error(
-            "audit", "samples", expected=f"None, or a whole number of at least {BLOCKS}",
-            got=repr(samples),
-            fix="pass samples=20_000, or None to enumerate what can be enumerated",
-        )
+    check_number(
+        "audit", "batch", batch, "at least 2 for a group", least=1 if group is None else 2,
+        whole=True, fix="pass batch=2",
+    )
+    check_number(
+        "audit", "samples", samples, "how many are drawn", least=BLOCKS, whole=True, optional=True,
+        fix="pass samples=20_000, or None to enumerate what can be enumerated",
+    )
     if advantages is not None and (
         group is not None or not _is_shaped(advantages, policy.logits.shape)
     ):
@@ -469,10 +466,6 @@ def _check(
 
 def _is_shaped(x: object, shape: torch.Size) -> bool:
     return isinstance(x, Tensor) and x.shape == shape
-
-
-def _is_whole(x: object) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool)
 
 
 def _check_finite(name: str, x: Tensor | None) -> None:

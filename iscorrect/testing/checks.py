@@ -474,10 +474,12 @@ def check_no_gradient_outside_mask(
             log_probs=torch.where(mask, inputs.log_probs, ours),
             old_log_probs=torch.where(mask, inputs.old_log_probs, ours),
             rollout_log_probs=torch.where(mask, inputs.rollout_log_probs, theirs),
+            advantages=torch.where(mask, inputs.advantages, ours),
         )
         _agree(
             "check_no_gradient_outside_mask",
-            f"log_probs={ours} and rollout_log_probs={theirs} outside the mask change the loss",
+            f"log_probs=advantages={ours} and rollout_log_probs={theirs} outside the mask change"
+            " the loss",
             _evaluate(loss_fn, dirty, old=old), _evaluate(loss_fn, inputs, old=old), inputs, old,
             limit(inputs),
         )
