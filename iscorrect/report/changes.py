@@ -34,8 +34,9 @@ HEAVY = (
 )
 
 INTERVALS = (
-    "Intervals are 95 %, from errors clustered by sequence. Each row has its own; of twenty rows"
-    " without a difference, one is expected to show one."
+    "Intervals are 95 %, from errors clustered by sequence, which are too small where prompts have"
+    " several answers. Each row has its own; of twenty rows without a difference, one is expected"
+    " to show one."
 )
 
 PAIRED = (
