@@ -512,3 +512,15 @@ def test_candidates_are_read_in_any_order_with_the_sampled_one_first_or_not(ids)
     tokens = Tokens.of(dump)
     assert np.allclose(tokens.best, first.values[..., 0].flatten())
     assert np.allclose(tokens.lead, (first.values[..., 0] - first.values[..., 1]).flatten())
+
+
+def test_an_id_that_fills_an_unused_place_is_no_second_listing():
+    one = torch.tensor([[-0.1]])
+    dump = LogProbDump(
+        rollout_log_probs=one, old_log_probs=one, mask=one < 0, token_ids=torch.tensor([[0]]),
+        top_k_log_probs=torch.tensor([[[-0.1, -3.0, torch.nan]]]),
+        top_k_ids=torch.tensor([[[0, 5, 0]]]),
+    )
+    tokens = Tokens.of(dump)
+    assert tokens.best.tolist() == pytest.approx([-0.1])
+    assert tokens.lead.tolist() == pytest.approx([2.9])

@@ -305,7 +305,7 @@ def _likeliest(top: Array, ids: Array | None) -> tuple[Array, Array | None]:
     ([-0.5], [0.5])
     """
     if ids is not None:  # and once more where it is among them
-        again = (ids[:, 1:] == ids[:, :1]).any(1)
+        again = ((ids[:, 1:] == ids[:, :1]) & np.isfinite(top[:, 1:])).any(1)
         top = np.column_stack([np.where(again, np.nan, top[:, 0]), top[:, 1:]])
     falling = -np.sort(-top, axis=1)  # NaN last
     if top.shape[1] == 1:

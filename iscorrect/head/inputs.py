@@ -70,8 +70,8 @@ class Head:
                 got=describe(self.weight), fix="pass lm_head.weight",
             )
         vocabulary = len(self.weight)
-        bias = self.bias is None or isinstance(self.bias, Tensor)
-        if not bias or (self.bias is not None and self.bias.shape != (vocabulary,)):
+        fits = isinstance(self.bias, Tensor) and self.bias.shape == (vocabulary,)
+        if self.bias is not None and not fits:
             raise input_error(
                 caller, "bias", expected=f"a tensor of shape ({vocabulary},), or None",
                 got=describe(self.bias), fix="pass lm_head.bias, or None where there is none",
