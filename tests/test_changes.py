@@ -41,6 +41,56 @@ def test_dumps_of_one_stack_differ_no_more_often_than_the_interval_says():
     assert sum(found) <= 9  # of 60 at 5 %: more with probability 0.001
 
 
+def by_prompt(seed, *, groups=16, answers=16, length=64):
+    """Prompts whose mismatch is of a size of their own, and several answers to each."""
+    rng = np.random.default_rng(seed)
+    scale = (0.03 * np.exp(0.5 * rng.standard_normal(groups))).repeat(answers)[:, None]
+    shape = groups * answers, length
+    rollout = -rng.exponential(size=shape) - 0.1
+    old = rollout + scale * rng.standard_normal(shape)
+    return LogProbDump(
+        rollout_log_probs=torch.from_numpy(rollout), old_log_probs=torch.from_numpy(old),
+        mask=torch.ones(shape, dtype=torch.bool),
+        group=torch.arange(groups).repeat_interleave(answers),
+    )
+
+
+def test_answers_to_one_prompt_are_no_evidence_twice():
+    pairs = [(by_prompt(seed), by_prompt(1000 + seed)) for seed in range(20)]
+    told, without = (
+        [
+            x.verdict != "no difference beyond chance"
+            for a, b in pairs for x in compared(replace(a, **more), replace(b, **more)).metrics
+            if x.name == "mismatch/kl_k3"
+        ]
+        for more in ({}, {"group": None})
+    )
+    assert sum(told) <= 4  # of 20 at 5 %: more with probability 0.003
+    assert sum(without) > 8
+
+
+def test_a_group_in_several_pieces_is_one():
+    dump = by_prompt(0, groups=8, answers=4)
+    whole = summarise([dump], corrections=["uncorrected"])
+    even = torch.arange(32) % 2 == 0
+    parts = summarise([dump.rows(even), dump.rows(~even)], corrections=["uncorrected"])
+    named = replace(dump, names={"group": tuple("abcdefgh")})
+    texts = summarise([named.rows(even), named.rows(~even)], corrections=["uncorrected"])
+    for other in (parts, texts):
+        assert other.errors["mismatch/kl_k3"] == pytest.approx(whole.errors["mismatch/kl_k3"])
+    d = (dump.old_log_probs - dump.rollout_log_probs).view(8, -1)
+    k3 = (torch.expm1(d) - d).mean(1)
+    assert whole.errors["mismatch/kl_k3"] == pytest.approx(float(k3.std() / 8**0.5))
+
+
+def test_of_one_group_no_error_is_known():
+    report = summarise([by_prompt(0, groups=1)], corrections=["uncorrected"])
+    assert report.errors["mismatch/kl_k3"] == math.inf
+    changes = Changes.of(report, report)
+    assert {x.verdict for x in changes.metrics} == {"not known"}
+    assert "inf" not in page(changes).to_markdown({}).split("Findings")[0]
+
+
 def test_errors_that_ignored_the_sequences_would_not_cover():
     """What the clustering is for: tokens of a sequence share their noise."""
     found = []

@@ -1,7 +1,7 @@
 """Each cause is made by an exact sampler on a small Markov policy, in NumPy, and must be named."""
 
 import ast
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +13,11 @@ from iscorrect.cli.rollouts import MODELS, PRECISIONS, shipped_rollouts
 from iscorrect.diagnose import NOISE, Cause, Tokens, advise, causes as known, diagnose, findings
 from iscorrect.diagnose.fields import HEAD
 from iscorrect.diagnose.noise import HEAVY_TAIL, IDENTICAL, SCALES, UNEXPLAINED
+from iscorrect.diagnose.scale import once_each
 from iscorrect.diagnose.shared import shared_error
 from iscorrect.diagnose.units import OF_SEQUENCE, WITHIN
 from iscorrect.diagnose.weights import OTHER_WEIGHTS, PLATEAU, WITH_AGE
-from iscorrect.dumps import LogProbDump
+from iscorrect.dumps import LogProbDump, concatenate
 
 VOCABULARY, SEQUENCES, LENGTH = 64, 64, 128
 
@@ -104,14 +105,17 @@ def cut(dump, lengths):
 
 
 
-def of_contexts(engine, seed=0, noise=0.04):
+def of_contexts(engine, seed=0, noise=0.04, certain=0.0):
     """Tokens of contexts that are more or less certain, and never come twice.
 
-    ``engine`` makes its logits "b t v" of the trainer's, given random numbers.
+    ``engine`` makes its logits "b t v" of the trainer's, given random numbers; ``certain`` is the
+    share of contexts, of all or of each sequence "b 1", that leave no choice.
     """
     rng = np.random.default_rng(seed)
     shape = SEQUENCES, LENGTH, VOCABULARY
     logits = rng.normal(size=shape) * rng.uniform(0.5, 5, (*shape[:2], 1))
+    if np.any(certain):
+        logits[..., 0] += 25 * (rng.random(shape[:2]) < certain)
     told = log_softmax(engine(logits, rng))
     token = np.argmax(told + rng.gumbel(size=shape), -1)[..., None]
     trainer = log_softmax(logits + noise * rng.normal(size=shape))
@@ -649,6 +653,99 @@ class TestEstimates:
         # Δ log-odds of a token: its own noise, less that of the others, weighted by probability
         out = roll_out(noise=0.05)
         assert 0.6 * 0.05 < Tokens.of(full(out)).logit_noise() < 1.3 * 0.05
+
+
+class TestCertainty:
+    """A policy that is sure of most tokens, whose bits differ by next to nothing there."""
+
+    @pytest.mark.parametrize("ends", [(0.65, 0.35), (0.35, 0.65)])
+    def test_entropy_that_moves_over_the_run_is_no_growth_and_no_step_apart(self, ends):
+        step = np.arange(SEQUENCES) // 8
+        certain = np.interp(step, (0, 7), ends)[:, None]
+        dump = of_contexts(identity, certain=certain)
+        assert patterns(replace(dump, step=torch.from_numpy(step))) == [NOISE]
+
+    def test_a_mismatch_that_grows_is_told_however_entropy_moves(self):
+        step = np.arange(SEQUENCES) // 8
+        noise = 0.03 * 1.4 ** step[:, None, None]
+        dump = of_contexts(
+            lambda x, rng: x + noise * rng.normal(size=x.shape), noise=0,
+            certain=np.interp(step, (0, 7), (0.35, 0.65))[:, None],
+        )
+        dump = replace(dump, step=torch.from_numpy(step))
+        assert causes(dump)[0] == "weights never synchronised"
+        age = replace(dump, step=torch.full((SEQUENCES,), 9), policy_version=9 - dump.step)
+        assert patterns(age)[0] == WITH_AGE
+
+    def test_old_weights_that_meet_certain_tokens_only_are_no_older_for_it(self):
+        step = np.arange(SEQUENCES) // 8
+        dump = of_contexts(identity, certain=np.interp(step, (0, 7), (0.9, 0.3))[:, None])
+        now = torch.full((SEQUENCES,), 9)
+        dump = replace(dump, step=now, policy_version=9 - torch.from_numpy(step))
+        assert patterns(dump) == [NOISE]
+
+    @pytest.mark.parametrize("lag", [1, -1, 2])
+    def test_shifted_log_probs(self, lag):
+        dump = of_contexts(identity, certain=0.8)
+        shifted = replace(dump, entropy=None, rollout_log_probs=dump.rollout_log_probs.roll(lag, 1))
+        assert causes(shifted) == ["log-probs shifted against each other"]
+
+    @pytest.mark.parametrize("ids", [True, False])
+    @pytest.mark.parametrize("seed", range(8))
+    def test_prompts_whose_answers_begin_alike_have_no_cache(self, seed, ids):
+        dump = of_contexts(identity, seed, certain=0.6)
+        fields = dict(dump.given())
+        for name in ("rollout_log_probs", "old_log_probs", "token_ids", "entropy"):
+            x = fields[name].view(8, 8, LENGTH).clone()
+            x[..., :12] = x[:, :1, :12]
+            fields[name] = x.view(SEQUENCES, LENGTH)
+        if not ids:
+            del fields["token_ids"]
+        group = torch.arange(SEQUENCES) // 8
+        assert "mismatch depends on the prompt" not in patterns(LogProbDump(**fields, group=group))
+
+
+class TestUnknownEntropy:
+    """An entropy that is not finite is unknown, and the others are not."""
+
+    @pytest.mark.parametrize("lost", [float("nan"), float("inf")])
+    @pytest.mark.parametrize("change", [
+        full,
+        lambda out: replace(full(out), entropy=full(out).entropy / np.log(2)),
+        lambda out: replace(full(out), varentropy=full(out).varentropy * 3),
+        lambda out: replace(full(out), entropy=full(out).entropy.roll(1, 1)),
+    ])
+    @pytest.mark.parametrize("sampler", [identity, tempered(0.9)])
+    def test_one_such_token_changes_no_finding(self, sampler, change, lost):
+        dump = change(roll_out(sampler=sampler, report=identity))
+        entropy = dump.entropy.clone()
+        entropy[3, 5] = lost
+        assert causes(replace(dump, entropy=entropy)) == causes(dump)
+
+    def test_what_is_nowhere_known_is_as_if_it_were_not_there(self):
+        dump = dump_of(roll_out(sampler=tempered(0.9)), "entropy", "varentropy")
+        lost = replace(dump, entropy=torch.full_like(dump.entropy, float("nan")))
+        without = replace(dump, entropy=None, varentropy=None)
+        assert causes(lost) == causes(without)
+
+
+def test_copies_of_a_batch_are_one_batch():
+    """Ranks of a tensor-parallel group that all write what they hold."""
+    for seed in range(6):
+        dump = full(roll_out(seed, sampler=tempered(0.98), report=identity, sequences=32))
+        copies = concatenate([dump] * 8)
+        assert patterns(dump) == [NOISE]
+        assert patterns(copies) == [NOISE]
+
+
+def test_equal_answers_that_are_no_copies_all_count():
+    dump = full(roll_out(sequences=8, length=256))
+    rows = torch.tensor([0, 0, 0, 1, 1, 2, 3, 4, 5, 6, 7])
+    tokens = Tokens.of(dump.rows(rows))
+    assert once_each(tokens) == (tokens, 1)
+    twice, times = once_each(Tokens.of(dump.rows(rows.repeat(2))))
+    assert times == 2
+    assert np.array_equal(twice.rollout, tokens.rollout)
 
 
 def test_answers_that_are_copies_say_nothing_of_the_prompt():

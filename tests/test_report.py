@@ -277,12 +277,37 @@ class TestEveryDump:
         assert "nan" not in text
 
     def test_a_field_that_only_some_files_have_is_named(self):
-        dump = some_dump()
-        report = summarise([dump, replace(dump, step=None)])
+        report = summarise([some_dump(), replace(some_dump(seed=1), step=None)])
         assert report.notes == ["Not in every part of the dump, and so not used for causes: step."]
         assert report.notes[0] in to_html(report, {})
         assert report.notes[0] in to_markdown(report)
         assert report.notes[0] in map(str, blocks(report))
+
+    def test_an_entropy_that_is_not_finite_is_counted(self):
+        dump = some_dump()
+        entropy = torch.ones_like(dump.old_log_probs)
+        entropy[3, :5] = float("nan")
+        report = summarise([replace(dump, entropy=entropy)])
+        assert report.notes == [
+            "The entropy of 5 counted tokens is not finite; what needs it leaves them out."
+        ]
+
+    def test_copies_of_a_batch_are_named_and_count_once(self):
+        dump = replace(some_dump(), step=None)
+        once, copied = summarise([dump]), summarise([dump] * 4)
+        assert copied.notes == [
+            "Each sequence is there 4 times, to the bit, as where all ranks that hold it write it."
+            " Causes rest on one of each."
+        ]
+        for name, error in once.errors.items():
+            assert copied.errors[name] == pytest.approx(error)
+        assert copied.findings == once.findings
+
+    def test_an_update_is_of_one_step_where_steps_are_known(self):
+        dump = some_dump(sequences=80, noise=0.02)
+        (advice, *_) = summarise([dump]).advice
+        assert "in a batch of 10" in advice.because
+        assert "in a batch of 80" in summarise([replace(dump, step=None)]).advice[0].because
 
     def test_a_sequence_longer_than_the_sample_is_a_sample_of_its_own(self):
         one = -torch.rand(1, SAMPLE + 1) - 0.1

@@ -41,6 +41,15 @@ def test_a_jump_ends_with_1_and_says_where(tmp_path, capsys):
     assert "mismatch/kl_k3 is" in "".join(alarms)
 
 
+def test_a_side_that_is_copied_from_the_other_is_said_once(tmp_path, capsys):
+    fill(tmp_path, [0.0] * 12)
+    assert main(["watch", str(tmp_path), "--idle", "0"]) == 0
+    assert capsys.readouterr() == ("steps: 12, alarms: 0\n", (
+        "step 0 has the same log-probs on both sides: where one is copied from the other nothing is"
+        " measured, and no alarm can come\n"
+    ))
+
+
 def test_files_of_all_ranks_make_one_step_in_whatever_order(tmp_path, capsys):
     fill(tmp_path / "a", [0.02] * 20)
     fill(tmp_path / "b", [0.02] * 20)
@@ -222,7 +231,7 @@ def test_a_file_that_grows_after_it_was_read_is_said_once(tmp_path, capsys, monk
 @pytest.mark.parametrize(("changed", "name"), [
     ({"old_log_probs": torch.full((8, 40), -torch.inf)}, "mismatch/ is not measured"),
     ({"mask": torch.zeros(8, 40, dtype=torch.bool)}, "mismatch/ is not measured"),
-    ({"old_log_probs": torch.tensor([-torch.inf] + [-3.0] * 39).expand(8, 40)},
+    ({"old_log_probs": torch.tensor([-torch.inf] + [-3.01] * 39).expand(8, 40)},
      "mismatch/ess/sequence is not measured"),
 ])
 def test_a_step_in_which_nothing_was_measured_is_said_once_and_is_no_value(

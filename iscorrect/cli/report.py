@@ -37,7 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--null", metavar="DUMP",
                         help="the same policy scored twice: what is no larger is noise")
     parser.add_argument("--samples", type=positive, metavar="N",
-                        help="sequences in one update (default: all of the dump's)")
+                        help="sequences in one update (default: those of a step, or all where no"
+                             " steps are known)")
     parser.add_argument("--length", type=positive, metavar="T",
                         help="tokens in a sequence (default: the dump's mean)")
     parser.add_argument("--fail-if", action="append", default=[], metavar="CONDITION",

@@ -19,17 +19,17 @@ UNLIKELY = math.log(0.5)
 def misaligned(tokens: Tokens) -> Finding | None:
     """Values that match those of another position."""
     def distance(lag: int) -> float:
-        if lag == 0:
-            return float(np.median(np.abs(tokens.d)))
-        ahead, behind = slice(abs(lag), None), slice(None, -abs(lag))
-        same = tokens.row[ahead] == tokens.row[behind]
+        ahead, behind = slice(abs(lag), None), slice(None, len(tokens) - abs(lag))
         a, b = (behind, ahead) if lag > 0 else (ahead, behind)
-        pairs = np.abs(tokens.old[a] - tokens.rollout[b])[same]
+        old, rollout = tokens.old[a], tokens.rollout[b]
+        # two certain tokens match wherever they stand
+        telling = (tokens.row[a] == tokens.row[b]) & (np.minimum(old, rollout) < math.log(0.9))
+        pairs = np.abs(old - rollout)[telling]
         return float(np.median(pairs)) if len(pairs) >= 50 else math.inf
 
     here = distance(0)
     lag = min((-2, -1, 1, 2), key=distance)
-    if here < 0.1 or distance(lag) > 0.25 * here:
+    if not 0.1 <= here < math.inf or distance(lag) > 0.25 * here:
         return None
     return Finding(
         "log-probs match at another position",
@@ -170,7 +170,8 @@ def unsampled(tokens: Tokens) -> tuple[Finding | None, Tokens]:
     """Runs of text that neither policy would have written, scored alike by both."""
     if tokens.gap is None or len(tokens) < 8:
         return None, tokens
-    both = tokens.gap + np.minimum(tokens.d, 0)  # surprisal of the less surprised side
+    gap = np.where(np.isfinite(tokens.gap), tokens.gap, 0.0)  # an unknown entropy is no surprise
+    both = gap + np.minimum(tokens.d, 0)  # surprisal of the less surprised side
     spread = 1.4826 * float(np.median(np.abs(both - np.median(both)))) / math.sqrt(8)
     limit = max(2.0, 8 * spread)
     # Real text has single tokens of great surprise; here at least half of a run must have some.

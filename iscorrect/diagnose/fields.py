@@ -59,25 +59,29 @@ def candidates(tokens: Tokens) -> tuple[Finding | None, Tokens]:
 
 def entropy(tokens: Tokens) -> tuple[Finding | None, Tokens]:
     """E[−log π] = H where the entropy is of the same logits, and H ≥ −log of the likeliest."""
-    if tokens.gap is None:
+    known = tokens.with_entropy()
+    if known.gap is None:
         return None, tokens
-    surprisal = -tokens.old
-    h = surprisal - tokens.gap
-    if len(h) >= 64 and float(np.ptp(h)) < 1e-6:
-        return Finding(
-            "entropy that contradicts the log-probs",
-            f"it is {h[0]:.3g} on all {len(h)} tokens, whose surprisal is {surprisal.mean():.3g} on"
-            f" average with a spread of {surprisal.std():.2g}",
-            (causes.ENTROPY_OTHER,), float(surprisal.mean() - h[0]),
-        ), _without(tokens, "gap", "varentropy")
-    return _of_a_neighbour(tokens, surprisal, h) or _of_other_logits(tokens, surprisal, h) or (
-        None, tokens
+    surprisal = -known.old
+    h = surprisal - known.gap
+    found = _constant(surprisal, h) or _of_a_neighbour(known, surprisal, h) or _of_other_logits(
+        known, surprisal, h
+    )
+    return found, _without(tokens, "gap", "varentropy") if found else tokens
+
+
+def _constant(surprisal: Array, h: Array) -> Finding | None:
+    if len(h) < 64 or float(np.ptp(h)) >= 1e-6:
+        return None
+    return Finding(
+        "entropy that contradicts the log-probs",
+        f"it is {h[0]:.3g} on all {len(h)} tokens, whose surprisal is {surprisal.mean():.3g} on"
+        f" average with a spread of {surprisal.std():.2g}",
+        (causes.ENTROPY_OTHER,), float(surprisal.mean() - h[0]),
     )
 
 
-def _of_a_neighbour(
-    tokens: Tokens, surprisal: Array, h: Array
-) -> tuple[Finding, Tokens] | None:
+def _of_a_neighbour(tokens: Tokens, surprisal: Array, h: Array) -> Finding | None:
     inner = np.flatnonzero(tokens.row[2:] == tokens.row[:-2]) + 1
     if len(inner) < 256 or float(h.std()) < 0.1:
         return None
@@ -92,13 +96,11 @@ def _of_a_neighbour(
             "entropy that contradicts the log-probs",
             f"surprisal follows the entropy of the token {where} ({other}) and not its own ({own})",
             (causes.ENTROPY_SHIFTED, causes.ENTROPY_OTHER), other.value, other.error,
-        ), _without(tokens, "gap", "varentropy")
+        )
     return None
 
 
-def _of_other_logits(
-    tokens: Tokens, surprisal: Array, h: Array
-) -> tuple[Finding, Tokens] | None:
+def _of_other_logits(tokens: Tokens, surprisal: Array, h: Array) -> Finding | None:
     negative = int((h < -1e-3).sum())
     below = 0
     if tokens.best is not None:  # of the engine, so that noise of its size is allowed
@@ -111,7 +113,7 @@ def _of_other_logits(
             f"entropy is below 0 on {negative} tokens and below the surprisal of the likeliest"
             f" candidate, which it cannot be, on {below} of {len(tokens)}",
             (causes.ENTROPY_OTHER, causes.ENTROPY_SHIFTED), (negative + below) / len(tokens),
-        ), _without(tokens, "gap", "varentropy")
+        )
     # Bits have the same shape as nats at every entropy, which no sampler's temperature has.
     if not doubtless(tokens.mean(surprisal - h), tokens):
         return None
@@ -123,21 +125,24 @@ def _of_other_logits(
             f"surprisal is {float(surprisal.mean() / h.mean()):.3g} times the entropy at low and at"
             " high entropies, as log 2 = 0.693 is of bits",
             (causes.ENTROPY_OTHER, causes.HIDDEN_SAMPLER), float(surprisal.mean() / h.mean()),
-        ), _without(tokens, "gap", "varentropy")
+        )
     return None
 
 
 def varentropy(tokens: Tokens) -> tuple[Finding | None, Tokens]:
     """E[(−log π − H)²] is the varentropy of a policy that the tokens come from."""
-    if tokens.gap is None or tokens.varentropy is None:
+    if tokens.varentropy is None:
         return None, tokens
-    negative = int((tokens.varentropy < -1e-2).sum())
-    held = tokens.mean(np.square(tokens.gap))
-    said = float(tokens.varentropy.mean())
+    known = tokens.where(np.isfinite(tokens.varentropy)).with_entropy()
+    if known.gap is None or known.varentropy is None:
+        return None, tokens
+    negative = int((known.varentropy < -1e-2).sum())
+    held = known.mean(np.square(known.gap))
+    said = float(known.varentropy.mean())
     # A sampler that is hotter or colder changes the spread as well, and is no fault of a column.
-    same = not doubtless(tokens.mean(tokens.gap), tokens)
+    same = not doubtless(known.mean(known.gap), known)
     wrong = same and abs(held.value - said) > max(8 * held.error, 0.5 * held.value)
-    if negative <= max(3, 1e-2 * len(tokens)) and not wrong:
+    if negative <= max(3, 1e-2 * len(known)) and not wrong:
         return None, tokens
     return Finding(
         "varentropy that contradicts entropy and log-probs",

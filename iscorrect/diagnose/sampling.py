@@ -18,6 +18,7 @@ BEGINNING = 32  # tokens of an answer, within which text lies that the request p
 
 def temperature(tokens: Tokens) -> Finding | None:
     """Whether log ρ follows log π + H, as log π^(1/τ) − log π = (1/τ − 1)(log π + H) + … does."""
+    tokens = tokens.with_entropy()
     excess = -tokens.gap if tokens.gap is not None else tokens.old - tokens.old.mean()
     (slope,), explained = tokens.regress(tokens.d, excess)
     if not doubtless(slope, tokens) or abs(slope.value) < 0.01 or explained < 0.2:
@@ -122,6 +123,7 @@ def penalty(tokens: Tokens) -> Finding | None:
 
 def hidden_sampler(tokens: Tokens) -> list[Finding]:
     """Whether the tokens come from the distribution that both sides report."""
+    tokens = tokens.with_entropy()
     if tokens.gap is None:
         return []
     gap = tokens.mean(tokens.gap)

@@ -165,10 +165,10 @@ def _labels(tokens: Tokens) -> Iterator[tuple[str, Array]]:
     if tokens.version is not None:
         yield "version", _numbered(tokens.version)
     if tokens.ids is not None and tokens.group is not None:
-        yield "context", _contexts(tokens.ids, tokens.position, tokens.group[tokens.row])
+        yield "context", contexts(tokens.ids, tokens.position, tokens.group[tokens.row])
 
 
-def _contexts(ids: Array, position: Array, group: Array) -> Array:
+def contexts(ids: Array, position: Array, group: Array) -> Array:
     """The same number for the same tokens up to here after the same prompt, "n"; by a hash."""
     factor = np.uint64(0x9E3779B97F4A7C15)  # odd, so that its powers never vanish
     powers = np.cumprod(np.full(position.max() + 1, factor))

@@ -10,8 +10,8 @@ import numpy as np
 from iscorrect.diagnose import causes
 from iscorrect.diagnose.findings import Cause, Finding
 from iscorrect.diagnose.noise import heavy_tail
-from iscorrect.diagnose.scale import doubtless, levels, of_token, relative
-from iscorrect.diagnose.weights import row_medians
+from iscorrect.diagnose.scale import doubtless, levels, of_token
+from iscorrect.diagnose.shared import contexts
 from iscorrect.dumps import Estimate, Tokens
 from iscorrect.dumps.names import Array
 
@@ -42,28 +42,37 @@ def prompt_dependent(tokens: Tokens) -> Finding | None:
     if group is None:
         return None
     early = tokens.where(tokens.position < 16)  # where the prompt matters most
-    rows, level = row_medians(relative(early.d, early.old), early.row)
-    groups, members = np.unique(group[rows], return_inverse=True)
-    if len(groups) < 8 or len(rows) < 2 * len(groups) or not (level > 0).all():
+    seen, x = levels(early.where(_once(early, group)))
+    rows, answer, of_answer = np.unique(seen.row, return_inverse=True, return_counts=True)
+    groups, member, answers = np.unique(group[rows], return_inverse=True, return_counts=True)
+    n = np.bincount(member, weights=of_answer, minlength=len(groups))
+    some = (answers >= 2) & (n >= FEW)
+    if some.sum() < 8:
         return None
-    log_level = np.log(level)
-    n = np.bincount(members)
-    center = np.bincount(members, weights=log_level) / n
-    within = float(np.square(log_level - center[members]).sum() / (len(rows) - len(groups)))
-    between = float((n * np.square(center - log_level.mean())).sum() / (len(groups) - 1))
+    groups, n = groups[some], n[some]
+    kept = some[member]
+    member = (np.cumsum(some) - 1)[member]
+    level = np.bincount(answer, weights=x) / of_answer
+    center = np.bincount(member[kept], weights=(of_answer * level)[kept]) / n
+    off = of_answer * np.square(level - center[member])
+    spread = np.square(x - level[answer])[kept[answer]]
+    within = max(
+        float(off[kept].sum()) / (int(kept.sum()) - len(groups)),
+        float(spread.sum()) / (len(spread) - int(kept.sum())),
+    )
+    usual = float(n @ center) / float(n.sum())
+    between = float(n @ np.square(center - usual)) / (len(groups) - 1)
     ordered = np.sort(center)
     jump = float(np.diff(ordered).max())
     cut = int(np.diff(ordered).argmax()) + 1
     affected = 1 - cut / len(groups)
-    if within <= 0:  # answers that are copies of each other say nothing of the prompt
-        return None
     if between < 8 * within or jump < math.log(1.3) or not 0.05 < affected < 0.95:
         return None
     if ordered[cut:].mean() - ordered[:cut].mean() < TWICE:
         return None
     # Routing that flips on a prompt's token marks that prompt's answers too.
-    affected_rows = rows[center[members] >= ordered[cut]]
-    if heavy_tail(tokens.where(~np.isin(tokens.row, affected_rows))):
+    affected_groups = groups[center >= ordered[cut]]
+    if heavy_tail(tokens.where(~np.isin(group[tokens.row], affected_groups))):
         return None
     return Finding(
         "mismatch depends on the prompt",
@@ -73,6 +82,17 @@ def prompt_dependent(tokens: Tokens) -> Finding | None:
         f" {tokens.label('group', int(groups[int(center.argmax())]))}",
         OF_SEQUENCE["group"], between / within,
     )
+
+
+def _once(tokens: Tokens, group: Array) -> Array:
+    """Whether no other answer to the prompt has the token after the same tokens; bool "n".
+
+    Answers that begin alike share their noise; the first of them stands for all.
+    """
+    what = tokens.rollout.view(np.int64) if tokens.ids is None else tokens.ids
+    once = np.zeros(len(tokens), dtype=bool)
+    once[np.unique(contexts(what, tokens.position, group[tokens.row]), return_index=True)[1]] = True
+    return once
 
 
 def some_sequences(tokens: Tokens) -> Finding | None:

@@ -21,18 +21,19 @@ FADING = 0.09
 
 def growing(tokens: Tokens) -> Finding | None:
     """A mismatch that rises with the steps: to the end, or to a level that it keeps."""
-    steps, levels = _by_step(tokens)
+    steps, level, medians = _by_step(tokens)
     if len(steps) < 4:
         return None
-    rising = float((np.diff(levels) > 0).mean())
-    growth = np.polyfit(steps - steps[0], np.log(levels), 1)[0] * (steps[-1] - steps[0])
+    rising = float((np.diff(level) > 0).mean())
+    growth = np.polyfit(steps - steps[0], level, 1)[0] * (steps[-1] - steps[0])
     told = (
-        f"median |Δ log p| grows from {levels[0]:.2g} at step {steps[0]} to {levels[-1]:.2g} at"
-        f" step {steps[-1]}"
+        f"|Δ log p| of tokens of one confidence grows {math.exp(level[-1] - level[0]):.2g} times"
+        f" from step {steps[0]} to step {steps[-1]}, its median from {medians[0]:.2g} to"
+        f" {medians[-1]:.2g}"
     )
     half = len(steps) // 2
-    late = np.log(levels[half:])
-    early = float(np.median(late) - np.log(levels[0]))
+    late = level[half:]
+    early = float(np.median(late) - level[0])
     drift = abs(float(np.polyfit(np.arange(len(late)), late, 1)[0])) * (len(late) - 1)
     if len(steps) >= 8 and early > math.log(3) and drift < max(0.35, 0.2 * early):
         return Finding(
@@ -40,7 +41,7 @@ def growing(tokens: Tokens) -> Finding | None:
             f"{told}, and has been within {math.exp(float(np.ptp(late))):.2g} times since step"
             f" {steps[half]}",
             (causes.SWALLOWED, causes.NEVER_SYNCHRONISED, causes.STALE_WEIGHTS),
-            float(np.exp(np.median(late)) / levels[0]), correctable=True,
+            math.exp(early), correctable=True,
         )
     if growth < math.log(3) or rising < 0.7:
         return None
@@ -59,29 +60,34 @@ def over_time(tokens: Tokens) -> Finding | None:
     if age is not None and len(age) and age.min() < age.max():
         size = np.minimum(np.abs(tokens.d), 2)
         (slope,), _ = tokens.regress(size, age)
-        if doubtless(slope, tokens) and slope.value * np.ptp(age) > size.mean() / 2:
+        seen, level = levels(tokens)
+        assert seen.age is not None
+        (beyond,), _ = seen.regress(level, seen.age)  # what confidence explains
+        grows = doubtless(slope, tokens) and doubtless(beyond, seen) and beyond.value > 0
+        if grows and slope.value * np.ptp(age) > size.mean() / 2:
             ages, member = np.unique(age, return_inverse=True)
             k3 = np.bincount(member, weights=tokens.k3) / np.bincount(member)
             inside = bool(((age[1:] != age[:-1]) & (tokens.row[1:] == tokens.row[:-1])).any())
             shown = sorted({0, len(ages) // 2, len(ages) - 1})
-            worst = ", ".join(f"{ages[i]:g} steps old {k3[i]:.2g}" for i in shown)
+            told = ", ".join(f"{ages[i]:g} steps old {k3[i]:.2g}" for i in shown)
             return Finding(
                 WITH_AGE,
-                f"|Δ log p| grows by {slope} nats with each step of age; k3 of tokens {worst}"
+                f"|Δ log p| grows by {slope} nats with each step of age; k3 of tokens {told}"
                 + ("; answers hold tokens of several versions" if inside else ""),
                 (causes.STALE_WEIGHTS, *([causes.VERSIONS_INSIDE] if inside else []),
                  causes.ONE_ENGINE),
                 slope.value, slope.error, correctable=True,
             )
-    steps, levels = _by_step(everything)
-    if len(steps) >= 3 and levels.max() > 4 * np.median(levels):
-        worst_step = int(levels.argmax())
+    steps, level, medians = _by_step(everything)
+    if len(steps) >= 3 and (apart := float(level.max() - np.median(level))) > math.log(4):
+        worst = int(level.argmax())
         return Finding(
             "one step apart from the others",
-            f"median |Δ log p| is {levels[worst_step]:.2g} at step {steps[worst_step]} and"
-            f" {np.median(levels):.2g} at a usual one",
+            f"|Δ log p| of tokens of one confidence is {math.exp(apart):.2g} times as large at step"
+            f" {steps[worst]} as at a usual one, its median {medians[worst]:.2g} for"
+            f" {np.median(medians):.2g}",
             (causes.STALE_WEIGHTS, causes.BAD_BATCH, causes.ONE_ENGINE),
-            float(levels[worst_step]), correctable=True,
+            math.exp(apart), correctable=True,
         )
     return None
 
@@ -92,10 +98,11 @@ def other_weights(tokens: Tokens) -> Finding | None:
     if repeats is None or not doubtless(repeats, tokens) or repeats.value < 0.05:
         return None
     stale = repeats.value >= 0.35
-    if stale and tokens.gap is not None:
-        (flatter,), _ = tokens.regress(tokens.d, -tokens.gap)
+    known = tokens.with_entropy()
+    if stale and known.gap is not None:
+        (flatter,), _ = known.regress(known.d, -known.gap)
         # coarse weights blur what the engine says; a training step does not
-        stale = not (doubtless(flatter, tokens) and flatter.value > 0.03)
+        stale = not (doubtless(flatter, known) and flatter.value > 0.03)
     likeliest: tuple[Cause, ...] = (causes.STALE_WEIGHTS, causes.QUANTISED) if stale else \
         (causes.QUANTISED, causes.STALE_WEIGHTS)
     compared = "as much as a training step makes them" if stale else \
@@ -192,12 +199,14 @@ def repeats_with_token(tokens: Tokens) -> Estimate | None:
     return Estimate(float(products.sum()) / scale, error)
 
 
-def _by_step(tokens: Tokens) -> tuple[Array, Array]:
-    """The steps, and the median |Δ log p| of each."""
+def _by_step(tokens: Tokens) -> tuple[Array, Array, Array]:
+    """The steps, the median level of each as a logarithm, and the median |Δ log p|."""
     if tokens.step is None:
-        return np.array([]), np.array([])
-    steps, medians = row_medians(np.abs(tokens.d), tokens.step[tokens.row])
-    return steps, np.maximum(medians, 1e-12)
+        return np.array([]), np.array([]), np.array([])
+    seen, x = levels(tokens)
+    step = tokens.step[seen.row]
+    steps, level = row_medians(x, step)
+    return steps, level, row_medians(np.abs(seen.d), step)[1]
 
 
 def row_medians(x: Array, row: Array) -> tuple[Array, Array]:

@@ -31,7 +31,8 @@ class Estimate(NamedTuple):
         return self.value / self.error if self.error > 0 else 0.0
 
     def __str__(self) -> str:
-        return f"{self.value:+.3g} ± {self.error:.2g}"
+        known = f" ± {self.error:.2g}" if math.isfinite(self.error) else ""
+        return f"{self.value:+.3g}{known}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +45,8 @@ class Tokens:
         row: int "n", the sequence of each token.
         position: int "n", how many tokens of its sequence come before it.
         count: how many sequences the dump has.
-        gap: "n", surprisal less entropy under the trainer, −log π_old − H; None without entropy.
+        gap: "n", surprisal less entropy under the trainer, −log π_old − H; NaN where the entropy is
+            not finite; None without entropy.
         ids: int "n", or None.
         seen: bool "n", the same token came earlier in the row; None without ids.
         lead: "n", how much likelier the engine finds its first candidate than its second, nats;
@@ -98,7 +100,7 @@ class Tokens:
         gap = None
         if dump.entropy is not None:
             gap = -old - to_numpy(dump.entropy)[row, column]
-            gap = gap if np.isfinite(gap).all() else None
+            gap = np.where(np.isfinite(gap), gap, np.nan)
         ids = seen = lead = None
         if dump.token_ids is not None:
             ids = to_numpy(dump.token_ids)[row, column]
@@ -208,6 +210,11 @@ class Tokens:
     def where(self, keep: Array) -> Tokens:
         """Some of the tokens, bool "n"; sequences keep their numbers."""
         return replace(self, **self._indexed(OF_TOKEN, keep))
+
+    def with_entropy(self) -> Tokens:
+        """The tokens whose entropy is known; where that of none is, all of them without it."""
+        known = np.zeros(len(self), dtype=bool) if self.gap is None else np.isfinite(self.gap)
+        return self.where(known) if known.any() else replace(self, gap=None)
 
     def of_sequences(self, keep: Array) -> Tokens:
         """The tokens of some sequences, bool "s", which are numbered anew."""

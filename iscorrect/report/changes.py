@@ -34,9 +34,9 @@ HEAVY = (
 )
 
 INTERVALS = (
-    "Intervals are 95 %, from errors clustered by sequence, which are too small where prompts have"
-    " several answers. Each row has its own; of twenty rows without a difference, one is expected"
-    " to show one."
+    "Intervals are 95 %, from errors clustered by group where the dumps have groups; else by"
+    " sequence, which is too small where prompts have several answers. Each row has its own; of"
+    " twenty rows without a difference, one is expected to show one."
 )
 
 PAIRED = (
@@ -69,7 +69,7 @@ class Change:
 
     @classmethod
     def of(
-        cls, name: str, before: Estimate, after: Estimate, *, sequences: int,
+        cls, name: str, before: Estimate, after: Estimate, *, clusters: int,
         error: float | None = None,
     ) -> Change:
         """From two estimates.
@@ -78,15 +78,15 @@ class Change:
             name: what was measured.
             before: in the first dump.
             after: in the second.
-            sequences: of the smaller dump.
+            clusters: of the dump that has fewer, which are groups or else sequences.
             error: of the difference; None: that of independent estimates.
 
-        >>> Change.of("k3", Estimate(3.0, 0.1), Estimate(2.0, 0.1), sequences=64).verdict
+        >>> Change.of("k3", Estimate(3.0, 0.1), Estimate(2.0, 0.1), clusters=64).verdict
         'smaller'
         """
         difference = after.value - before.value
         error = math.hypot(before.error, after.error) if error is None else error
-        half = student(sequences - 1) * error if sequences > 2 else math.inf
+        half = student(clusters - 1) * error if clusters > 2 else math.inf
         ends = difference - half, difference + half
         return cls(name, before.value, after.value, difference, *ends)
 
@@ -122,12 +122,12 @@ class Changes:
     def of(cls, before: Report, after: Report) -> Changes:
         """Compare two reports."""
         both = before, after
-        sequences = min(len(report.rows.key) for report in both)  # with a token
+        clusters = min(report.rows.clusters for report in both)
         paired = np.array_equal(before.rows.key, after.rows.key)
         metrics = [
             Change.of(
                 name, *(Estimate(report.metrics[name], report.errors[name]) for report in both),
-                sequences=sequences,
+                clusters=clusters,
                 error=_paired_error(before, after, MEASURED.index(name))
                 if paired and name in MEASURED else None,
             )
@@ -137,7 +137,7 @@ class Changes:
         places = [
             Change.of(
                 name, *(Estimate(of[name]["kl_k3"], of[name]["error"]) for of in k3),
-                sequences=min(of[name]["sequences"] for of in k3),
+                clusters=min(of[name]["clusters"] for of in k3),
             )
             for name in k3[0] if name in k3[1] and not name.startswith("group ")
         ]
@@ -168,10 +168,9 @@ class Changes:
 
 
 def _paired_error(before: Report, after: Report, value: int) -> float:
-    """Standard error of the difference of a mean, over sequences that both have; inf for one."""
+    """Standard error of the difference of a mean, over sequences that both have."""
     moved = after.rows.influence(value) - before.rows.influence(value)
-    s = len(moved)
-    return math.sqrt(float(moved @ moved) * s / (s - 1)) if s > 1 else math.inf
+    return max(report.rows.error(moved) for report in (before, after))  # one may know the groups
 
 
 def page(changes: Changes) -> Page:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from iscorrect.diagnose import Advice, Finding, advise, diagnose, shared_error
+from iscorrect.diagnose.scale import once_each
 from iscorrect.dumps import LogProbDump, Tokens
 from iscorrect.errors import input_error
 from iscorrect.loss.pareto import pareto_tail
@@ -42,9 +43,10 @@ class Report:
         metrics: by flat name; `mismatch/…` and `tail/…` of every token, `batch/…` counts.
         corrections: for each, its `is/…` and `is/bias_mass`.
         notes: how the corrections were applied and what was left out, where that is not plain.
-        errors: standard errors of means over tokens, clustered by sequence, by metric.
+        errors: standard errors of means over tokens, by metric; clustered by group, or without
+            groups by sequence.
         places: where the mismatch is; rows of place, share of tokens, k3 and its standard error,
-            share outside [0.5, 2], ESS of token weights, and how many sequences.
+            share outside [0.5, 2], ESS of token weights, and how many sequences and clusters.
         findings: likely causes.
         advice: what to do.
         sample: the tokens of the sequences that findings and figures rest on.
@@ -97,7 +99,7 @@ def summarise(
         source: what the report calls the dump.
         corrections: to compare, as :func:`iscorrect.parse` reads them.
         null: the same policy scored twice.
-        samples: sequences in one update; None: all of the dump's.
+        samples: sequences in one update; None: those of a step, or all where no steps are known.
         length: tokens of a sequence; None: their mean length.
 
     Returns:
@@ -108,7 +110,7 @@ def summarise(
     """
     whole = Effects({"uncorrected": uncorrected()})
     compared = Effects({name: parse(name) for name in corrections})
-    sums, sampled, sequences, lost = Sums(), Sample(), 0, 0
+    sums, sampled, sequences, lost, unknown = Sums(), Sample(), 0, 0, 0
     fields: list[set[str]] = []
     for piece in pieces:
         fields.append(set(piece.given()))
@@ -120,6 +122,7 @@ def summarise(
         sampled.add(tokens)
         sequences += len(piece)
         lost += tokens.lost
+        unknown += 0 if tokens.gap is None else int(np.isnan(tokens.gap).sum())
     if not sums.tokens:
         raise input_error(
             "report", "dump", expected="with counted tokens that both sides have a log-prob for",
@@ -151,11 +154,11 @@ def summarise(
             name: {key: x for key, x in values.items() if key.startswith("is/")}
             for name, values in compared.floats().items()
         },
-        notes=compared.notes() + _missing(fields),
+        notes=compared.notes() + _missing(fields) + _left_out(sample, unknown),
         places=_places(sums) + _worst_groups(sample),
         findings=findings, sample=sample, rows=Rows.join(sums.rows),
         advice=advise(
-            sample, samples=samples or sequences, length=length or round(sums.mean_length()),
+            sample, samples=samples or _of_a_step(sums), length=length or round(sums.mean_length()),
             findings=findings,
         ),
     )
@@ -166,6 +169,26 @@ def _missing(fields: list[set[str]]) -> list[str]:
     if not missing:
         return []
     return [f"Not in every part of the dump, and so not used for causes: {', '.join(missing)}."]
+
+
+def _left_out(sample: Tokens, unknown: int) -> list[str]:
+    notes = []
+    if unknown:
+        notes.append(f"The entropy of {unknown:,} counted tokens is not finite; what needs it"
+                     " leaves them out.")
+    _, times = once_each(sample)
+    if times > 1:
+        notes.append(f"Each sequence is there {times} times, to the bit, as where all ranks that"
+                     " hold it write it. Causes rest on one of each.")
+    return notes
+
+
+def _of_a_step(sums: Sums) -> int:
+    """Sequences with a token in one step; all of them where no steps are known."""
+    steps = sums.places.get("step")
+    if steps is None:
+        return sums.sequences
+    return max(round(sum(map(steps.sequences, steps.sums)) / len(steps.sums)), 1)
 
 
 def _places(sums: Sums) -> list[dict[str, Any]]:
@@ -183,6 +206,7 @@ def _places(sums: Sums) -> list[dict[str, Any]]:
                 "tokens": means.tokens(key) / sums.tokens, "kl_k3": k3[key].value,
                 "error": k3[key].error, "outside": means.mean(key, 1).value,
                 "ess": means.ess(key), "sequences": means.sequences(key),
+                "clusters": means.clusters(key),
             })
     return rows
 
@@ -200,14 +224,14 @@ def _worst_groups(sample: Tokens) -> list[dict[str, Any]]:
     means = Means()
     ratio = np.exp(np.minimum(sample.d, 30))
     values = np.stack([sample.k3, sample.outside, ratio, np.square(ratio)])
-    means.add(sample, values, range(len(groups)), index)
+    means.add(sample, np.arange(sample.count), values, range(len(groups)), index)
     k3 = [means.mean(i) for i in range(len(groups))]
     return [
         {
             "place": f"group {sample.label('group', groups[i])}",
             "tokens": means.tokens(i) / len(sample), "kl_k3": k3[i].value, "error": k3[i].error,
             "outside": means.mean(i, 1).value, "ess": means.ess(i),
-            "sequences": means.sequences(i),
+            "sequences": means.sequences(i), "clusters": means.clusters(i),
         }
         for i in sorted(range(len(groups)), key=lambda i: -k3[i].value)[:WORST_GROUPS]
     ]

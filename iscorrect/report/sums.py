@@ -1,11 +1,14 @@
 """Sums over every token of a dump, and a uniform sample of its sequences, in one pass.
 
-Memory grows by 64 bytes with each sequence, for comparing dumps sequence by sequence; errors
-clustered by sequence need sums of squares over sequences only.
+Errors are clustered: what answers to one prompt share is no evidence twice. Where groups are not
+known, a cluster is a sequence, with its copies to the bit. Memory grows by 72 bytes with each
+sequence, for comparing dumps sequence by sequence and for clusters that several pieces hold; errors
+of places need sums of squares only, and take the part of a cluster in each piece for one.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,22 +37,27 @@ Z = 1.959964  # half of a 95 % interval, in standard errors
 
 
 class Means:
-    """Means over tokens of some values in some places, with errors clustered by sequence."""
+    """Means over tokens of some values in some places, with clustered errors."""
 
     def __init__(self) -> None:
         self.sums: dict[int | str, Array] = {}
 
-    def add(self, tokens: Tokens, values: Array, keys: Sequence[int | str], index: Array) -> None:
+    def add(
+        self, tokens: Tokens, cluster: Array, values: Array, keys: Sequence[int | str], index: Array
+    ) -> None:
         """Take tokens in.
 
         Args:
             tokens: whose sequences they are.
+            cluster: int "s", the number of each sequence's cluster.
             values: "m n".
             keys: the places.
             index: int "n", which place each token has.
         """
         places = len(keys)
-        cell = tokens.row * places + index
+        pairs = np.unique(tokens.row * places + index)
+        sequences = np.bincount(pairs % places, minlength=places).astype(float)
+        cell = cluster[tokens.row] * places + index
         if tokens.count * places > CELLS:
             filled, cell = np.unique(cell, return_inverse=True)
         else:
@@ -60,7 +68,8 @@ class Means:
         for x in values:
             total = np.bincount(cell, weights=x, minlength=len(of_place))
             columns += [total, total * total, total * number]
-        sums = np.stack([np.bincount(of_place, weights=c, minlength=places) for c in columns])
+        of_places = [np.bincount(of_place, weights=c, minlength=places) for c in columns]
+        sums = np.stack([*of_places, sequences])
         for key, of_key in zip(keys, sums.T, strict=True):
             if of_key[0]:
                 self.sums[key] = self.sums.get(key, np.zeros(len(sums))) + of_key
@@ -71,6 +80,10 @@ class Means:
 
     def sequences(self, key: int | str) -> int:
         """How many sequences have a token in a place."""
+        return int(self.sums[key][-1])
+
+    def clusters(self, key: int | str) -> int:
+        """How many clusters have a token in a place."""
         return int(self.sums[key][2])
 
     def ess(self, key: int | str) -> float:
@@ -79,14 +92,14 @@ class Means:
         return first * first / second if second > 0 else math.nan
 
     def mean(self, key: int | str, value: int = 0) -> Estimate:
-        """The mean of a value in a place; the error of a single sequence is infinite."""
-        number, squares, sequences = self.sums[key][:3]
+        """The mean of a value in a place; the error of a single cluster is infinite."""
+        number, squares, clusters = self.sums[key][:3]
         total, of_squares, crossed = self.sums[key][3 + 3 * value : 6 + 3 * value]
         mean = total / number
         spread = max(float(of_squares - 2 * mean * crossed + mean * mean * squares), 0.0)
-        if sequences < 2:
+        if clusters < 2:
             return Estimate(float(mean), math.inf)
-        error = math.sqrt(spread * sequences / (sequences - 1)) / number
+        error = math.sqrt(spread * clusters / (clusters - 1)) / number
         return Estimate(float(mean), float(error))
 
 
@@ -102,27 +115,26 @@ class Rows:
 
     Attributes:
         key: uint64 "s", the same for the same token ids, or without ids for the same log μ.
+        cluster: uint64 "s", the same for answers to one prompt, or without groups for copies.
         length: "s", its tokens.
         totals: "m s", the sums of what is measured.
     """
 
     key: Array
+    cluster: Array
     length: Array
     totals: Array
 
     @classmethod
     def of(cls, tokens: Tokens, values: Array) -> Rows:
         """Of tokens and what was measured on them, "m n"."""
-        if not len(tokens):
-            return cls(np.zeros(0, np.uint64), np.zeros(0), np.zeros((len(values), 0)))
-        starts = np.flatnonzero(np.r_[True, tokens.row[1:] != tokens.row[:-1]])
+        starts = np.flatnonzero(np.r_[True, tokens.row[1:] != tokens.row[:-1]][: len(tokens)])
         what = tokens.rollout if tokens.ids is None else tokens.ids.astype(np.int64)
-        x = what.view(np.uint64) ^ (tokens.position.astype(np.uint64) * MIX)
-        for shift in (29, 32):  # so that sums of nearby numbers do not agree
-            x = (x ^ (x >> np.uint64(shift))) * MIX
         return cls(
-            np.add.reduceat(x, starts), np.diff(np.r_[starts, len(tokens)]).astype(float),
-            np.add.reduceat(values, starts, axis=1),
+            _content(tokens, what), clusters(tokens)[tokens.row[starts]],
+            np.diff(np.r_[starts, len(tokens)]).astype(float),
+            np.add.reduceat(values, starts, axis=1) if len(starts)
+            else np.zeros((len(values), 0)),
         )
 
     @classmethod
@@ -131,9 +143,15 @@ class Rows:
         key = np.concatenate([part.key for part in parts])
         order = np.argsort(key, kind="stable")
         return cls(
-            key[order], np.concatenate([part.length for part in parts])[order],
+            key[order], np.concatenate([part.cluster for part in parts])[order],
+            np.concatenate([part.length for part in parts])[order],
             np.concatenate([part.totals for part in parts], axis=1)[:, order],
         )
+
+    @property
+    def clusters(self) -> int:
+        """How many clusters there are."""
+        return len(np.unique(self.cluster))
 
     def influence(self, value: int) -> Array:
         """How far each sequence moves the mean of a value over tokens, "s"."""
@@ -142,8 +160,45 @@ class Rows:
         moved: Array = (self.totals[value] - mean * self.length) / tokens
         return moved
 
+    def error(self, moved: Array) -> float:
+        """The standard error of a sum of influences "s"; inf where one cluster is all there is."""
+        total = np.bincount(np.unique(self.cluster, return_inverse=True)[1], weights=moved)
+        c = len(total)
+        return math.sqrt(float(total @ total) * c / (c - 1)) if c > 1 else math.inf
+
 
 MIX = np.uint64(0x9E3779B97F4A7C15)
+
+
+def clusters(tokens: Tokens) -> Array:
+    """A number for what is independent of the rest: a group, or a sequence and its copies.
+
+    It is the same in every piece of a dump; uint64 "s".
+    """
+    if tokens.group is None:
+        found = np.zeros(tokens.count, np.uint64)
+        rollout, old = (_content(tokens, x) for x in (tokens.rollout, tokens.old))
+        found[np.unique(tokens.row)] = rollout * MIX + old
+        return found
+    texts = tokens.names.get("group")
+    if texts is None:
+        return tokens.group.astype(np.int64).view(np.uint64)
+    numbers = [
+        int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") for text in texts
+    ]
+    return np.array(numbers, np.uint64)[tokens.group]
+
+
+def _content(tokens: Tokens, x: Array) -> Array:
+    """A number for the values "n", 64 bits each, of every sequence that has any, in their order."""
+    if not len(tokens):
+        return np.zeros(0, np.uint64)
+    starts = np.flatnonzero(np.r_[True, tokens.row[1:] != tokens.row[:-1]])
+    mixed = x.view(np.uint64) ^ (tokens.position.astype(np.uint64) * MIX)
+    for shift in (29, 32):  # so that sums of nearby numbers do not agree
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * MIX
+    summed: Array = np.add.reduceat(mixed, starts)
+    return summed
 
 UPDATE = ("policy/log_prob_diff/mean", "policy/kl_k3")
 """Of the policy being trained against π_old."""
@@ -171,7 +226,8 @@ class Sums:
         """Take the tokens of a piece in."""
         d, k3, outside = tokens.d, tokens.k3, tokens.outside
         values = np.stack([-d, k3, np.abs(d), outside, np.exp(np.minimum(d, 30))])
-        self.whole.add(tokens, values, ["all"], np.zeros(len(tokens), int))
+        cluster = np.unique(clusters(tokens), return_inverse=True)[1]
+        self.whole.add(tokens, cluster, values, ["all"], np.zeros(len(tokens), int))
         self.rows.append(Rows.of(tokens, values))
         p, q = np.exp(tokens.rollout), np.exp(tokens.old)
         self.probabilities += [len(p), *(x.sum() for x in (p, q, p * p, q * q, p * q))]
@@ -184,7 +240,7 @@ class Sums:
             ("rollout probability", p),
         ):
             index = np.searchsorted(EDGES[name][1:], of_token, "right")
-            self._place(name, tokens, values, range(len(EDGES[name])), index)
+            self._place(name, tokens, cluster, values, range(len(EDGES[name])), index)
         step = None if tokens.step is None else tokens.step[tokens.row]
         units = {"step": step, **{name: getattr(tokens, name) for name in UNITS}}
         for name, unit in units.items():
@@ -192,25 +248,26 @@ class Sums:
                 keys, index = np.unique(unit, return_inverse=True)
                 texts = tokens.names.get(name)
                 labels = keys.tolist() if texts is None else [texts[key] for key in keys]
-                self._place(name, tokens, values, labels, index)
+                self._place(name, tokens, cluster, values, labels, index)
         age = tokens.age
         if age is not None and (known := np.isfinite(age)).any():
             keys, index = np.unique(age[known], return_inverse=True)
             ages = [int(key) for key in keys.tolist()]
-            self._place("age", tokens.where(known), values[:, known], ages, index)
+            self._place("age", tokens.where(known), cluster, values[:, known], ages, index)
         if tokens.current is not None and (known := np.isfinite(tokens.current)).any():
             e = (tokens.current - tokens.old)[known]
             values = np.stack([np.abs(e), np.expm1(np.minimum(e, 30)) - e])
-            self.update.add(tokens.where(known), values, ["all"], np.zeros(len(e), int))
+            self.update.add(tokens.where(known), cluster, values, ["all"], np.zeros(len(e), int))
         if tokens.candidate is not None:
             listed = np.isfinite(tokens.candidate)
             values = np.stack([listed, listed & (tokens.candidate == tokens.best)])
-            self.candidates.add(tokens, values, ["all"], np.zeros(len(tokens), int))
+            self.candidates.add(tokens, cluster, values, ["all"], np.zeros(len(tokens), int))
 
     def _place(
-        self, name: str, tokens: Tokens, values: Array, keys: Sequence[int | str], index: Array
+        self, name: str, tokens: Tokens, cluster: Array, values: Array,
+        keys: Sequence[int | str], index: Array,
     ) -> None:
-        self.places.setdefault(name, Means()).add(tokens, values, keys, index)
+        self.places.setdefault(name, Means()).add(tokens, cluster, values, keys, index)
 
     @property
     def tokens(self) -> float:
@@ -219,7 +276,11 @@ class Sums:
 
     def estimates(self) -> dict[str, Estimate]:
         """What is measured on every token, with its error; the slope is per 1,000 tokens."""
-        found = {name: self.whole.mean("all", i) for i, name in enumerate(MEASURED)}
+        rows = Rows.join(self.rows)
+        found = {
+            name: Estimate(self.whole.mean("all", i).value, rows.error(rows.influence(i)))
+            for i, name in enumerate(MEASURED)
+        }
         for means, names in ((self.update, UPDATE), (self.candidates, CANDIDATES)):
             if means.sums:
                 found |= {name: means.mean("all", i) for i, name in enumerate(names)}
