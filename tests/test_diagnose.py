@@ -790,8 +790,19 @@ class TestAdvice:
         assert f"token {shared_error(dump)['token'].share:.2%} (by chance" in first.because
 
     def test_a_small_dump_gets_no_advice(self):
-        (advice,) = advise(full(roll_out(sequences=4)), samples=64, length=128)
-        assert advice.action == "The dump is too small to say anything"
+        small = full(roll_out(sequences=4))
+        far = full(roll_out(sampler=tempered(0.9), sequences=4))
+        assert patterns(far) == [UNEXPLAINED]
+        for dump in (small, far):
+            (advice,) = advise(dump, samples=64, length=128)
+            assert advice.action == "The dump is too small to say anything"
+
+    def test_what_tokens_prove_is_told_of_a_small_dump_too(self):
+        small = full(roll_out(sequences=4))
+        rollout = small.rollout_log_probs.clone()
+        rollout[:, 20:60] = 0.0
+        (advice,) = advise(replace(small, rollout_log_probs=rollout), samples=64, length=128)
+        assert advice.action.startswith("Fix the cause first")
 
     def test_the_samples_that_weights_leave_are_those_of_the_dump(self):
         dump = full(roll_out(engine_shift=0.2))

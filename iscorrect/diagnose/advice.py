@@ -11,7 +11,7 @@ import torch
 from iscorrect.diagnose.diagnosis import diagnose
 from iscorrect.diagnose.fields import HEAD
 from iscorrect.diagnose.findings import Finding
-from iscorrect.diagnose.noise import HEAVY_TAIL, IDENTICAL, NOISE, SCALES
+from iscorrect.diagnose.noise import HEAVY_TAIL, IDENTICAL, NOISE, SCALES, UNEXPLAINED
 from iscorrect.diagnose.scale import few
 from iscorrect.diagnose.shared import shared_error
 from iscorrect.diagnose.weights import OTHER_WEIGHTS, PLATEAU
@@ -92,8 +92,9 @@ def advise(
             "Nothing can be said: the mismatch was not measured",
             f"{unmeasured[0].evidence}; {unmeasured[0].causes[0].control}",
         )]
+    too_few = few(tokens)
     wrong = [f for f in findings if not f.correctable]
-    if wrong:
+    if wrong and not (too_few and wrong[0].pattern == UNEXPLAINED):
         first = wrong[0].causes[0]
         others = " or ".join(cause.name for cause in wrong[0].causes[1:3])
         return [Advice(
@@ -102,7 +103,6 @@ def advise(
             + (f" If that is clean: {others}." if others else "")
             + f" A correction would hide it, and pay for it in variance or bias: {size}",
         )]
-    too_few = few(tokens)
     if too_few:
         return [Advice(
             "The dump is too small to say anything",
