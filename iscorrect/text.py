@@ -38,7 +38,7 @@ class Table:
         return "\n".join(lines)
 
 
-def number(x: float, digits: int = 3) -> str:
+def number(x: float) -> str:
     """A number in few characters; – where there is none.
 
     >>> number(0.0012345), number(0.5), number(123456.0), number(0.0), number(math.nan)
@@ -49,7 +49,7 @@ def number(x: float, digits: int = 3) -> str:
     if x == 0:
         return "0"
     if 1e-2 <= abs(x) < 1e4:
-        return f"{x:.{digits}f}" if abs(x) < 100 else f"{x:.1f}"
+        return f"{x:.3f}" if abs(x) < 100 else f"{x:.1f}"
     return f"{x:.2e}"
 
 

@@ -287,6 +287,6 @@ def _sentence(control: str) -> str:
     return f"{control[0].upper()}{control[1:]}."
 
 
-def _geometric_band(kappa: float, length: int, z: float = 3.0) -> tuple[float, float]:
-    half = z * math.sqrt(2 * kappa / length)
+def _geometric_band(kappa: float, length: int) -> tuple[float, float]:
+    half = 3 * math.sqrt(2 * kappa / length)
     return math.exp(-kappa - half), math.exp(-kappa + half)

@@ -38,7 +38,6 @@ class Effects:
 
     Args:
         corrections: by name. One that looks at a whole batch looks at each piece.
-        seed: of the signs that stand for advantages in a dump without them.
 
     >>> from iscorrect import sequence_tis
     >>> from iscorrect.cli.rollouts import shipped_rollouts
@@ -49,7 +48,6 @@ class Effects:
     """
 
     corrections: Mapping[str, Correction]
-    seed: int = 0
     pieces: int = 0
     metrics: dict[str, Metrics] = field(default_factory=dict)
     distance: dict[str, float] = field(default_factory=dict)
@@ -57,7 +55,7 @@ class Effects:
     signed: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.generator = torch.Generator().manual_seed(self.seed)
+        self.generator = torch.Generator().manual_seed(0)
 
     def add(self, dump: LogProbDump) -> None:
         """Take a piece in."""
