@@ -186,7 +186,7 @@ def _left_out(sample: Tokens, unknown: int) -> list[str]:
 def _of_a_step(sums: Sums) -> int:
     """Sequences with a token in one step; all of them where no steps are known."""
     steps = sums.places.get("step")
-    if steps is None:
+    if steps is None or not steps.sums:
         return sums.sequences
     return max(round(sum(map(steps.sequences, steps.sums)) / len(steps.sums)), 1)
 
