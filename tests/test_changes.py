@@ -51,6 +51,7 @@ def by_prompt(seed, *, groups=16, answers=16, length=64):
     return LogProbDump(
         rollout_log_probs=torch.from_numpy(rollout), old_log_probs=torch.from_numpy(old),
         mask=torch.ones(shape, dtype=torch.bool),
+        log_probs=torch.from_numpy(old + scale * rng.standard_normal(shape)),
         group=torch.arange(groups).repeat_interleave(answers),
     )
 
@@ -76,8 +77,10 @@ def test_a_group_in_several_pieces_is_one():
     parts = summarise([dump.rows(even), dump.rows(~even)], corrections=["uncorrected"])
     named = replace(dump, names={"group": tuple("abcdefgh")})
     texts = summarise([named.rows(even), named.rows(~even)], corrections=["uncorrected"])
-    for other in (parts, texts):
-        assert other.errors["mismatch/kl_k3"] == pytest.approx(whole.errors["mismatch/kl_k3"])
+    digits = replace(dump, names={"group": tuple("01234567")})
+    mixed = summarise([digits.rows(even), dump.rows(~even)], corrections=["uncorrected"])
+    for other in (parts, texts, mixed):
+        assert other.errors == pytest.approx(whole.errors)
     d = (dump.old_log_probs - dump.rollout_log_probs).view(8, -1)
     k3 = (torch.expm1(d) - d).mean(1)
     assert whole.errors["mismatch/kl_k3"] == pytest.approx(float(k3.std() / 8**0.5))

@@ -13,11 +13,11 @@ from iscorrect.cli.rollouts import MODELS, PRECISIONS, shipped_rollouts
 from iscorrect.diagnose import NOISE, Cause, Tokens, advise, causes as known, diagnose, findings
 from iscorrect.diagnose.fields import HEAD
 from iscorrect.diagnose.noise import HEAVY_TAIL, IDENTICAL, SCALES, UNEXPLAINED
-from iscorrect.diagnose.scale import once_each
 from iscorrect.diagnose.shared import shared_error
 from iscorrect.diagnose.units import OF_SEQUENCE, WITHIN
 from iscorrect.diagnose.weights import OTHER_WEIGHTS, PLATEAU, WITH_AGE
-from iscorrect.dumps import LogProbDump, concatenate
+from iscorrect.dumps import LogProbDump
+from iscorrect.report.gather import summarise
 
 VOCABULARY, SEQUENCES, LENGTH = 64, 64, 128
 
@@ -684,6 +684,23 @@ class TestCertainty:
         dump = replace(dump, step=now, policy_version=9 - torch.from_numpy(step))
         assert patterns(dump) == [NOISE]
 
+    @pytest.mark.parametrize("steps", [16, 64])
+    def test_steps_of_few_uncertain_tokens_tell_nothing(self, steps):
+        for seed in range(6):
+            dump = cut(of_contexts(identity, seed, certain=0.95), np.full(SEQUENCES, 16))
+            step = torch.arange(SEQUENCES) * steps // SEQUENCES
+            assert patterns(replace(dump, step=step)) == [NOISE]
+
+    @pytest.mark.parametrize("shape", [(2, 40), (4, 40), (8, 16)])
+    @pytest.mark.parametrize("lag", [1, -1, 2])
+    def test_shifted_log_probs_of_a_few_answers(self, shape, lag):
+        rows, length = shape
+        for seed in range(6):
+            fields = of_contexts(identity, seed, certain=0.4).given()
+            some = {name: x[:rows, :length] for name, x in fields.items() if name != "entropy"}
+            some["rollout_log_probs"] = some["rollout_log_probs"].roll(lag, 1)
+            assert causes(LogProbDump(**some)) == ["log-probs shifted against each other"]
+
     @pytest.mark.parametrize("lag", [1, -1, 2])
     def test_shifted_log_probs(self, lag):
         dump = of_contexts(identity, certain=0.8)
@@ -722,6 +739,13 @@ class TestUnknownEntropy:
         entropy[3, 5] = lost
         assert causes(replace(dump, entropy=entropy)) == causes(dump)
 
+    @pytest.mark.parametrize("known", [1, 4, 10, 32, 64])
+    def test_what_few_sequences_have_hides_no_temperature(self, known):
+        dump = full(roll_out(sampler=tempered(0.9)))
+        entropy = dump.entropy.clone()
+        entropy[known:] = float("nan")
+        assert causes(replace(dump, entropy=entropy))[0].startswith("temperature")
+
     def test_what_is_nowhere_known_is_as_if_it_were_not_there(self):
         dump = dump_of(roll_out(sampler=tempered(0.9)), "entropy", "varentropy")
         lost = replace(dump, entropy=torch.full_like(dump.entropy, float("nan")))
@@ -733,19 +757,8 @@ def test_copies_of_a_batch_are_one_batch():
     """Ranks of a tensor-parallel group that all write what they hold."""
     for seed in range(6):
         dump = full(roll_out(seed, sampler=tempered(0.98), report=identity, sequences=32))
-        copies = concatenate([dump] * 8)
         assert patterns(dump) == [NOISE]
-        assert patterns(copies) == [NOISE]
-
-
-def test_equal_answers_that_are_no_copies_all_count():
-    dump = full(roll_out(sequences=8, length=256))
-    rows = torch.tensor([0, 0, 0, 1, 1, 2, 3, 4, 5, 6, 7])
-    tokens = Tokens.of(dump.rows(rows))
-    assert once_each(tokens) == (tokens, 1)
-    twice, times = once_each(Tokens.of(dump.rows(rows.repeat(2))))
-    assert times == 2
-    assert np.array_equal(twice.rollout, tokens.rollout)
+        assert summarise([dump] * 8).findings == summarise([dump]).findings
 
 
 def test_answers_that_are_copies_say_nothing_of_the_prompt():

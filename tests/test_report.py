@@ -235,7 +235,7 @@ class TestSample:
         def pieces():
             for step in range(40):
                 ones = torch.ones(64, 1024, dtype=torch.bool)
-                rollout = torch.full((64, 1024), -1.0 - step / 40)
+                rollout = (-1.0 - step / 40 - torch.arange(64)[:, None] / 1e4).expand(64, 1024)
                 yield LogProbDump(
                     rollout_log_probs=rollout, old_log_probs=rollout - 1e-3, mask=ones,
                     step=torch.full((64,), step),
@@ -297,11 +297,24 @@ class TestEveryDump:
         once, copied = summarise([dump]), summarise([dump] * 4)
         assert copied.notes == [
             "Each sequence is there 4 times, to the bit, as where all ranks that hold it write it."
-            " Causes rest on one of each."
+            " Causes and advice rest on one of each."
         ]
+        assert (copied.findings, copied.advice) == (once.findings, once.advice)
+        assert broken(["finding"], summarise([dump.rows(torch.arange(6))] * 4))
         for name, error in once.errors.items():
             assert copied.errors[name] == pytest.approx(error)
-        assert copied.findings == once.findings
+
+    def test_rollouts_of_two_steps_are_no_copies(self):
+        dump = some_dump()
+        later = replace(dump, step=dump.step + 9, old_log_probs=dump.old_log_probs - 0.1)
+        report = summarise([dump, later])
+        assert report.notes == []
+        assert len(report.sample) == 2 * int(dump.mask.sum())
+
+    def test_a_constant_side_makes_no_copies(self):
+        dump = some_dump()
+        same = replace(dump, rollout_log_probs=torch.zeros_like(dump.rollout_log_probs))
+        assert summarise([same]).notes == []
 
     def test_an_update_is_of_one_step_where_steps_are_known(self):
         dump = some_dump(sequences=80, noise=0.02)

@@ -45,8 +45,8 @@ def test_a_side_that_is_copied_from_the_other_is_said_once(tmp_path, capsys):
     fill(tmp_path, [0.0] * 12)
     assert main(["watch", str(tmp_path), "--idle", "0"]) == 0
     assert capsys.readouterr() == ("steps: 12, alarms: 0\n", (
-        "step 0 has the same log-probs on both sides: where one is copied from the other nothing is"
-        " measured, and no alarm can come\n"
+        "step 0 has the same log-probs on both sides: unless they agree to the bit, one is a copy"
+        " of the other, and nothing is measured\n"
     ))
 
 

@@ -163,8 +163,8 @@ class _Run:
                 break
         if floats.get("mismatch/log_prob_diff/max") == 0 and "same" not in self._told:
             self._told.add("same")
-            tell(f"step {step} has the same log-probs on both sides: where one is copied from the"
-                 " other nothing is measured, and no alarm can come")
+            tell(f"step {step} has the same log-probs on both sides: unless they agree to the bit,"
+                 " one is a copy of the other, and nothing is measured")
         return floats
 
 

@@ -23,9 +23,9 @@ def misaligned(tokens: Tokens) -> Finding | None:
         a, b = (behind, ahead) if lag > 0 else (ahead, behind)
         old, rollout = tokens.old[a], tokens.rollout[b]
         # two certain tokens match wherever they stand
-        telling = (tokens.row[a] == tokens.row[b]) & (np.minimum(old, rollout) < math.log(0.9))
-        pairs = np.abs(old - rollout)[telling]
-        return float(np.median(pairs)) if len(pairs) >= 50 else math.inf
+        same = tokens.row[a] == tokens.row[b]
+        pairs = np.abs(old - rollout)[same & (np.minimum(old, rollout) < math.log(0.9))]
+        return float(np.median(pairs)) if same.sum() >= 50 and len(pairs) >= 16 else math.inf
 
     here = distance(0)
     lag = min((-2, -1, 1, 2), key=distance)

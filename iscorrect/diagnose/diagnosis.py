@@ -33,7 +33,7 @@ from iscorrect.diagnose.fields import (
 from iscorrect.diagnose.findings import Cause, Finding
 from iscorrect.diagnose.noise import beyond_bound, heavy_tail, noise, unearned
 from iscorrect.diagnose.sampling import hidden_sampler, penalty, temperature, truncation
-from iscorrect.diagnose.scale import few, once_each
+from iscorrect.diagnose.scale import few
 from iscorrect.diagnose.units import by_position, prompt_dependent, some_places, some_sequences
 from iscorrect.diagnose.weights import fading, growing, other_weights, over_time
 from iscorrect.dumps import LogProbDump, Tokens
@@ -100,7 +100,6 @@ def diagnose(
             fix="dump the tokens that enter the loss, with their mask",
         )
     floor = None if null is None else _floor(as_tokens(null, "diagnose", "null"))
-    tokens, _ = once_each(tokens)
     return [_missing_only(finding, tokens) for finding in _findings(tokens, floor)]
 
 

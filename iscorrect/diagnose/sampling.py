@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -18,7 +19,8 @@ BEGINNING = 32  # tokens of an answer, within which text lies that the request p
 
 def temperature(tokens: Tokens) -> Finding | None:
     """Whether log ρ follows log π + H, as log π^(1/τ) − log π = (1/τ − 1)(log π + H) + … does."""
-    tokens = tokens.with_entropy()
+    known = tokens.with_entropy()
+    tokens = known if 2 * len(known) >= len(tokens) else replace(tokens, gap=None)
     excess = -tokens.gap if tokens.gap is not None else tokens.old - tokens.old.mean()
     (slope,), explained = tokens.regress(tokens.d, excess)
     if not doubtless(slope, tokens) or abs(slope.value) < 0.01 or explained < 0.2:

@@ -67,26 +67,6 @@ def of_token(tokens: Tokens, name: str) -> Array | None:
     return x[tokens.row] if x is not None and name in OF_SEQUENCE else x
 
 
-def once_each(tokens: Tokens) -> tuple[Tokens, int]:
-    """The tokens without copies of sequences, and how many times each was there.
-
-    Ranks that hold the same sequences write all of them. Answers that happen to be equal are
-    no copies: of these some are there more often than others.
-    """
-    if not len(tokens):
-        return tokens, 1
-    rows = np.unique(tokens.row)
-    number = distinct(tokens)[rows]
-    count = np.bincount(number)
-    times = int(np.gcd.reduce(count[count > 0]))
-    order = np.argsort(number, kind="stable")
-    before = np.empty(len(rows), dtype=np.int64)
-    before[order] = np.arange(len(rows)) - (np.cumsum(count) - count)[number[order]]
-    keep = np.zeros(tokens.count, dtype=bool)
-    keep[rows] = before < count[number] // times
-    return (tokens, 1) if times == 1 else (tokens.where(keep[tokens.row]), times)
-
-
 def distinct(tokens: Tokens) -> Array:
     """The same number for sequences with the same log-probs; int "s"."""
     key = np.bincount(tokens.row, weights=tokens.rollout * (1 + tokens.position),

@@ -15,6 +15,7 @@ from iscorrect.dumps.names import Array
 OTHER_WEIGHTS = "log ρ repeats with the token"
 WITH_AGE = "mismatch grows with the age of the weights"
 PLATEAU = "mismatch grows over the first steps and stays"
+OF_A_STEP = 32  # tokens that are not certain
 FADING = 0.09
 """Of |Δ|, in units of itself, per logarithm of the position."""
 
@@ -200,10 +201,13 @@ def repeats_with_token(tokens: Tokens) -> Estimate | None:
 
 
 def _by_step(tokens: Tokens) -> tuple[Array, Array, Array]:
-    """The steps, the median level of each as a logarithm, and the median |Δ log p|."""
+    """The steps that have enough tokens to tell, the median level of each, and of |Δ log p|."""
     if tokens.step is None:
         return np.array([]), np.array([]), np.array([])
     seen, x = levels(tokens)
+    _, member, count = np.unique(tokens.step[seen.row], return_inverse=True, return_counts=True)
+    enough = count[member] >= OF_A_STEP
+    seen, x = seen.where(enough), x[enough]
     step = tokens.step[seen.row]
     steps, level = row_medians(x, step)
     return steps, level, row_medians(np.abs(seen.d), step)[1]

@@ -14,14 +14,13 @@ import numpy as np
 import torch
 
 from iscorrect.diagnose import Advice, Finding, advise, diagnose, shared_error
-from iscorrect.diagnose.scale import once_each
 from iscorrect.dumps import LogProbDump, Tokens
 from iscorrect.errors import input_error
 from iscorrect.loss.pareto import pareto_tail
 from iscorrect.loss.presets import uncorrected
 from iscorrect.loss.specs import parse
 from iscorrect.report.effects import Effects
-from iscorrect.report.sums import EDGES, Means, Rows, Sample, Sums
+from iscorrect.report.sums import EDGES, Means, Rows, Sample, Sums, copies
 from iscorrect.text import finite
 
 CORRECTIONS = (
@@ -128,7 +127,8 @@ def summarise(
             "report", "dump", expected="with counted tokens that both sides have a log-prob for",
             got=f"none in {source}", fix="dump the tokens that enter the loss, with their mask",
         )
-    sample = sampled.joined()
+    rows = Rows.join(sums.rows)
+    sample = sampled.joined() if rows.times == 1 else _one_of_each(sampled.joined())
     estimates = sums.estimates()
     d = torch.from_numpy(sample.d)[None]
     metrics = {n: x for n, x in whole.floats()["uncorrected"].items() if not n.startswith("is/")}
@@ -154,12 +154,12 @@ def summarise(
             name: {key: x for key, x in values.items() if key.startswith("is/")}
             for name, values in compared.floats().items()
         },
-        notes=compared.notes() + _missing(fields) + _left_out(sample, unknown),
+        notes=compared.notes() + _missing(fields) + _left_out(rows.times, unknown),
         places=_places(sums) + _worst_groups(sample),
-        findings=findings, sample=sample, rows=Rows.join(sums.rows),
+        findings=findings, sample=sample, rows=rows,
         advice=advise(
-            sample, samples=samples or _of_a_step(sums), length=length or round(sums.mean_length()),
-            findings=findings,
+            sample, samples=samples or max(round(_of_a_step(sums) / rows.times), 1),
+            length=length or round(sums.mean_length()), findings=findings,
         ),
     )
 
@@ -171,24 +171,30 @@ def _missing(fields: list[set[str]]) -> list[str]:
     return [f"Not in every part of the dump, and so not used for causes: {', '.join(missing)}."]
 
 
-def _left_out(sample: Tokens, unknown: int) -> list[str]:
+def _one_of_each(tokens: Tokens) -> Tokens:
+    """The tokens without copies of sequences."""
+    keep = np.zeros(tokens.count, dtype=bool)
+    keep[np.unique(tokens.row)[np.unique(copies(tokens), return_index=True)[1]]] = True
+    return tokens.of_sequences(keep)
+
+
+def _left_out(times: int, unknown: int) -> list[str]:
     notes = []
     if unknown:
         notes.append(f"The entropy of {unknown:,} counted tokens is not finite; what needs it"
                      " leaves them out.")
-    _, times = once_each(sample)
     if times > 1:
         notes.append(f"Each sequence is there {times} times, to the bit, as where all ranks that"
-                     " hold it write it. Causes rest on one of each.")
+                     " hold it write it. Causes and advice rest on one of each.")
     return notes
 
 
-def _of_a_step(sums: Sums) -> int:
+def _of_a_step(sums: Sums) -> float:
     """Sequences with a token in one step; all of them where no steps are known."""
     steps = sums.places.get("step")
     if steps is None or not steps.sums:
         return sums.sequences
-    return max(round(sum(map(steps.sequences, steps.sums)) / len(steps.sums)), 1)
+    return sum(map(steps.sequences, steps.sums)) / len(steps.sums)
 
 
 def _places(sums: Sums) -> list[dict[str, Any]]:

@@ -152,7 +152,10 @@ LEGEND = (
     " it gives."
 )
 
-ERRORS = "± is one standard error, clustered by group where the dump has groups, else by sequence."
+ERRORS = (
+    "± is one standard error, clustered by group where the dump has groups, else by sequence; that"
+    " of a group by sequence."
+)
 
 
 def blocks(report: Report, width: int = 100) -> list[str | Table]:

@@ -2,8 +2,9 @@
 
 Errors are clustered: what answers to one prompt share is no evidence twice. Where groups are not
 known, a cluster is a sequence, with its copies to the bit. Memory grows by 72 bytes with each
-sequence, for comparing dumps sequence by sequence and for clusters that several pieces hold; errors
-of places need sums of squares only, and take the part of a cluster in each piece for one.
+sequence, and by 56 for its update and its candidates, for comparing dumps sequence by sequence and
+for clusters that several pieces hold; errors of places need sums of squares only, and take the part
+of a cluster in each piece for one.
 """
 
 from __future__ import annotations
@@ -115,12 +116,14 @@ class Rows:
 
     Attributes:
         key: uint64 "s", the same for the same token ids, or without ids for the same log μ.
+        copy: uint64 "s", the same for all that is the same to the bit, in one step.
         cluster: uint64 "s", the same for answers to one prompt, or without groups for copies.
         length: "s", its tokens.
         totals: "m s", the sums of what is measured.
     """
 
     key: Array
+    copy: Array
     cluster: Array
     length: Array
     totals: Array
@@ -128,30 +131,39 @@ class Rows:
     @classmethod
     def of(cls, tokens: Tokens, values: Array) -> Rows:
         """Of tokens and what was measured on them, "m n"."""
-        starts = np.flatnonzero(np.r_[True, tokens.row[1:] != tokens.row[:-1]][: len(tokens)])
-        what = tokens.rollout if tokens.ids is None else tokens.ids.astype(np.int64)
+        starts = _starts(tokens)
+        rows = tokens.row[starts]
+        copy = copies(tokens)
         return cls(
-            _content(tokens, what), clusters(tokens)[tokens.row[starts]],
+            _content(tokens, tokens.rollout if tokens.ids is None else tokens.ids),
+            copy, copy if tokens.group is None else _of_groups(tokens)[rows],
             np.diff(np.r_[starts, len(tokens)]).astype(float),
-            np.add.reduceat(values, starts, axis=1) if len(starts)
-            else np.zeros((len(values), 0)),
+            np.add.reduceat(values, starts, axis=1) if len(starts) else values[:, :0],
         )
 
     @classmethod
     def join(cls, parts: Sequence[Rows]) -> Rows:
         """Those of several pieces, sorted by key."""
-        key = np.concatenate([part.key for part in parts])
-        order = np.argsort(key, kind="stable")
-        return cls(
-            key[order], np.concatenate([part.cluster for part in parts])[order],
-            np.concatenate([part.length for part in parts])[order],
-            np.concatenate([part.totals for part in parts], axis=1)[:, order],
-        )
+        order = np.argsort(np.concatenate([part.key for part in parts]), kind="stable")
+        return cls(*(
+            np.concatenate([getattr(part, name) for part in parts], axis=-1)[..., order]
+            for name in ("key", "copy", "cluster", "length", "totals")
+        ))
 
     @property
     def clusters(self) -> int:
         """How many clusters there are."""
         return len(np.unique(self.cluster))
+
+    @property
+    def times(self) -> int:
+        """How often each sequence is there; 1 where some are there more often than others."""
+        return int(np.gcd.reduce(np.unique(self.copy, return_counts=True)[1]))
+
+    def mean(self, value: int) -> Estimate:
+        """The mean of a value over tokens."""
+        mean = float(self.totals[value].sum() / self.length.sum())
+        return Estimate(mean, self.error(self.influence(value)))
 
     def influence(self, value: int) -> Array:
         """How far each sequence moves the mean of a value over tokens, "s"."""
@@ -170,35 +182,42 @@ class Rows:
 MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
-def clusters(tokens: Tokens) -> Array:
-    """A number for what is independent of the rest: a group, or a sequence and its copies.
+def copies(tokens: Tokens) -> Array:
+    """A number for each sequence that has tokens: the same for copies to the bit in one step."""
+    copy = _content(tokens, tokens.rollout) * MIX + _content(tokens, tokens.old)
+    if tokens.ids is not None:
+        copy = copy * MIX + _content(tokens, tokens.ids)
+    if tokens.step is not None:
+        copy = copy * MIX + tokens.step[tokens.row[_starts(tokens)]].astype(np.uint64)
+    return copy
 
-    It is the same in every piece of a dump; uint64 "s".
-    """
-    if tokens.group is None:
-        found = np.zeros(tokens.count, np.uint64)
-        rollout, old = (_content(tokens, x) for x in (tokens.rollout, tokens.old))
-        found[np.unique(tokens.row)] = rollout * MIX + old
-        return found
-    texts = tokens.names.get("group")
-    if texts is None:
-        return tokens.group.astype(np.int64).view(np.uint64)
-    numbers = [
-        int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") for text in texts
-    ]
-    return np.array(numbers, np.uint64)[tokens.group]
+
+def _of_groups(tokens: Tokens) -> Array:
+    """A number for the group of each sequence, the same in every piece of a dump; uint64 "s"."""
+    assert tokens.group is not None
+    groups, member = np.unique(tokens.group, return_inverse=True)
+    texts = [tokens.names["group"][x] if "group" in tokens.names else str(x) for x in groups]
+    digests = [hashlib.sha256(text.encode()).digest()[:8] for text in texts]
+    return np.array([int.from_bytes(x, "little") for x in digests], np.uint64)[member]
+
+
+def _starts(tokens: Tokens) -> Array:
+    """The first token of each sequence that has any."""
+    starts: Array = np.flatnonzero(np.r_[True, tokens.row[1:] != tokens.row[:-1]][: len(tokens)])
+    return starts
 
 
 def _content(tokens: Tokens, x: Array) -> Array:
-    """A number for the values "n", 64 bits each, of every sequence that has any, in their order."""
+    """A number for the values "n" of every sequence that has any, in their order; uint64."""
     if not len(tokens):
         return np.zeros(0, np.uint64)
-    starts = np.flatnonzero(np.r_[True, tokens.row[1:] != tokens.row[:-1]])
-    mixed = x.view(np.uint64) ^ (tokens.position.astype(np.uint64) * MIX)
+    bits = (x if x.dtype == np.float64 else x.astype(np.int64)).view(np.uint64)
+    mixed = bits ^ (tokens.position.astype(np.uint64) * MIX)
     for shift in (29, 32):  # so that sums of nearby numbers do not agree
         mixed = (mixed ^ (mixed >> np.uint64(shift))) * MIX
-    summed: Array = np.add.reduceat(mixed, starts)
+    summed: Array = np.add.reduceat(mixed, _starts(tokens))
     return summed
+
 
 UPDATE = ("policy/log_prob_diff/mean", "policy/kl_k3")
 """Of the policy being trained against π_old."""
@@ -214,21 +233,22 @@ class Sums:
     """Sums over every token: of the whole dump and by place."""
 
     def __init__(self) -> None:
-        self.whole = Means()
         self.rows: list[Rows] = []
+        self.update: list[Rows] = []
+        self.candidates: list[Rows] = []
         self.places: dict[str, Means] = {}
-        self.update = Means()
-        self.candidates = Means()
         self.probabilities = np.zeros(6)  # of 1, p, q, p², q², p q
-        self.sequences = 0
+        self.sequences = self.tokens = 0
 
     def add(self, tokens: Tokens) -> None:
         """Take the tokens of a piece in."""
         d, k3, outside = tokens.d, tokens.k3, tokens.outside
         values = np.stack([-d, k3, np.abs(d), outside, np.exp(np.minimum(d, 30))])
-        cluster = np.unique(clusters(tokens), return_inverse=True)[1]
-        self.whole.add(tokens, cluster, values, ["all"], np.zeros(len(tokens), int))
-        self.rows.append(Rows.of(tokens, values))
+        rows = Rows.of(tokens, values)
+        self.rows.append(rows)
+        self.tokens += len(tokens)
+        cluster = np.zeros(tokens.count, dtype=np.int64)
+        cluster[np.unique(tokens.row)] = np.unique(rows.cluster, return_inverse=True)[1]
         p, q = np.exp(tokens.rollout), np.exp(tokens.old)
         self.probabilities += [len(p), *(x.sum() for x in (p, q, p * p, q * q, p * q))]
         length = np.bincount(tokens.row, minlength=tokens.count)
@@ -257,11 +277,11 @@ class Sums:
         if tokens.current is not None and (known := np.isfinite(tokens.current)).any():
             e = (tokens.current - tokens.old)[known]
             values = np.stack([np.abs(e), np.expm1(np.minimum(e, 30)) - e])
-            self.update.add(tokens.where(known), cluster, values, ["all"], np.zeros(len(e), int))
+            self.update.append(Rows.of(tokens.where(known), values))
         if tokens.candidate is not None:
             listed = np.isfinite(tokens.candidate)
-            values = np.stack([listed, listed & (tokens.candidate == tokens.best)])
-            self.candidates.add(tokens, cluster, values, ["all"], np.zeros(len(tokens), int))
+            values = np.stack([listed, listed & (tokens.candidate == tokens.best)]).astype(float)
+            self.candidates.append(Rows.of(tokens, values))
 
     def _place(
         self, name: str, tokens: Tokens, cluster: Array, values: Array,
@@ -269,21 +289,15 @@ class Sums:
     ) -> None:
         self.places.setdefault(name, Means()).add(tokens, cluster, values, keys, index)
 
-    @property
-    def tokens(self) -> float:
-        """How many tokens there are."""
-        return self.whole.tokens("all") if self.whole.sums else 0.0
-
     def estimates(self) -> dict[str, Estimate]:
         """What is measured on every token, with its error; the slope is per 1,000 tokens."""
-        rows = Rows.join(self.rows)
-        found = {
-            name: Estimate(self.whole.mean("all", i).value, rows.error(rows.influence(i)))
-            for i, name in enumerate(MEASURED)
-        }
-        for means, names in ((self.update, UPDATE), (self.candidates, CANDIDATES)):
-            if means.sums:
-                found |= {name: means.mean("all", i) for i, name in enumerate(names)}
+        found: dict[str, Estimate] = {}
+        for parts, names in (
+            (self.rows, MEASURED), (self.update, UPDATE), (self.candidates, CANDIDATES),
+        ):
+            rows = Rows.join(parts) if parts else None
+            if rows is not None and len(rows.length):
+                found |= {name: rows.mean(i) for i, name in enumerate(names)}
         k1 = found["mismatch/kl_k1"]
         return found | {"mismatch/sequence_slope": Estimate(-1000 * k1.value, 1000 * k1.error)}
 
