@@ -559,6 +559,12 @@ class TestWeights:
         out["rollout_log_probs"][:, :12] = (out["old_log_probs"] + noise)[:, :12] if reported else 0
         assert causes(full(out))[0] == known.PREFILLED.name
 
+    def test_prompts_whose_first_tokens_are_all_set_aside_say_nothing(self):
+        out = roll_out()
+        out["rollout_log_probs"][:, :16] = 0
+        dump = dump_of(out, "token_ids", group=torch.arange(SEQUENCES) // 4)
+        assert causes(dump) == ["forced or prefilled tokens in the mask"]
+
     def test_weights_that_are_reported_but_not_sampled_from_are_a_drafts(self):
         out, other = roll_out(), np.random.default_rng(5).normal(0, 0.3, VOCABULARY)
         out["rollout_log_probs"] += other[out["token_ids"].astype(int)]

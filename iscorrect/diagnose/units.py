@@ -42,6 +42,8 @@ def prompt_dependent(tokens: Tokens) -> Finding | None:
     if group is None:
         return None
     early = tokens.where(tokens.position < 16)  # where the prompt matters most
+    if len(early) < FEW:  # they may all have been set aside
+        return None
     seen, x = levels(early.where(_once(early, group)))
     rows, answer, of_answer = np.unique(seen.row, return_inverse=True, return_counts=True)
     groups, member, answers = np.unique(group[rows], return_inverse=True, return_counts=True)

@@ -2,9 +2,9 @@
 
 Errors are clustered: what answers to one prompt share is no evidence twice. Where groups are not
 known, a cluster is a sequence, with its copies to the bit. Memory grows by 72 bytes with each
-sequence, and by 56 for its update and its candidates, for comparing dumps sequence by sequence and
-for clusters that several pieces hold; errors of places need sums of squares only, and take the part
-of a cluster in each piece for one.
+sequence, and by 48 for its update and 48 for its candidates, for comparing dumps in pairs and for
+clusters that several pieces hold; errors of places need sums of squares only, and take the part of
+a cluster in each piece for one.
 """
 
 from __future__ import annotations
