@@ -467,6 +467,13 @@ class TestWeights:
         out["rollout_log_probs"][affected] = worse["rollout_log_probs"][affected]
         assert causes(dump_of(out, group=torch.from_numpy(group))) == ["stale prefix cache"]
 
+    @pytest.mark.parametrize("seed", range(6))
+    def test_prompts_of_many_sizes_are_no_cache(self, seed):
+        size = np.exp(0.5 * np.random.default_rng(seed).normal(size=16)).repeat(4)
+        dump = by_place(0.5 * size[:, None], seed)
+        dump = replace(dump, group=torch.arange(SEQUENCES) // 4)
+        assert "mismatch depends on the prompt" not in patterns(dump)
+
     def test_rare_large_errors_both_ways_are_a_heavy_tail(self):
         out = roll_out()
         rng = np.random.default_rng(1)
