@@ -45,22 +45,21 @@ def prompt_dependent(tokens: Tokens) -> Finding | None:
     if len(early) < FEW:  # they may all have been set aside
         return None
     seen, x = levels(early.where(_once(early, group)))
-    rows, answer, of_answer = np.unique(seen.row, return_inverse=True, return_counts=True)
-    groups, member, answers = np.unique(group[rows], return_inverse=True, return_counts=True)
-    n = np.bincount(member, weights=of_answer, minlength=len(groups))
-    some = (answers >= 2) & (n >= FEW)
-    if some.sum() < 8:
+    groups, answers = np.unique(group[np.unique(seen.row)], return_counts=True)
+    count = np.bincount(np.searchsorted(groups, group[seen.row]), minlength=len(groups))
+    some = groups[(answers >= 2) & (count >= FEW)]
+    if len(some) < 8:
         return None
-    groups, n = groups[some], n[some]
-    kept = some[member]
-    member = (np.cumsum(some) - 1)[member]
-    level = np.bincount(answer, weights=x) / of_answer
-    center = np.bincount(member[kept], weights=(of_answer * level)[kept]) / n
-    off = of_answer * np.square(level - center[member])
-    spread = np.square(x - level[answer])[kept[answer]]
+    kept = np.isin(group[seen.row], some)
+    seen, x = seen.where(kept), x[kept]
+    rows, answer, size = np.unique(seen.row, return_inverse=True, return_counts=True)
+    groups, member = np.unique(group[rows], return_inverse=True)
+    level = np.bincount(answer, weights=x) / size
+    n = np.bincount(member, weights=size)
+    center = np.bincount(member, weights=size * level) / n
     within = max(
-        float(off[kept].sum()) / (int(kept.sum()) - len(groups)),
-        float(spread.sum()) / (len(spread) - int(kept.sum())),
+        float(size @ np.square(level - center[member])) / (len(rows) - len(groups)),
+        float(np.square(x - level[answer]).sum()) / max(len(x) - len(rows), 1),
     )
     usual = float(n @ center) / float(n.sum())
     between = float(n @ np.square(center - usual)) / (len(groups) - 1)
