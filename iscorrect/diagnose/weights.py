@@ -209,11 +209,11 @@ def _by_step(tokens: Tokens) -> tuple[Array, Array, Array]:
     enough = count[member] >= OF_A_STEP
     seen, x = seen.where(enough), x[enough]
     step = tokens.step[seen.row]
-    steps, level = row_medians(x, step)
-    return steps, level, row_medians(np.abs(seen.d), step)[1]
+    steps, level = _row_medians(x, step)
+    return steps, level, _row_medians(np.abs(seen.d), step)[1]
 
 
-def row_medians(x: Array, row: Array) -> tuple[Array, Array]:
+def _row_medians(x: Array, row: Array) -> tuple[Array, Array]:
     """The rows there are, and the median of x in each."""
     order = np.lexsort((x, row))
     rows, start, count = np.unique(row[order], return_index=True, return_counts=True)

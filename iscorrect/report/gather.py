@@ -128,8 +128,9 @@ def summarise(
             got=f"none in {source}", fix="dump the tokens that enter the loss, with their mask",
         )
     rows = Rows.join(sums.rows)
-    sample = sampled.joined() if rows.times == 1 else _one_of_each(sampled.joined())
-    estimates = sums.estimates()
+    times = rows.times
+    sample = sampled.joined() if times == 1 else _one_of_each(sampled.joined())
+    estimates = sums.estimates(rows)
     d = torch.from_numpy(sample.d)[None]
     metrics = {n: x for n, x in whole.floats()["uncorrected"].items() if not n.startswith("is/")}
     metrics |= {name: x.value for name, x in estimates.items() if name not in metrics}
@@ -154,11 +155,11 @@ def summarise(
             name: {key: x for key, x in values.items() if key.startswith("is/")}
             for name, values in compared.floats().items()
         },
-        notes=compared.notes() + _missing(fields) + _left_out(rows.times, unknown),
+        notes=compared.notes() + _missing(fields) + _left_out(times, unknown),
         places=_places(sums) + _worst_groups(sample),
         findings=findings, sample=sample, rows=rows,
         advice=advise(
-            sample, samples=samples or max(round(_of_a_step(sums) / rows.times), 1),
+            sample, samples=samples or max(round(_of_a_step(sums) / times), 1),
             length=length or round(sums.mean_length()), findings=findings,
         ),
     )

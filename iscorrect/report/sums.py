@@ -289,15 +289,17 @@ class Sums:
     ) -> None:
         self.places.setdefault(name, Means()).add(tokens, cluster, values, keys, index)
 
-    def estimates(self) -> dict[str, Estimate]:
-        """What is measured on every token, with its error; the slope is per 1,000 tokens."""
-        found: dict[str, Estimate] = {}
-        for parts, names in (
-            (self.rows, MEASURED), (self.update, UPDATE), (self.candidates, CANDIDATES),
-        ):
-            rows = Rows.join(parts) if parts else None
-            if rows is not None and len(rows.length):
-                found |= {name: rows.mean(i) for i, name in enumerate(names)}
+    def estimates(self, rows: Rows) -> dict[str, Estimate]:
+        """What is measured on every token, with its error; the slope is per 1,000 tokens.
+
+        Args:
+            rows: those of all pieces.
+        """
+        found = {name: rows.mean(i) for i, name in enumerate(MEASURED)}
+        for parts, names in ((self.update, UPDATE), (self.candidates, CANDIDATES)):
+            more = Rows.join(parts) if parts else None
+            if more is not None and len(more.length):
+                found |= {name: more.mean(i) for i, name in enumerate(names)}
         k1 = found["mismatch/kl_k1"]
         return found | {"mismatch/sequence_slope": Estimate(-1000 * k1.value, 1000 * k1.error)}
 
