@@ -12,7 +12,8 @@ pytest.importorskip("rich")
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.lab import engines
+from benchmarks.lab import products
+from benchmarks.lab.policy import DTYPES, Precision
 from benchmarks.lab.real import (
     coherence,
     faults,
@@ -573,10 +574,79 @@ def test_a_record_of_another_schedule_is_refused(folder, tmp_path):
         reinforce.main(folder, tmp_path, arm, learner.Schedule(steps=2, judged=1), 0)
 
 
+@pytest.mark.usefixtures("half_are_right")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("dtype", "head"), [("bf16", True), ("bf16", False), ("fp16", False)])
+def test_a_trainer_that_computes_in_the_engines_format(folder, tmp_path, kind, dtype, head):
+    arm = reinforce.Arm(dtype, kind=kind, trainer=dtype, fp32_head=head)
+    reinforce.main(folder, tmp_path, arm, learner.Schedule(steps=1, judged=1), 0)
+    (record,) = tmp_path.glob("*.csv")
+    first, last = reinforce.read(record)
+    assert 0 < float(first["kl"]) < 1e-2 and 0 < float(last["gradient_norm"]) < 100
+    # the first weights are on the grid
+    assert first["rounded_greedy"] == first["greedy"] and 0 <= float(last["rounded_sampled"]) <= 1
+    words = [dtype, f"trained in {dtype}", *(["FP32 head"] if head else []), "uncorrected"]
+    words += [] if kind == "vllm" else ["simulated"]
+    assert report.named(record.stem.rsplit("-", 1)[0]) == ", ".join(words)
+
+
+@pytest.fixture
+def batch(folder):
+    """Numbers of four prompts, and answers to them."""
+    torch.manual_seed(0)
+    task = learner.Learner(folder, learner.Schedule(), 0).task
+    which = [0, 3, 5, 7]
+    prompts = task.prompts[which]
+    return which, packed.sample(learner.open_model(folder), prompts, 8, learner.LONGEST, END)
+
+
+@pytest.mark.usefixtures("half_are_right")
+@pytest.mark.parametrize(("dtype", "least", "most"), [("fp16", 1e-5, 1e-2), ("bf16", 1e-3, 1e-1)])
+def test_16_bits_compute_float32_gradients_of_the_rounded_weights(
+    folder, batch, dtype, least, most
+):
+    exact, rounded = (
+        learner.Learner(folder, learner.Schedule(), 0, Precision(x)) for x in ("fp32", dtype)
+    )
+    for x in (exact, rounded):
+        x.update(*batch, "uncorrected")
+    for a, b in zip(exact.model.parameters(), rounded.model.parameters(), strict=True):
+        assert b.dtype == b.grad.dtype == torch.float32
+        assert least < (a.grad - b.grad).norm() / a.grad.norm() < most
+    w = rounded.model.model.norm.weight  # which lies between two numbers of its format
+    assert not torch.equal(w, w.to(DTYPES[dtype]).float())
+
+
+@pytest.mark.usefixtures("half_are_right")
+def test_nothing_is_learned_of_a_gradient_that_overflows(folder, batch, monkeypatch):
+    monkeypatch.setattr(learner, "LOSS_SCALE", 2.0**40)
+    one = learner.Learner(folder, learner.Schedule(), 0, Precision("fp16"))
+    before = {name: w.clone() for name, w in one.weights.items()}
+    assert not math.isfinite(one.update(*batch, "uncorrected")["gradient_norm"])
+    assert all(torch.equal(w, before[name]) for name, w in one.weights.items())
+
+
+def test_products_of_a_layer_that_learns_are_rounded_once_forward_and_backward():
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(64, 7, bias=False).bfloat16()
+    x = torch.randn(5, 64).bfloat16().requires_grad_()
+    g = torch.randn(5, 7).bfloat16()
+    products.widen(layer)
+    found = layer(x)
+    found.backward(g)
+    weight = layer.weight.double()
+    for rounded, exact in (
+        (found, x.double() @ weight.T), (x.grad, g.double() @ weight),
+        (layer.weight.grad, g.double().T @ x.double()),
+    ):
+        assert rounded.dtype == torch.bfloat16
+        assert (rounded == exact.bfloat16()).float().mean() > 0.95
+
+
 def test_a_product_of_16_bit_numbers_is_added_up_in_more_and_rounded_once():
     torch.manual_seed(0)
     x, weight, bias = (torch.randn(*shape).bfloat16() for shape in ((5, 64), (7, 64), (7,)))
-    product = engines.Product()
+    product = products.Product()
     exact = (x.double() @ weight.double().T + bias.double()).bfloat16()
     assert (product(x, weight, bias) - exact).abs().max() <= 2**-8 * exact.abs().max()
     assert (product(x, weight, bias) == exact).float().mean() > 0.9

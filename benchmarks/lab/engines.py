@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.lab.policy import DEVICE, Precision, State, open_policy
+from benchmarks.lab.products import Product, missing
 from benchmarks.lab.tasks import PAD
 
 
@@ -142,34 +143,9 @@ class Vllm:
         cleanup_dist_env_and_memory()
 
 
-class Product:
-    """The product of a layer's 16-bit numbers, added up in float32 and rounded once.
-
-    That is what a processor with 16-bit products does; where there are none, torch's own takes
-    ten times as long.
-    """
-
-    def __init__(self) -> None:
-        self._wide: Tensor | None = None
-
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self._wide is None:
-            self._wide = weight.float()
-        wide_bias = None if bias is None else bias.float()
-        return functional.linear(x.float(), self._wide, wide_bias).to(x.dtype)
-
-    def forget(self) -> None:
-        """Read the weights again: others were loaded."""
-        self._wide = None
-
-
 def _products(model: nn.Module, dtype: torch.dtype) -> list[Product]:
     """What computes a vLLM model's layers from now on, where the processor cannot."""
-    native = {
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }
-    if DEVICE.type != "cpu" or dtype not in native or native[dtype]():
+    if not missing(dtype):
         return []
     layers = [layer for layer in model.modules() if hasattr(layer, "cpu_linear")]
     for layer in layers:

@@ -72,6 +72,9 @@ def read(arguments: list[str] | None) -> argparse.Namespace:
     learning.add_argument("--engine", choices=list(DTYPES), default="bf16")
     learning.add_argument("--correction", default="uncorrected", help="as for iscorrect compare")
     learning.add_argument("--rounding", choices=reinforce.ROUNDINGS, default="nearest")
+    learning.add_argument("--trainer", choices=list(DTYPES), default="fp32",
+                          help="what it computes in; its weights are float32")
+    learning.add_argument("--fp32-head", action="store_true", help="on both sides")
     learning.add_argument("--kind", choices=["vllm", "simulated"], default="vllm")
     learning.add_argument("--every", type=int, default=1, help="steps from one send to the next")
     learning.add_argument("--steps", type=int, default=24)
@@ -134,7 +137,10 @@ def main(arguments: list[str] | None = None) -> None:
         elif given.command == "served":
             served.main(given.models, given.records / "served", given.engine, schedule, seed)
         else:
-            arm = reinforce.Arm(given.engine, given.correction, given.rounding, given.kind)
+            arm = reinforce.Arm(
+                given.engine, given.correction, given.rounding, given.kind, given.trainer,
+                given.fp32_head,
+            )
             how = replace(schedule, steps=given.steps, every=given.every, task=given.task)
             folder = "reinforce" if given.task == "one digit" else given.task.replace(" ", "-")
             reinforce.main(given.models, given.records / folder, arm, how, seed)

@@ -1,4 +1,4 @@
-"""The policy that learns: float32 weights, one update a batch."""
+"""The policy that learns: float32 weights, computed in their format or in 16 bits."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ import json
 import platform
 import random
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from benchmarks.harness import commit, processor
+from benchmarks.lab.policy import Precision
+from benchmarks.lab.products import missing, widen
 from benchmarks.lab.real.model import open_model, open_tokenizer, weights
 from benchmarks.lab.real.packed import Answers, log_probs, sample
 from benchmarks.lab.real.sums import LONGEST, PAIRS, Sums
@@ -26,6 +30,8 @@ from iscorrect import (
     uncorrected,
 )
 
+LOSS_SCALE = 2.0**10
+"""Of a trainer that computes in FP16."""
 PPO = "ppo"
 """The clip on π/μ, in the place of a correction."""
 
@@ -68,15 +74,31 @@ def conditions(schedule: Schedule, seed: int, **more: object) -> str:
 
 
 class Learner:
-    """Policy, task and optimiser; a seed fixes which prompts come."""
+    """Policy, task and optimiser.
 
-    def __init__(self, folder: Path, schedule: Schedule, seed: int):
+    Args:
+        folder: of the models.
+        schedule: of the run.
+        seed: fixes which prompts come.
+        precision: that batches are computed in. In 16 bits the weights are rounded to nearest
+            before each, as a trainer with master weights does.
+    """
+
+    def __init__(
+        self, folder: Path, schedule: Schedule, seed: int,
+        precision: Precision = Precision("fp32"),
+    ):
         torch.manual_seed(seed)
         self.schedule = schedule
         self.task = Sums(open_tokenizer(folder), PAIRS[schedule.task])
         self.model = open_model(folder, schedule.grid)
         self.weights = weights(self.model)
         self.steps = 0
+        self._dtype = precision.torch_dtype
+        self._head_dtype = torch.float32 if precision.fp32_head else self._dtype
+        self._within = Within(self.model)
+        if missing(self._dtype):
+            widen(self.model)
         self._random = random.Random(seed)
         self._optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=schedule.learning_rate, betas=(0.9, 0.99), weight_decay=0
@@ -90,43 +112,67 @@ class Learner:
         """Learn from a batch; what it was like, before the update.
 
             reward         share of right answers, and what :func:`mismatch` says
-            gradient_norm  before clipping
+            gradient_norm  before clipping; where it is not finite, nothing is learned
             entropy        −mean log μ, nats per token
             length         tokens of an answer
         """
         rewards = self.task.rewards(which, answers)
         group = torch.arange(len(which)).repeat_interleave(rewards.shape[1])
         advantages = group_advantages(rewards.flatten(), group, estimator="grpo")
-        own = log_probs(self.model, answers.prompts, answers.token_ids).flatten(0, 1)
+        rounded = {name: w.to(self._dtype) for name, w in self._within.named_parameters()}
+        own = functional_call(
+            self._within, rounded, (log_probs, *answers[:2], self._head_dtype)
+        ).flatten(0, 1)
         mask, sampled = answers.mask.flatten(0, 1), answers.log_probs.flatten(0, 1)
         loss = loss_of(correction, own, sampled, mask, advantages)
         self._optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        scale = LOSS_SCALE if self._dtype == torch.float16 else 1.0
+        (loss * scale).backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), scale) / scale
         self.steps += 1
         for settings in self._optimizer.param_groups:
             share = min(1, self.steps / self.schedule.warmup)
             settings["lr"] = self.schedule.learning_rate * share
-        self._optimizer.step()
+        for w in self.model.parameters():
+            w.grad /= scale
+        if norm.isfinite():
+            self._optimizer.step()
         return {
             "reward": rewards.mean().item(), **mismatch(own.detach(), sampled, mask),
             "gradient_norm": norm.item(), "entropy": -sampled[mask].mean().item(),
             "length": mask.sum(1).float().mean().item(),
         }
 
-    def right(self, rows: int = 27) -> tuple[float, float]:
+    def right(self, rows: int = 27, *, rounded: bool = False) -> tuple[float, float]:
         """The share of all prompts that the policy answers right: greedily, and at temperature 1.
 
         Args:
             rows: prompts at a time.
+            rounded: whether its weights are rounded as batches are computed with, or are its own;
+                the arithmetic is float32's.
         """
+        dtype = self._dtype if rounded else torch.float32
+        held = {name: w.to(dtype).float() for name, w in self._within.named_parameters()}
         found = []
         for which in torch.arange(len(self.task.prompts)).split(rows):
-            prompts = self.task.prompts[which]
-            answers = sample(self.model, prompts, 2, LONGEST, self.task.end, greedy=1)
+            answers = functional_call(
+                self._within, held,
+                (sample, self.task.prompts[which], 2, LONGEST, self.task.end), {"greedy": 1},
+            )
             found.append(self.task.rewards(which.tolist(), answers))
         greedy, sampled = torch.cat(found).mean(0).tolist()
         return greedy, sampled
+
+
+class Within(nn.Module):
+    """What is made of a model, as a module whose weights can be other ones for a call."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, of: Callable, *args: object, **options: object):
+        return of(self.model, *args, **options)
 
 
 def loss_of(

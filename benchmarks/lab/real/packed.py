@@ -27,7 +27,10 @@ class Answers(NamedTuple):
     log_probs: Tensor
 
 
-def log_probs(model: PreTrainedModel, prompts: Tensor, token_ids: Tensor) -> Tensor:
+def log_probs(
+    model: PreTrainedModel, prompts: Tensor, token_ids: Tensor,
+    head_dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """Log-probs "g n t" of answers to prompts "g p".
 
     A row holds a prompt and all answers to it; each answer sees the prompt and itself, at the
@@ -49,7 +52,7 @@ def log_probs(model: PreTrainedModel, prompts: Tensor, token_ids: Tensor) -> Ten
     own = hidden[:, p:].reshape(g, n, t, -1)[:, :, :-1]
     hidden = torch.cat([last, own], 2).flatten(0, 1)
     found = linear_log_probs(hidden, model.lm_head.weight, token_ids.flatten(0, 1),
-                             head_dtype=torch.float32)
+                             head_dtype=head_dtype)
     return found.reshape(g, n, t)
 
 

@@ -34,6 +34,8 @@ class Arm:
 
     Attributes:
         engine: "bf16", "fp16" or "fp32", what the engine holds and computes in.
+        trainer: what the trainer computes in; its weights are float32.
+        fp32_head: whether both compute their logits in float32.
         correction: as :func:`iscorrect.parse` reads it, or "ppo".
         rounding: of the weights that are sent, one of ``ROUNDINGS``.
         kind: "vllm"; or "simulated", which rounds the weights alone and computes in float32.
@@ -43,11 +45,16 @@ class Arm:
     correction: str = "uncorrected"
     rounding: str = "nearest"
     kind: str = "vllm"
+    trainer: str = "fp32"
+    fp32_head: bool = False
 
     @property
     def name(self) -> str:
-        rounding = "" if self.rounding == "nearest" else f"-{self.rounding}"
-        return f"{self.kind}-{self.engine}{rounding}-{self.correction.replace(':', '-')}"
+        parts = [self.kind, self.engine]
+        parts += [] if self.trainer == "fp32" else [f"trained-in-{self.trainer}"]
+        parts += ["fp32-head"] if self.fp32_head else []
+        parts += [] if self.rounding == "nearest" else [self.rounding]
+        return "-".join([*parts, self.correction.replace(":", "-")])
 
     def send(self, seed: int) -> Send:
         """How a run of this seed sends."""
@@ -94,10 +101,9 @@ class Simulated:
 class Vllm:
     """vLLM in this process, as the lab has it; what prompts share is computed once a send."""
 
-    def __init__(self, folder: Path, schedule: Schedule, dtype: str, longest: int):
+    def __init__(self, folder: Path, schedule: Schedule, precision: Precision, longest: int):
         self._engine = engines.Vllm(
-            folder / schedule.grid, Precision(dtype), longest, enable_prefix_caching=True,
-            block_size=32,
+            folder / schedule.grid, precision, longest, enable_prefix_caching=True, block_size=32,
         )
         self.name = self._engine.name
 
@@ -125,7 +131,7 @@ class Vllm:
 
 def open_engine(folder: Path, arm: Arm, schedule: Schedule, longest: int) -> Engine:
     if arm.kind == "vllm":
-        return Vllm(folder, schedule, arm.engine, longest)
+        return Vllm(folder, schedule, Precision(arm.engine, arm.fp32_head), longest)
     return Simulated(folder, schedule)
 
 
@@ -147,9 +153,11 @@ def train(
         arrival_all          of everything since the first weights
         greedy, sampled      the policy's own share of right answers over all prompts, each
                              ``judged`` steps: greedily, and at temperature 1
+        rounded_greedy, rounded_sampled
+                             the same of its weights as a trainer in 16 bits rounds them
         wall_s, cpu_s        of the step without judging
     """
-    learner = Learner(folder, schedule, seed)
+    learner = Learner(folder, schedule, seed, Precision(arm.trainer, arm.fp32_head))
     longest = learner.task.prompts.shape[1] + LONGEST
     engine = open_engine(folder, arm, schedule, longest)
     how = arm.send(seed)
@@ -162,6 +170,8 @@ def train(
         for step in range(schedule.steps + 1):
             judged = step % schedule.judged == 0 or step == schedule.steps
             greedy, sampled = learner.right() if judged else ("", "")
+            twice = judged and arm.trainer != "fp32"
+            of_rounded = learner.right(rounded=True) if twice else ("", "")
             wall, cpu = time.perf_counter(), time.process_time()
             if step and step % schedule.every == 0:
                 sent = {name: how(name, x) for name, x in learner.weights.items()}
@@ -179,6 +189,7 @@ def train(
             batch = learner.update(which, answers, arm.correction)
             yield {
                 "step": step, **batch, **row, "greedy": greedy, "sampled": sampled,
+                "rounded_greedy": of_rounded[0], "rounded_sampled": of_rounded[1],
                 "wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu,
             }
     finally:

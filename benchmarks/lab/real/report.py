@@ -447,14 +447,20 @@ def first_at(run: list[Row], share: float) -> str:
                 "never")
 
 
+ARM = re.compile(
+    r"(\w+)-(\w+?)(?:-trained-in-(\w+))?(-fp32-head)?(?:-(stochastic|feedback))?-(.+)"
+    r"-every(\d+)-(.+)"
+)
+
+
 def named(arm: str) -> str:
     """An arm's file name, as words."""
-    kind, rest = arm.split("-", 1)
-    what, _, schedule = rest.partition("-every")
-    every, rate = schedule.split("-", 1)
-    engine, correction = what.split("-", 1)
-    way, _, after = correction.partition("-")
-    words = [engine, *([way, after] if way in ("stochastic", "feedback") else [correction])]
+    found = ARM.fullmatch(arm)
+    kind, engine, trainer, head, way, correction, every, rate = found.groups()
+    words = [engine]
+    words += [f"trained in {trainer}"] if trainer else []
+    words += ["FP32 head"] if head else []
+    words += [way, correction] if way else [correction]
     words += [] if kind == "vllm" else ["simulated"]
     words += [] if every == "1" else [f"sent every {every} steps"]
     words += [] if rate == "2e-05" else [f"learning rate {rate}"]

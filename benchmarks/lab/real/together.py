@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from benchmarks.lab.chain.records import append, due
 from benchmarks.lab.policy import DTYPES
 from benchmarks.lab.real import stacked
-from benchmarks.lab.real.learner import PPO, loss_of, mismatch
+from benchmarks.lab.real.learner import LOSS_SCALE, PPO, loss_of, mismatch
 from benchmarks.lab.real.model import open_model, open_tokenizer, weights
 from benchmarks.lab.real.packed import Answers
 from benchmarks.lab.real.senders import EMBEDDING
@@ -34,8 +34,6 @@ from iscorrect import group_advantages, round_with_feedback, stochastic_round
 STEPS, JUDGED, WARMUP, PROMPTS, ANSWERS = 60, 6, 3, 4, 8
 AT_ONCE = 10
 """Runs that are computed together, at most."""
-LOSS_SCALE = 2.0**10
-"""Of a trainer that computes in FP16."""
 
 
 class Run(NamedTuple):
