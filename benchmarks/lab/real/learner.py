@@ -30,6 +30,7 @@ from iscorrect import (
     uncorrected,
 )
 
+FLOAT32 = Precision("fp32")
 LOSS_SCALE = 2.0**10
 """Of a trainer that computes in FP16."""
 PPO = "ppo"
@@ -86,7 +87,7 @@ class Learner:
 
     def __init__(
         self, folder: Path, schedule: Schedule, seed: int,
-        precision: Precision = Precision("fp32"),
+        precision: Precision = FLOAT32,
     ):
         torch.manual_seed(seed)
         self.schedule = schedule
