@@ -1,5 +1,6 @@
 """The lab's code for a real language model, on a tiny one; two steps with vLLM where it is."""
 
+import contextlib
 import importlib.util
 import math
 
@@ -576,16 +577,19 @@ def test_a_record_of_another_schedule_is_refused(folder, tmp_path):
 
 @pytest.mark.usefixtures("half_are_right")
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("dtype", "head"), [("bf16", True), ("bf16", False), ("fp16", False)])
-def test_a_trainer_that_computes_in_the_engines_format(folder, tmp_path, kind, dtype, head):
-    arm = reinforce.Arm(dtype, kind=kind, trainer=dtype, fp32_head=head)
+@pytest.mark.parametrize(("trainer", "head"), [
+    ("bf16", True), ("bf16", False), ("fp16", False), ("amp-bf16", False), ("amp-bf16", True),
+])
+def test_a_trainer_that_computes_in_the_engines_format(folder, tmp_path, kind, trainer, head):
+    dtype = trainer.removeprefix("amp-")
+    arm = reinforce.Arm(dtype, kind=kind, trainer=trainer, fp32_head=head)
     reinforce.main(folder, tmp_path, arm, learner.Schedule(steps=1, judged=1), 0)
     (record,) = tmp_path.glob("*.csv")
     first, last = reinforce.read(record)
     assert 0 < float(first["kl"]) < 1e-2 and 0 < float(last["gradient_norm"]) < 100
     # the first weights are on the grid
     assert first["rounded_greedy"] == first["greedy"] and 0 <= float(last["rounded_sampled"]) <= 1
-    words = [dtype, f"trained in {dtype}", *(["FP32 head"] if head else []), "uncorrected"]
+    words = [dtype, f"trained in {trainer}", *(["FP32 head"] if head else []), "uncorrected"]
     words += [] if kind == "vllm" else ["simulated"]
     assert report.named(record.stem.rsplit("-", 1)[0]) == ", ".join(words)
 
@@ -626,13 +630,38 @@ def test_nothing_is_learned_of_a_gradient_that_overflows(folder, batch, monkeypa
     assert all(torch.equal(w, before[name]) for name, w in one.weights.items())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_of_float32_weights_are_rounded_as_under_autocast(folder, batch, dtype):
+    model = learner.open_model(folder)
+    _, answers = batch
+
+    def scored(*within):
+        model.zero_grad()
+        with contextlib.ExitStack() as stack:
+            for context in within:
+                stack.enter_context(context)
+            found = packed.log_probs(model, *answers[:2], dtype if within else torch.float32)
+        found[answers.mask].sum().backward()
+        return found.detach()[answers.mask], model.model.layers[0].mlp.up_proj.weight.grad
+
+    def autocast():
+        return torch.autocast("cpu", dtype)
+
+    exact, torchs = scored(), scored(autocast())
+    ours = scored(autocast(), products.computed_in(model, dtype))
+    for a, b, c in zip(exact, ours, torchs, strict=True):
+        assert (b - c).norm() < 0.5 * (a - b).norm()
+    again = scored()
+    assert all(torch.equal(a, b) for a, b in zip(exact, again, strict=True))
+
+
 def test_products_of_a_layer_that_learns_are_rounded_once_forward_and_backward():
     torch.manual_seed(0)
     layer = torch.nn.Linear(64, 7, bias=False).bfloat16()
     x = torch.randn(5, 64).bfloat16().requires_grad_()
     g = torch.randn(5, 7).bfloat16()
-    products.widen(layer)
-    found = layer(x)
+    with products.computed_in(layer, torch.bfloat16):
+        found = layer(x)
     found.backward(g)
     weight = layer.weight.double()
     for rounded, exact in (

@@ -1,10 +1,12 @@
-"""Products of 16-bit numbers where a processor has none: added up in float32, rounded once.
+"""Products of 16-bit numbers, added up in float32 and rounded once.
 
 That is what a processor with such products does. Torch's own take ten times as long without them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -40,13 +42,22 @@ class Product:
         self._wide = None
 
 
-def widen(model: nn.Module) -> None:
-    """Let the linear layers of a model that learns multiply so; in float32 nothing changes."""
-    for layer in model.modules():
-        if isinstance(layer, nn.Linear) and layer.bias is None:
-            layer.forward = partial(_product, layer)
+@contextmanager
+def computed_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Within, linear layers without a bias round what they multiply, and the product, to a dtype.
+
+    Gradients are rounded likewise. Under ``torch.autocast`` it does for them what that would do.
+    """
+    layers = [x for x in model.modules() if isinstance(x, nn.Linear) and x.bias is None]
+    for layer in layers:
+        layer.forward = partial(_product, layer, dtype)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
 
 
-def _product(layer: nn.Linear, x: Tensor) -> Tensor:
-    # rounded by ``to``, whose gradients are rounded so too
-    return functional.linear(x.float(), layer.weight.float()).to(x.dtype)
+def _product(layer: nn.Linear, dtype: torch.dtype, x: Tensor) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        return functional.linear(x.to(dtype).float(), layer.weight.to(dtype).float()).to(dtype)

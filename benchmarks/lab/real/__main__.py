@@ -72,8 +72,8 @@ def read(arguments: list[str] | None) -> argparse.Namespace:
     learning.add_argument("--engine", choices=list(DTYPES), default="bf16")
     learning.add_argument("--correction", default="uncorrected", help="as for iscorrect compare")
     learning.add_argument("--rounding", choices=reinforce.ROUNDINGS, default="nearest")
-    learning.add_argument("--trainer", choices=list(DTYPES), default="fp32",
-                          help="what it computes in; its weights are float32")
+    learning.add_argument("--trainer", choices=reinforce.TRAINERS, default="fp32",
+                          help="what it computes in, amp: under autocast; its weights are float32")
     learning.add_argument("--fp32-head", action="store_true", help="on both sides")
     learning.add_argument("--kind", choices=["vllm", "simulated"], default="vllm")
     learning.add_argument("--every", type=int, default=1, help="steps from one send to the next")

@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from benchmarks.harness import commit, processor
 from benchmarks.lab.policy import Precision
-from benchmarks.lab.products import missing, widen
+from benchmarks.lab.products import computed_in
 from benchmarks.lab.real.model import open_model, open_tokenizer, weights
 from benchmarks.lab.real.packed import Answers, log_probs, sample
 from benchmarks.lab.real.sums import LONGEST, PAIRS, Sums
@@ -81,8 +81,8 @@ class Learner:
         folder: of the models.
         schedule: of the run.
         seed: fixes which prompts come.
-        precision: that batches are computed in. In 16 bits the weights are rounded to nearest
-            before each, as a trainer with master weights does.
+        precision: that batches are computed in. In 16 bits all weights are rounded to nearest
+            before each, as a trainer with master weights does; under autocast those of products.
     """
 
     def __init__(
@@ -95,11 +95,9 @@ class Learner:
         self.model = open_model(folder, schedule.grid)
         self.weights = weights(self.model)
         self.steps = 0
-        self._dtype = precision.torch_dtype
+        self._dtype, self._autocast = precision.torch_dtype, precision.autocast
         self._head_dtype = torch.float32 if precision.fp32_head else self._dtype
         self._within = Within(self.model)
-        if missing(self._dtype):
-            widen(self.model)
         self._random = random.Random(seed)
         self._optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=schedule.learning_rate, betas=(0.9, 0.99), weight_decay=0
@@ -120,10 +118,13 @@ class Learner:
         rewards = self.task.rewards(which, answers)
         group = torch.arange(len(which)).repeat_interleave(rewards.shape[1])
         advantages = group_advantages(rewards.flatten(), group, estimator="grpo")
-        rounded = {name: w.to(self._dtype) for name, w in self._within.named_parameters()}
-        own = functional_call(
-            self._within, rounded, (log_probs, *answers[:2], self._head_dtype)
-        ).flatten(0, 1)
+        dtype = torch.float32 if self._autocast else self._dtype
+        held = {name: w.to(dtype) for name, w in self._within.named_parameters()}
+        autocast = torch.autocast("cpu", self._dtype, enabled=self._autocast)
+        with autocast, computed_in(self.model, self._dtype):
+            own = functional_call(
+                self._within, held, (log_probs, *answers[:2], self._head_dtype)
+            ).flatten(0, 1)
         mask, sampled = answers.mask.flatten(0, 1), answers.log_probs.flatten(0, 1)
         loss = loss_of(correction, own, sampled, mask, advantages)
         self._optimizer.zero_grad()
@@ -149,8 +150,8 @@ class Learner:
 
         Args:
             rows: prompts at a time.
-            rounded: whether its weights are rounded as batches are computed with, or are its own;
-                the arithmetic is float32's.
+            rounded: whether all its weights are rounded to what batches are computed in, or are
+                its own; the arithmetic is float32's.
         """
         dtype = self._dtype if rounded else torch.float32
         held = {name: w.to(dtype).float() for name, w in self._within.named_parameters()}

@@ -51,8 +51,10 @@ def log_probs(
     last = hidden[:, p - 1 : p, None].expand(g, n, 1, hidden.shape[-1]).reshape(g, n, 1, -1)
     own = hidden[:, p:].reshape(g, n, t, -1)[:, :, :-1]
     hidden = torch.cat([last, own], 2).flatten(0, 1)
-    found = linear_log_probs(hidden, model.lm_head.weight, token_ids.flatten(0, 1),
-                             head_dtype=head_dtype)
+    found = linear_log_probs(
+        hidden.to(head_dtype), model.lm_head.weight.to(head_dtype), token_ids.flatten(0, 1),
+        head_dtype=head_dtype,
+    )
     return found.reshape(g, n, t)
 
 

@@ -26,6 +26,8 @@ from benchmarks.lab.reinforce import NotSynchronisedError, magnitude
 from iscorrect.fp16.arrival import Arrived, arrived
 
 ROUNDINGS = ("nearest", "stochastic", "feedback")
+TRAINERS = (*DTYPES, "amp-bf16", "amp-fp16")
+"""Formats; "amp": autocast, in which products alone are in 16 bits."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Arm:
 
     Attributes:
         engine: "bf16", "fp16" or "fp32", what the engine holds and computes in.
-        trainer: what the trainer computes in; its weights are float32.
+        trainer: what the trainer computes in, one of ``TRAINERS``; its weights are float32.
         fp32_head: whether both compute their logits in float32.
         correction: as :func:`iscorrect.parse` reads it, or "ppo".
         rounding: of the weights that are sent, one of ``ROUNDINGS``.
@@ -154,10 +156,12 @@ def train(
         greedy, sampled      the policy's own share of right answers over all prompts, each
                              ``judged`` steps: greedily, and at temperature 1
         rounded_greedy, rounded_sampled
-                             the same of its weights as a trainer in 16 bits rounds them
+                             the same of weights rounded to a 16-bit trainer's format
         wall_s, cpu_s        of the step without judging
     """
-    learner = Learner(folder, schedule, seed, Precision(arm.trainer, arm.fp32_head))
+    learner = Learner(folder, schedule, seed, Precision(
+        arm.trainer.removeprefix("amp-"), arm.fp32_head, autocast=arm.trainer.startswith("amp-")
+    ))
     longest = learner.task.prompts.shape[1] + LONGEST
     engine = open_engine(folder, arm, schedule, longest)
     how = arm.send(seed)

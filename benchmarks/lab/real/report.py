@@ -448,7 +448,7 @@ def first_at(run: list[Row], share: float) -> str:
 
 
 ARM = re.compile(
-    r"(\w+)-(\w+?)(?:-trained-in-(\w+))?(-fp32-head)?(?:-(stochastic|feedback))?-(.+)"
+    r"(\w+)-(\w+?)(?:-trained-in-((?:amp-)?\w+))?(-fp32-head)?(?:-(stochastic|feedback))?-(.+)"
     r"-every(\d+)-(.+)"
 )
 
