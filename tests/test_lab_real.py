@@ -243,7 +243,7 @@ def test_the_report_fills_every_table(folder, tmp_path, monkeypatch):
     reinforce.main(folder, tmp_path / "reinforce", arm, learner.Schedule(steps=2, judged=2), 0)
     report.main(tmp_path, [page], tmp_path)
     text = page.read_text()
-    assert text.count("No record") == 9 + len(report.on_a_gpu.TABLES) and text.count("|---|") == 6
+    assert text.count("No record") == 11 + len(report.on_a_gpu.TABLES) and text.count("|---|") == 6
     pictures = {path.name for path in tmp_path.glob("*.png")}
     assert pictures == {"real-arrival.png", "real-learning.png"}
 
@@ -286,13 +286,18 @@ def test_planned_differences_are_paired_by_seed(tmp_path):
     for engine, values in rights.items():
         for seed, right in enumerate(values):
             (folder / f"vllm-{engine}-uncorrected-every1-2e-05-{seed}.csv").write_text(
-                f"step,sampled,greedy\n0,0.9,0.9\n4,{right},{right}\n8,,\n12,{right},{right}\n"
+                f"step,sampled,greedy,reward\n0,0.9,0.9,0.1\n4,{right},{right},0.1\n8,,,0.3\n"
+                f"12,{right},{right},{right}\n"
             )
     text = report.contrasts(tmp_path)
-    lines = [line.split("|")[2:6] for line in text.splitlines() if " − " in line]
-    assert [line[0].strip() for line in lines] == ["3", "2", "0", "0"]
-    assert lines[0][1].strip().startswith("0.25 ±") and lines[1][1].strip() == "0.3"
-    p, held = map(float, lines[0][3].split(", "))
+    lines = [
+        [cell.strip() for cell in line.split("|")[2:7]]
+        for line in text.splitlines() if " − " in line
+    ]
+    assert [line[0] for line in lines] == ["3", "2", "0", "0"]
+    assert lines[0][1].startswith("0.25 ±") and lines[1][1] == "0.3"
+    assert lines[0][3].startswith("0.0833 ±") and lines[1][3] == "0.1"
+    p, held = map(float, lines[0][4].split(", "))
     assert held == pytest.approx(4 * p, rel=0.1)
 
 
@@ -302,7 +307,7 @@ def test_seeds_that_were_known_take_no_part_in_a_later_test(tmp_path):
     for seed in range(6):
         for arm, right in {"token-tis-cap=2": 0.5 + seed / 100, "uncorrected": 0.4}.items():
             (folder / f"vllm-bf16-stochastic-{arm}-every8-2e-05-{seed}.csv").write_text(
-                f"step,sampled,greedy\n0,0.9,0.9\n4,{right},{right}\n"
+                f"step,sampled,greedy,reward\n0,0.9,0.9,0\n4,{right},{right},{right}\n"
             )
     line = next(line for line in report.aged(tmp_path).splitlines() if " − " in line)
     assert line.split("|")[2].strip() == "3" and line.split("|")[3].strip().startswith("0.14 ±")

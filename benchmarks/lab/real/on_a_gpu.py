@@ -92,7 +92,8 @@ def learning(records: Path) -> str:
             f"{mean(ends)} ({min(ends):.2f} to {max(ends):.2f})",
             mean([min(curve(row, "sampled")[3:]) for row in rows]),
             f"{at(statistics.median(steps))} ({at(steps[0])} to {at(steps[-1])})",
-            mean([statistics.fmean(curve(row, "reward")[-5:]) for row in rows]),
+            *(mean([statistics.fmean(curve(row, "reward")[of]) for row in rows])
+              for of in (slice(1, None), slice(-5, None))),
         ])
         apart.append([
             named(arm), *(geometric([pick(curve(row, "kl")) for row in rows])
@@ -109,7 +110,7 @@ def learning(records: Path) -> str:
         markdown(
             ["engine, correction", "seeds", "right at T = 1, over the run", "greedily",
              "at the end", "lowest after step 12", "80 % at step, median",
-             "engine's reward, last 5 steps"], learned,
+             "engine's reward, over the run", "last 5 steps"], learned,
         ) + f"\nShares of right answers of the policy, in float32; {STEPS} steps; the end is the"
         " mean of the last three that were judged, in brackets the lowest and highest run's.\n\n"
         + markdown(
@@ -143,6 +144,19 @@ def learned(records: Path) -> str:
     )
 
 
+def served(records: Path) -> str:
+    """What they gain in the engine's own answers; "" with no record."""
+    found = arms(records)
+    of = [differences(found, pair, "reward") for pair in CONTRASTS[:3]]
+    if any(len(x) < 3 for x in of):
+        return ""
+    stochastic, fp16, corrected = (mean([100 * x for x in each]) for each in of)
+    return (
+        f"Of the engine's own answers, whose weights are the policy's rounded, it is {stochastic},"
+        f" {fp16} and {corrected}"
+    )
+
+
 def contrasts(records: Path) -> str:
     """Differences paired by seed: the planned ones with Holm's p, the others with none."""
     found = arms(records)
@@ -155,12 +169,12 @@ def contrasts(records: Path) -> str:
     told = [f"{p:.2g}, {held:.2g}" for p, held in zip(ps, holm(ps), strict=True)]
     rows = [
         [f"{named(pair[0])} − {named(pair[1])}", str(len(of)), mean(of),
-         mean(differences(found, pair, "greedy")), p]
+         *(mean(differences(found, pair, name)) for name in ("greedy", "reward")), p]
         for pair, p in zip((*CONTRASTS, *BESIDE), (*told, *[""] * len(BESIDE)), strict=True)
         if (of := differences(found, pair, "sampled"))
     ]
     return markdown(
-        ["difference", "seeds", "right at T = 1, over the run", "greedily",
+        ["difference", "seeds", "right at T = 1, over the run", "greedily", "engine's reward",
          "p at T = 1; Holm's over the four"], rows,
     ) + "\nPaired by seed, Student's t, 95 % intervals.\n"
 

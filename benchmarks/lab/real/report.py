@@ -265,14 +265,15 @@ def summary(records: Path) -> str:
 
 def learned(records: Path) -> str:
     """What the planned differences between ways to send and formats say of learning."""
-    found = {pair: differences(records, *pair, MAIN) for pair in CONTRASTS[:3]}
+    found = {pair: differences(records, *pair, MAIN, seeds=SEEDS) for pair in CONTRASTS[:3]}
     if any(len(x["sampled"]) < 3 for x in found.values()):
         return "What that does to learning has not been measured on three seeds."
     stochastic, fp16, tis = (mean([100 * x for x in of["sampled"]]) for of in found.values())
     seeds = sorted({len(x["sampled"]) for x in found.values()})
     before = f"with vLLM on a CPU (24 steps, {' to '.join(map(str, seeds))} seeds)"
     if gained := on_a_gpu.learned(records):
-        return f"{gained}; {before} it is {stochastic}, {fp16} and {tis}."
+        return (f"{gained}; {before} it is {stochastic}, {fp16} and {tis}."
+                f" {on_a_gpu.served(records)}.")
     return (
         f"While it learns sums {before}, the policy answers {stochastic} points more of them right"
         f" with stochastic than with nearest rounding to BF16, {fp16} more with FP16, and {tis}"
@@ -395,6 +396,7 @@ def learning(records: Path) -> str:
             mean([lowest(run) for run in seeds]),
             ", ".join(sorted((first_at(run, 0.8) for run in seeds), key=lambda x: (x == "never",
                       len(x), x))),
+            mean([area(run, "reward") for run in seeds]),
             mean([statistics.fmean(numbers(run, "reward")[-5:]) for run in seeds]),
         ])
         apart.append([
@@ -415,7 +417,8 @@ def learning(records: Path) -> str:
     return (
         markdown(
             ["engine, correction", "seeds", "right at T = 1, over the run", "greedily",
-             "at the end", "lowest after step 8", "80 % at step", "engine's reward, last 5 steps"],
+             "at the end", "lowest after step 8", "80 % at step", "engine's reward, over the run",
+             "last 5 steps"],
             learned,
         ) + f"\nShares of right answers of the policy itself; {steps} steps.\n\n"
         + markdown(
@@ -424,6 +427,33 @@ def learning(records: Path) -> str:
              "gradient norm, median", "CPU s a step"], apart,
         ) + f"\nKL is k3 of KL(μ‖π), nats per token. {where}.\n"
     )
+
+
+def sixteen(records: Path) -> str:
+    """Trainers that compute in 16 bits, judged by their weights and by these rounded."""
+    arms = {arm: seeds for arm, seeds in runs(records).items()
+            if "-trained-in-" in arm and arm.endswith(MAIN)}
+    if not arms:
+        return "No record of `python -m benchmarks.lab.real reinforce --trainer`.\n"
+    table = []
+    for arm, seeds in arms.items():
+        table.append([
+            named(arm), str(len(seeds)),
+            *(mean([area(run, column) for run in seeds])
+              for column in ("sampled", "rounded_sampled", "greedy", "rounded_greedy")),
+            *(mean([numbers(run, column)[-1] for run in seeds])
+              for column in ("sampled", "rounded_sampled")),
+            mean([area(run, "reward") for run in seeds]),
+            mean([statistics.fmean(numbers(run, "reward")[-5:]) for run in seeds]),
+            *(geometric([pick(numbers(run, "kl")) for run in seeds])
+              for pick in (lambda x: x[0], max)),
+        ])
+    return markdown(
+        ["engine, correction", "seeds", "right at T = 1, over the run", "rounded", "greedily",
+         "rounded", "at the end", "rounded", "engine's reward, over the run", "last 5 steps",
+         "KL: first", "largest"],
+        table,
+    ) + "\nRight: of the weights that the trainer keeps, and of these rounded to its format.\n"
 
 
 def numbers(run: list[Row], column: str) -> list[float]:
@@ -479,12 +509,26 @@ OF_AGE = tuple(
     (f"vllm-bf16-stochastic-{correction}", "vllm-bf16-stochastic-uncorrected")
     for correction in ("token-tis-cap=2", "icepop-low=0.5,high=5", "sequence-tis-cap=2", "ppo")
 )
-LOOKED_AT = {8: 3, 4: 1}
-"""By how many steps lie between two sends: seeds that were known when their test was planned."""
+TO_NEAREST = tuple(
+    (f"vllm-bf16-{correction}", "vllm-bf16-uncorrected")
+    for correction in ("token-tis-cap=2", "icepop-low=0.5,high=5", "sequence-tis-cap=2", "ppo")
+)
+SEEDS = range(5)
+"""Of the plan's differences, whatever was run later."""
+UNKNOWN = {8: range(3, 10), 4: range(1, 10), 1: range(5, 10)}
+"""Seeds that were not known when a test was planned, by the steps from one send to the next."""
 BESIDE = {
     MAIN: (
+        ("vllm-bf16-trained-in-bf16-uncorrected", "vllm-bf16-uncorrected"),
+        ("vllm-bf16-trained-in-amp-bf16-uncorrected", "vllm-bf16-uncorrected"),
+        ("vllm-bf16-trained-in-bf16-stochastic-uncorrected",
+         "vllm-bf16-trained-in-bf16-uncorrected"),
+        ("vllm-bf16-trained-in-amp-bf16-stochastic-uncorrected",
+         "vllm-bf16-trained-in-amp-bf16-uncorrected"),
+        ("vllm-fp16-trained-in-fp16-uncorrected", "vllm-bf16-trained-in-bf16-uncorrected"),
+        ("vllm-fp16-trained-in-fp16-uncorrected", "vllm-fp16-uncorrected"),
         ("vllm-bf16-feedback-uncorrected", "vllm-bf16-uncorrected"),
-        ("vllm-bf16-icepop-low=0.5,high=5", "vllm-bf16-uncorrected"),
+        *TO_NEAREST,
         ("vllm-bf16-sequence-mis-high=2", "vllm-bf16-uncorrected"),
         ("vllm-fp16-token-tis-cap=2", "vllm-fp16-uncorrected"),
     ),
@@ -509,27 +553,32 @@ def beside(records: Path) -> str:
     if not any(int(row[1]) for row in rows):
         return "No record of `python -m benchmarks.lab.real reinforce`.\n"
     return markdown(
-        ["difference", "seeds", "right at T = 1, over the run", "greedily"], rows
+        ["difference", "seeds", "right at T = 1, over the run", "greedily", "engine's reward"], rows
     ) + "\nPaired by seed, Student's t; no interval of fewer than three.\n"
 
 
 def contrasts(records: Path) -> str:
     """The planned differences between arms, paired by seed, with Holm's p over them."""
-    return tested(records, CONTRASTS, MAIN)
+    return tested(records, CONTRASTS, MAIN, SEEDS)
 
 
 def aged(records: Path, every: int = 8) -> str:
     """Corrections some steps behind, on the seeds that nobody had looked at when it was planned."""
-    return tested(records, OF_AGE, f"every{every}-2e-05", least=LOOKED_AT[every])
+    return tested(records, OF_AGE, f"every{every}-2e-05", UNKNOWN[every])
+
+
+def to_nearest(records: Path) -> str:
+    """Corrections behind an engine that is sent every step to nearest, likewise."""
+    return tested(records, TO_NEAREST, MAIN, UNKNOWN[1])
 
 
 def tested(
-    records: Path, pairs: Sequence[tuple[str, str]], schedule: str, *, least: int = 0
+    records: Path, pairs: Sequence[tuple[str, str]], schedule: str, seeds: range
 ) -> str:
-    """Differences between arms, paired by seed from the least on, with Holm's p over them."""
+    """Differences between arms, paired by seed, with Holm's p over them."""
     rows, ps = [], {}
     for pair in pairs:
-        of = differences(records, *pair, schedule, least=least)
+        of = differences(records, *pair, schedule, seeds=seeds)
         if len(of["sampled"]) >= 3:
             ps[len(rows)] = float(stats.ttest_1samp(of["sampled"], 0).pvalue)
         names = (named(f"{x}-{schedule}") for x in pair)
@@ -541,25 +590,28 @@ def tested(
     if not any(int(row[1]) for row in rows):
         return "No record of `python -m benchmarks.lab.real reinforce`.\n"
     return markdown(
-        ["difference", "seeds", "right at T = 1, over the run", "greedily",
+        ["difference", "seeds", "right at T = 1, over the run", "greedily", "engine's reward",
          "p at T = 1; Holm's over the four"], rows,
-    ) + f"\nPaired by seed, Student's t{f'; seeds from {least} on' if least else ''}.\n"
+    ) + f"\nPaired by seed, Student's t; of seeds {seeds.start} to {seeds.stop - 1}.\n"
 
 
 def differences(
-    records: Path, a: str, b: str, schedule: str, folder: str = "reinforce", *, least: int = 0,
+    records: Path, a: str, b: str, schedule: str, folder: str = "reinforce", *,
+    seeds: range = range(10),
 ) -> dict[str, list[float]]:
-    """How much more an arm's policy got right over the run than another's, by seed from the least.
+    """How much more an arm got right over the run than another, by seed.
+
+    Policies at temperature 1 and greedily, and the engine on its prompts.
     """
     arms = [
         {path.stem.rsplit("-", 1)[1]: rows_of(path)
          for path in (records / folder).glob(f"{arm}-{schedule}-*.csv")}
         for arm in (a, b)
     ]
-    both = sorted(seed for seed in arms[0].keys() & arms[1].keys() if int(seed) >= least)
+    both = sorted(seed for seed in arms[0].keys() & arms[1].keys() if int(seed) in seeds)
     return {
         column: [area(arms[0][seed], column) - area(arms[1][seed], column) for seed in both]
-        for column in ("sampled", "greedy")
+        for column in ("sampled", "greedy", "reward")
     }
 
 
@@ -592,8 +644,8 @@ def learning_figure(records: Path) -> plt.Figure:
                "reward": "reward of the engine", "sampled": "reward of the policy, T = 1"}
     figure, panels = plt.subplots(2, 2, figsize=(11, 8.5), layout="constrained")
     arms = {arm: seeds for arm, seeds in runs(records).items()
-            if arm.endswith(MAIN) and len(seeds) >= 3}
-    for (arm, seeds), colour in zip(arms.items(), plt.get_cmap("tab10").colors, strict=False):
+            if arm.endswith(MAIN) and "-trained-in-" not in arm and len(seeds) >= 3}
+    for (arm, seeds), colour in zip(arms.items(), plt.get_cmap("tab20").colors, strict=False):
         for ax, column in zip(panels.flat, columns, strict=True):
             steps = [int(row["step"]) for row in seeds[0] if row[column]]
             of = np.array([numbers(run, column) for run in seeds])
@@ -622,6 +674,7 @@ def learning_figure(records: Path) -> plt.Figure:
 TABLES: dict[str, Callable[[Path], str]] = {
     "arrival": arrival, "rests": rests, "factors": factors, "kinds": kinds, "serving": serving,
     "offline": offline, "learning": learning, "contrasts": contrasts, "beside": beside,
+    "sixteen": sixteen, "to_nearest": to_nearest,
     "aged": aged, "aged_by_four": partial(aged, every=4),
     "quantised": quantised, "shared": shared, "summary": summary, **on_a_gpu.TABLES,
 }
