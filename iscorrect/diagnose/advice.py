@@ -217,10 +217,11 @@ def _by_kind(tokens: Tokens, finding: Finding, size: Size, samples: int) -> Advi
         )
     if finding.pattern == PLATEAU:
         return Advice(
-            "Round stochastically where weights are sent",
-            f"{told}. The engine lags behind the trainer by what its number format swallows:"
+            "Round stochastically where weights are sent, if the trainer computes in float32",
+            f"{told}. Of such a trainer the engine lags by what its number format swallows:"
             " iscorrect.stochastic_round lets updates arrive, float16 loses less of them, and a"
-            " correction leaves the engine where it is",
+            " correction leaves the engine where it is. A trainer that computes in 16 bits rounds"
+            " its own weights: send it and the engine the same",
         )
     if finding.pattern == HEAVY_TAIL:
         return Advice(

@@ -247,6 +247,10 @@ def weight_arrival(
     stored in BF16 do. Then the engine samples from an older policy. From weights that lie anywhere
     between the grid's points the share is near 1, however few entries change: those that do, jump.
 
+    A trainer that computes in float32 shows it in its log-probs. One that rounds its weights to the
+    engine's format before it computes, as mixed precision and autocast do, agrees with the engine
+    and does not show it: both are late.
+
     Both are read tensor by tensor, `.safetensors` piece by piece. Tensors of the same names are
     compared; what both hold as one tensor of several names (tied weights) counts once.
 

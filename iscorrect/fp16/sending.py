@@ -28,7 +28,9 @@ def stochastic_round(
     of at most (hi − lo)² / 4, between one and three times that of rounding to nearest where x lies
     anywhere.
 
-    :func:`stochastic_round_weights` does it to a whole model, alike on all ranks.
+    :func:`stochastic_round_weights` does it to a whole model, alike on all ranks. Behind a trainer
+    that rounds its own weights to nearest before it computes, as mixed precision and autocast do,
+    the engine then has what the trainer does not compute with, and the mismatch grows.
 
     Args:
         x: float32 or wider, of any shape; the trainer's weights.
