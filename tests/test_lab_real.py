@@ -599,6 +599,25 @@ def test_a_trainer_that_computes_in_the_engines_format(folder, tmp_path, kind, t
     assert report.named(record.stem.rsplit("-", 1)[0]) == ", ".join(words)
 
 
+@pytest.mark.usefixtures("half_are_right")
+def test_a_trainer_that_computes_with_what_was_sent(folder, batch):
+    one = learner.Learner(folder, learner.Schedule(), 0, Precision("bf16"))
+    one.update(*batch, "uncorrected")
+    how = reinforce.Arm(rounding="stochastic", trainer="sent").send(0)
+    sent = {name: how(name, w) for name, w in one.weights.items()}
+    assert any(not torch.equal(sent[name], w.bfloat16().float()) for name, w in one.weights.items())
+    engine = learner.open_model(folder, dtype=torch.bfloat16)
+    engine.load_state_dict(sent, strict=False)
+    which, answers = batch
+    with products.computed_in(engine, torch.bfloat16):
+        own = packed.log_probs(engine, *answers[:2], torch.bfloat16).detach()
+    found = one.update(which, answers._replace(log_probs=own), "uncorrected", sent)
+    assert found["max"] == 0 and 0 < found["gradient_norm"] < 100
+    other = learner.Learner(folder, learner.Schedule(), 0, Precision("bf16"))
+    other.update(*batch, "uncorrected")
+    assert other.update(which, answers._replace(log_probs=own), "uncorrected")["max"] > 0
+
+
 @pytest.fixture
 def batch(folder):
     """Numbers of four prompts, and answers to them."""

@@ -6,7 +6,7 @@ import json
 import platform
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -107,8 +107,14 @@ class Learner:
         """The numbers of the next prompts."""
         return self._random.sample(range(len(self.task.prompts)), self.schedule.prompts)
 
-    def update(self, which: list[int], answers: Answers, correction: str) -> dict[str, float]:
+    def update(
+        self, which: list[int], answers: Answers, correction: str,
+        sent: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, float]:
         """Learn from a batch; what it was like, before the update.
+
+        ``sent``: weights in the format that is computed in, to compute with in the place of the
+        masters rounded to nearest; the masters get their gradients.
 
             reward         share of right answers, and what :func:`mismatch` says
             gradient_norm  before clipping; where it is not finite, nothing is learned
@@ -120,6 +126,11 @@ class Learner:
         advantages = group_advantages(rewards.flatten(), group, estimator="grpo")
         dtype = torch.float32 if self._autocast else self._dtype
         held = {name: w.to(dtype) for name, w in self._within.named_parameters()}
+        if sent is not None:  # a neighbour, so that the difference and the sum are exact
+            held = {
+                name: x + (sent[name.removeprefix("model.")].to(dtype) - x).detach()
+                for name, x in held.items()
+            }
         autocast = torch.autocast("cpu", self._dtype, enabled=self._autocast)
         with autocast, computed_in(self.model, self._dtype):
             own = functional_call(

@@ -26,8 +26,9 @@ from benchmarks.lab.reinforce import NotSynchronisedError, magnitude
 from iscorrect.fp16.arrival import Arrived, arrived
 
 ROUNDINGS = ("nearest", "stochastic", "feedback")
-TRAINERS = (*DTYPES, "amp-bf16", "amp-fp16")
-"""Formats; "amp": autocast, in which products alone are in 16 bits."""
+TRAINERS = (*DTYPES, "amp-bf16", "amp-fp16", "sent")
+"""Formats; "amp": autocast, in which products alone are in 16 bits; "sent": the engine's format,
+with the very weights that it was sent."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,12 @@ class Arm:
         parts += ["fp32-head"] if self.fp32_head else []
         parts += [] if self.rounding == "nearest" else [self.rounding]
         return "-".join([*parts, self.correction.replace(":", "-")])
+
+    @property
+    def precision(self) -> Precision:
+        """Of the trainer."""
+        dtype = self.engine if self.trainer == "sent" else self.trainer.removeprefix("amp-")
+        return Precision(dtype, self.fp32_head, autocast=self.trainer.startswith("amp-"))
 
     def send(self, seed: int) -> Send:
         """How a run of this seed sends."""
@@ -159,9 +166,7 @@ def train(
                              the same of weights rounded to a 16-bit trainer's format
         wall_s, cpu_s        of the step without judging
     """
-    learner = Learner(folder, schedule, seed, Precision(
-        arm.trainer.removeprefix("amp-"), arm.fp32_head, autocast=arm.trainer.startswith("amp-")
-    ))
+    learner = Learner(folder, schedule, seed, arm.precision)
     longest = learner.task.prompts.shape[1] + LONGEST
     engine = open_engine(folder, arm, schedule, longest)
     how = arm.send(seed)
@@ -190,7 +195,9 @@ def train(
             answers = engine.generate(
                 learner.task.prompts[which], schedule.answers, learner.task.end
             )
-            batch = learner.update(which, answers, arm.correction)
+            batch = learner.update(
+                which, answers, arm.correction, sent if arm.trainer == "sent" else None
+            )
             yield {
                 "step": step, **batch, **row, "greedy": greedy, "sampled": sampled,
                 "rounded_greedy": of_rounded[0], "rounded_sampled": of_rounded[1],

@@ -506,7 +506,7 @@ def named(arm: str) -> str:
     found = ARM.fullmatch(arm)
     kind, engine, trainer, head, way, correction, every, rate = found.groups()
     words = [engine]
-    words += [f"trained in {trainer}"] if trainer else []
+    words += [f"trained in {'what is sent' if trainer == 'sent' else trainer}"] if trainer else []
     words += ["FP32 head"] if head else []
     words += [way, correction] if way else [correction]
     words += [] if kind == "vllm" else ["simulated"]
