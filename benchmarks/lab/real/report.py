@@ -46,6 +46,8 @@ def main(records: Path, pages: Iterable[Path], pictures: Path) -> None:
         serving_figure(records).savefig(pictures / "real-served.png", dpi=110)
     if runs(records):
         learning_figure(records).savefig(pictures / "real-learning.png", dpi=110)
+    if any("-trained-in-" in arm for arm in runs(records)):
+        sixteen_figure(records).savefig(pictures / "real-sixteen.png", dpi=110)
     if on_a_gpu.arms(records):
         on_a_gpu.figure(records).savefig(pictures / "real-gpu.png", dpi=110)
     plt.close("all")
@@ -545,6 +547,8 @@ BESIDE = {
         ("vllm-bf16-trained-in-amp-bf16-stochastic-uncorrected",
          "vllm-bf16-trained-in-amp-bf16-uncorrected"),
         BOTH,
+        ("vllm-bf16-trained-in-sent-stochastic-uncorrected",
+         "vllm-bf16-trained-in-bf16-uncorrected"),
         ("vllm-fp16-trained-in-fp16-uncorrected", "vllm-fp16-uncorrected"),
         ("vllm-bf16-feedback-uncorrected", "vllm-bf16-uncorrected"),
         *TO_NEAREST,
@@ -658,12 +662,29 @@ def beyond(x: str) -> str:
 
 
 def learning_figure(records: Path) -> plt.Figure:
-    """KL, arrival and rewards by step, means over seeds; of five or more with 95 % intervals."""
-    columns = {"kl": "KL(engine‖policy), nats per token", "arrival": "arrives of the last update",
-               "reward": "reward of the engine", "sampled": "reward of the policy, T = 1"}
-    figure, panels = plt.subplots(2, 2, figsize=(11, 8.5), layout="constrained")
+    """KL, arrival and rewards by step, of trainers in float32."""
     arms = {arm: seeds for arm, seeds in runs(records).items()
             if arm.endswith(MAIN) and "-trained-in-" not in arm and len(seeds) >= 3}
+    return curves(arms, {
+        "kl": "KL(engine‖policy), nats per token", "arrival": "arrives of the last update",
+        "reward": "reward of the engine", "sampled": "reward of the policy, T = 1",
+    })
+
+
+def sixteen_figure(records: Path) -> plt.Figure:
+    """KL and rewards by step, of trainers in 16 bits."""
+    arms = {arm: seeds for arm, seeds in runs(records).items()
+            if arm.endswith(MAIN) and "-trained-in-" in arm and len(seeds) >= 3}
+    return curves(arms, {
+        "kl": "KL(engine‖policy), nats per token", "reward": "reward of the engine",
+        "sampled": "reward of the float32 weights, T = 1",
+        "rounded_sampled": "reward of these rounded, T = 1",
+    })
+
+
+def curves(arms: dict[str, list[list[Row]]], columns: dict[str, str]) -> plt.Figure:
+    """Four columns by step, means over seeds; of five or more with 95 % intervals."""
+    figure, panels = plt.subplots(2, 2, figsize=(11, 8.5), layout="constrained")
     for (arm, seeds), colour in zip(arms.items(), plt.get_cmap("tab20").colors, strict=False):
         for ax, column in zip(panels.flat, columns, strict=True):
             steps = [int(row["step"]) for row in seeds[0] if row[column]]
@@ -680,13 +701,13 @@ def learning_figure(records: Path) -> plt.Figure:
                             alpha=0.15, linewidth=0)
     for ax, label in zip(panels.flat, columns.values(), strict=True):
         ax.set(xlabel="step", title=label)
+        if "reward" in label:
+            ax.set_ylim(0, 1.05)
     panels[0, 0].set_yscale("log")
-    for ax in panels[1]:
-        ax.set_ylim(0, 1.05)
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
                   fontsize=9, frameon=False)
     figure.suptitle("vLLM, weights sent after every step, learning rate 2e-5; means over seeds (of"
-                    " KL geometric):\nlines of five with 95 % intervals, dots of three")
+                    " KL geometric):\nlines of five and more with 95 % intervals, dots of fewer")
     return figure
 
 
