@@ -404,9 +404,12 @@ def test_a_difference_is_of_runs_of_one_schedule(tmp_path):
         ("b", "every1-1e-05", 0.3),
     ):
         path = tmp_path / "reinforce" / f"{arm}-{schedule}-0.csv"
-        path.write_text(f"step,sampled,greedy\n0,0,0\n8,{right},{right}\n")
+        path.write_text(f"step,sampled,greedy,reward\n0,0,0,0\n8,{right},{right},{right / 2}\n")
     found = report.differences(tmp_path, "a", "b", "every1-2e-05")
-    assert found == {"sampled": [pytest.approx(0.4)], "greedy": [pytest.approx(0.4)]}
+    assert found == {
+        "sampled": [pytest.approx(0.4)], "greedy": [pytest.approx(0.4)],
+        "reward": [pytest.approx(0.2)],
+    }
 
 
 @pytest.fixture(scope="module")
