@@ -293,7 +293,8 @@ def learned(records: Path) -> str:
     before = f"with vLLM on a CPU (24 steps, {' to '.join(map(str, seeds))} seeds)"
     if gained := on_a_gpu.learned(records):
         return (f"{gained}; {before} it is {stochastic}, {fp16} and {tis}."
-                f" {on_a_gpu.served(records)}.")
+                " Of the engine's own answers, whose weights are the policy's rounded, on the GPU it"
+                " is {}, {} and {}.".format(*on_a_gpu.gained(records, "reward")))
     return (
         f"While it learns sums {before}, the policy answers {stochastic} points more of them right"
         f" with stochastic than with nearest rounding to BF16, {fp16} more with FP16, and {tis}"
