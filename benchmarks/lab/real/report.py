@@ -292,9 +292,11 @@ def learned(records: Path) -> str:
     seeds = sorted({len(x["sampled"]) for x in found.values()})
     before = f"with vLLM on a CPU (24 steps, {' to '.join(map(str, seeds))} seeds)"
     if gained := on_a_gpu.learned(records):
-        return (f"{gained}; {before} it is {stochastic}, {fp16} and {tis}."
-                " Of the engine's own answers, whose weights are the policy's rounded, on the GPU it"
-                " is {}, {} and {}.".format(*on_a_gpu.gained(records, "reward")))
+        engine = "{}, {} and {}".format(*on_a_gpu.gained(records, "reward"))
+        return (
+            f"{gained}; {before} it is {stochastic}, {fp16} and {tis}. Of the engine's own"
+            f" answers, whose weights are the policy's rounded, on the GPU it is {engine}."
+        )
     return (
         f"While it learns sums {before}, the policy answers {stochastic} points more of them right"
         f" with stochastic than with nearest rounding to BF16, {fp16} more with FP16, and {tis}"
