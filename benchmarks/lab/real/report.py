@@ -707,7 +707,7 @@ def curves(arms: dict[str, list[list[Row]]], columns: dict[str, str]) -> plt.Fig
         if "reward" in label:
             ax.set_ylim(0, 1.05)
     panels[0, 0].set_yscale("log")
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2,
                   fontsize=9, frameon=False)
     figure.suptitle("vLLM, weights sent after every step, learning rate 2e-5; means over seeds (of"
                     " KL geometric):\nlines of five and more with 95 % intervals, dots of fewer")
