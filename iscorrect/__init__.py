@@ -28,6 +28,9 @@ from iscorrect.fp16.audit import (
     FP16Audit as FP16Audit,
     audit_fp16 as audit_fp16,
 )
+from iscorrect.fp16.masters import (
+    round_after_step as round_after_step,
+)
 from iscorrect.fp16.scaler import (
     fp16_scaler as fp16_scaler,
 )

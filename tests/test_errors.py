@@ -282,6 +282,8 @@ TAKE = {
                             scaling="none"),
     ic.stochastic_round: dict(x=torch.ones(2), dtype=torch.bfloat16, generator=None),
     ic.stochastic_round_weights: dict(weights=WEIGHTS, dtype=torch.bfloat16, seed=0),
+    ic.round_after_step: dict(optimizer=torch.optim.SGD([torch.ones(2)], lr=1.0),
+                              dtype=torch.bfloat16, seed=0),
     ic.round_with_feedback: dict(x=torch.ones(2), dtype=torch.bfloat16, rest=None),
     ic.coherence: dict(uncorrected=torch.randn(9, 5), corrected=torch.randn(9, 5), sequences=4.0),
     ic.GradientSketch(): dict(gradients=[torch.ones(3)]),

@@ -220,8 +220,8 @@ def _by_kind(tokens: Tokens, finding: Finding, size: Size, samples: int) -> Advi
             "Round stochastically where weights are sent, if the trainer computes in float32",
             f"{told}. Of such a trainer the engine lags by what its number format swallows:"
             " iscorrect.stochastic_round lets updates arrive, float16 loses less of them, and a"
-            " correction leaves the engine where it is. A trainer that computes in 16 bits rounds"
-            " its own weights: send it and the engine the same",
+            " correction leaves the engine where it is. Where a trainer in 16 bits rounds its own"
+            " weights, iscorrect.round_after_step gives it and the engine the same",
         )
     if finding.pattern == HEAVY_TAIL:
         return Advice(

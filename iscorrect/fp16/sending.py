@@ -30,8 +30,8 @@ def stochastic_round(
 
     :func:`stochastic_round_weights` does it to a whole model, alike on all ranks. Behind a trainer
     that rounds its own weights to nearest before it computes, as mixed precision and autocast do,
-    the engine then has what the trainer does not compute with, and the mismatch grows: let such a
-    trainer compute with what it sends.
+    the engine then has what the trainer does not compute with, and the mismatch grows:
+    :func:`iscorrect.round_after_step` lets such a trainer compute with what it sends.
 
     Args:
         x: float32 or wider, of any shape; the trainer's weights.

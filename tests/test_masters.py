@@ -1,0 +1,328 @@
+"""A trainer that computes with what its engine holds."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import multiprocessing as mp, nn
+
+from iscorrect import InputError, round_after_step, stochastic_round, weight_arrival
+
+BF16, FP16, E4M3 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
+OPTIMIZERS = {
+    "AdamW": lambda w: torch.optim.AdamW(w, lr=1e-3, weight_decay=0.1),
+    "AdamW, one tensor after the other": lambda w: torch.optim.AdamW(w, lr=1e-3, foreach=False),
+    "fused AdamW": lambda w: torch.optim.AdamW(w, lr=1e-3, fused=True),
+    "SGD": lambda w: torch.optim.SGD(w, lr=1e-3),
+    "SGD with momentum": lambda w: torch.optim.SGD(w, lr=1e-3, momentum=0.9),
+    "Adafactor": lambda w: torch.optim.Adafactor(w, lr=1e-3),
+    "RMSprop": lambda w: torch.optim.RMSprop(w, lr=1e-3),
+}
+
+
+def two(make, shapes=((30, 20), (40,))):
+    """Parameters and an optimiser, and again the same."""
+    torch.manual_seed(0)
+    first = [nn.Parameter(torch.randn(shape) * 0.05) for shape in shapes]
+    second = [nn.Parameter(w.detach().clone()) for w in first]
+    return (first, make(first)), (second, make(second))
+
+
+def step(optimizer, parameters, number):
+    """With gradients that are the same for all parameters of a shape."""
+    torch.manual_seed(100 + number)
+    for w in parameters:
+        w.grad = torch.randn(w.shape)
+    optimizer.step()
+
+
+def masters(optimizer, parameters):
+    return [w.detach() + optimizer.state[w].get("rest", 0) for w in parameters]
+
+
+def on_the_grid(x, dtype):
+    return torch.equal(x.to(dtype).to(x.dtype), x)
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_the_optimiser_steps_on_the_masters_to_the_bit(make):
+    (w, rounded), (plain, other) = two(make)
+    round_after_step(rounded, BF16)
+    for number in range(5):
+        step(rounded, w, number)
+        step(other, plain, number)
+        for x, master, expected in zip(w, masters(rounded, w), plain, strict=True):
+            assert torch.equal(master, expected)
+            assert on_the_grid(x.detach(), BF16) and not on_the_grid(expected.detach(), BF16)
+            assert ((x - expected).abs() < expected.abs() * 2**-7).all()
+
+
+@pytest.mark.parametrize("dtype", [FP16, E4M3, torch.float8_e5m2])
+def test_other_formats_lose_nothing_but_float32s_own_rounding(dtype):
+    (w, rounded), (plain, other) = two(OPTIMIZERS["SGD"])
+    with torch.no_grad():  # far below the least that the format holds
+        for x in (w[0], plain[0]):
+            x[0] = 1e-12
+    round_after_step(rounded, dtype)
+    for number in range(5):
+        step(rounded, w, number)
+        step(other, plain, number)
+    for x, master, expected in zip(w, masters(rounded, w), plain, strict=True):
+        torch.testing.assert_close(master, expected.detach(), rtol=1e-6, atol=1e-9)
+        assert on_the_grid(x.detach(), dtype)
+
+
+def test_an_update_too_small_for_the_format_arrives():
+    before = {"w": torch.full((100_000,), 1.0)}
+    found = {}
+    for rounds in (True, False):
+        w = nn.Parameter(before["w"].clone())
+        optimizer = torch.optim.SGD([w], lr=1e-4)
+        if rounds:
+            round_after_step(optimizer, BF16)
+        w.grad = torch.full_like(w, -1)
+        optimizer.step()
+        found[rounds] = w.detach().bfloat16().float() - before["w"]
+    assert found[False].abs().max() == 0
+    assert found[True].mean().item() == pytest.approx(1e-4, rel=0.1)
+
+
+def test_what_did_not_change_is_sent_as_it_was():
+    w = nn.Parameter(torch.randn(1000))
+    optimizer = torch.optim.SGD([w], lr=0.0)
+    round_after_step(optimizer, BF16)
+    step(optimizer, [w], 0)
+    first = w.detach().clone()
+    for number in range(3):
+        step(optimizer, [w], number)
+        assert torch.equal(w, first)
+    draws = []
+    for seed in (0, 1):
+        other = nn.Parameter(first + 2**-12)
+        changed = torch.optim.SGD([other], lr=0.0)
+        round_after_step(changed, BF16, seed=seed)
+        step(changed, [other], 0)
+        draws.append(other.detach())
+    assert not torch.equal(*draws)
+
+
+def test_a_parameter_without_a_gradient_keeps_what_it_has():
+    (w, rounded), (plain, other) = two(OPTIMIZERS["AdamW"])
+    round_after_step(rounded, BF16)
+    for number, which in enumerate(([0], [0, 1], [1], [0])):
+        for parameters, optimizer in ((w, rounded), (plain, other)):
+            optimizer.zero_grad()
+            torch.manual_seed(number)
+            for i in which:
+                parameters[i].grad = torch.randn(parameters[i].shape)
+            optimizer.step()
+        if number == 0:
+            assert torch.equal(w[1], plain[1]) and not on_the_grid(w[1].detach(), BF16)
+    for master, expected in zip(masters(rounded, w), plain, strict=True):
+        assert torch.equal(master, expected)
+    assert all(on_the_grid(x.detach(), BF16) for x in w)
+
+
+@pytest.mark.parametrize("called", ["before", "after"])
+def test_a_run_goes_on_from_its_checkpoint(called):
+    (w, rounded), (resumed, again) = two(OPTIMIZERS["AdamW"])
+    round_after_step(rounded, BF16)
+    for number in range(3):
+        step(rounded, w, number)
+    state = copy.deepcopy(rounded.state_dict())
+    with torch.no_grad():
+        for x, saved in zip(resumed, w, strict=True):
+            x.copy_(saved)
+    if called == "before":
+        round_after_step(again, BF16)
+    again.load_state_dict(state)
+    if called == "after":
+        round_after_step(again, BF16)
+    for number in range(3, 6):
+        step(rounded, w, number)
+        step(again, resumed, number)
+    for x, y in zip([*w, *masters(rounded, w)], [*resumed, *masters(again, resumed)], strict=True):
+        assert torch.equal(x, y)
+
+
+def test_weights_that_are_loaded_meanwhile_are_learned_on():
+    w = nn.Parameter(torch.randn(1000))
+    optimizer = torch.optim.SGD([w], lr=1e-3)
+    round_after_step(optimizer, BF16)
+    step(optimizer, [w], 0)
+    loaded = torch.randn(1000).bfloat16().float() + 3
+    with torch.no_grad():
+        w.copy_(loaded)
+    w.grad = torch.zeros(1000)
+    optimizer.step()
+    step_of_the_grid = 8 * 2**-7
+    assert ((masters(optimizer, [w])[0] - loaded).abs() < step_of_the_grid).all()
+
+
+def test_it_may_be_called_twice():
+    (w, rounded), (plain, other) = two(OPTIMIZERS["AdamW"])
+    for _ in range(2):
+        round_after_step(rounded, BF16)
+    for number in range(3):
+        step(rounded, w, number)
+        step(other, plain, number)
+    for master, expected in zip(masters(rounded, w), plain, strict=True):
+        assert torch.equal(master, expected)
+
+
+def test_a_step_that_the_loss_scaler_skips_changes_nothing():
+    w = nn.Parameter(torch.randn(100))
+    optimizer = torch.optim.SGD([w], lr=1e-2)
+    round_after_step(optimizer, FP16)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    held = []
+    for factor in (1.0, float("inf"), 1.0):
+        optimizer.zero_grad()
+        scaler.scale((w * factor).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        held.append((w.detach().clone(), masters(optimizer, [w])[0]))
+    assert torch.equal(held[0][0], held[1][0]) and torch.equal(held[0][1], held[1][1])
+    assert not torch.equal(held[1][1], held[2][1])
+    assert on_the_grid(w.detach(), FP16)
+
+
+def test_under_autocast_the_products_are_those_of_an_engine_in_16_bits():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32, bias=False), nn.Linear(32, 4, bias=False))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    round_after_step(optimizer, BF16)
+    x = torch.randn(8, 16)
+    model(x).square().mean().backward()
+    optimizer.step()
+    before = {name: w.clone() for name, w in model.state_dict().items()}
+    with torch.autocast("cpu", BF16):
+        own = model(x)
+    assert torch.equal(own, copy.deepcopy(model).bfloat16()(x.bfloat16()))
+    assert weight_arrival(before, model, BF16).total.moved == 0
+
+
+def test_bad_arguments_are_named():
+    w = nn.Parameter(torch.ones(2))
+    with pytest.raises(InputError, match=r"round_after_step: `optimizer` must be a torch.optim"):
+        round_after_step([w], BF16)
+    with pytest.raises(InputError, match="round_after_step: `optimizer` must be parameters of fl"):
+        round_after_step(torch.optim.SGD([nn.Parameter(w.bfloat16())], lr=1.0), BF16)
+    with pytest.raises(InputError, match="round_after_step: `dtype`"):
+        round_after_step(torch.optim.SGD([w], lr=1.0), torch.float32)
+    with pytest.raises(InputError, match="round_after_step: `seed`"):
+        round_after_step(torch.optim.SGD([w], lr=1.0), BF16, seed=0.5)
+
+
+class Wrapped(torch.optim.Optimizer):
+    """Like Accelerate's, which is an optimiser and has not been made as one."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    @property
+    def param_groups(self):
+        return self.optimizer.param_groups
+
+
+def test_a_wrapper_is_told_to_pass_what_it_steps_on():
+    wrapped = Wrapped(torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=1.0))
+    with pytest.raises(InputError, match=r"its \.optimizer"):
+        round_after_step(wrapped, BF16)
+
+
+def on_two_ranks(rank, store):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    shards_learn_as_their_whole()
+    dist.destroy_process_group()
+
+
+def shards_learn_as_their_whole():
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor import DTensor
+
+    def model():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+
+    def sharded():
+        whole = model()
+        policy = MixedPrecisionPolicy(param_dtype=BF16, reduce_dtype=torch.float32)
+        mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+        fully_shard(whole, mesh=mesh, mp_policy=policy)
+        optimizer = torch.optim.AdamW(whole.parameters(), lr=1e-3)
+        round_after_step(optimizer, BF16)
+        return whole, optimizer
+
+    def learn(module, optimizer, number):
+        torch.manual_seed(number)
+        module(torch.randn(4, 6)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    one, optimizer = sharded()
+    for number in range(3):
+        masters_before = [
+            (w.detach() + optimizer.state[w].get("rest", 0)).full_tensor()
+            for w in one.parameters()
+        ]
+        # what the step must make of the masters, by an optimiser that rounds nothing
+        plain = [nn.Parameter(x.clone()) for x in masters_before]
+        reference = torch.optim.AdamW(plain, lr=1e-3)
+        torch.manual_seed(number)
+        one(torch.randn(4, 6)).square().mean().backward()
+        for w, x in zip(one.parameters(), plain, strict=True):
+            x.grad = w.grad.full_tensor()
+            kept = {k: v for k, v in optimizer.state[w].items() if k != "rest"}
+            reference.state[x] = {
+                k: v.full_tensor().clone() if isinstance(v, DTensor) else v.clone()
+                for k, v in kept.items()
+            }
+        optimizer.step()
+        optimizer.zero_grad()
+        reference.step()
+        for w, x in zip(one.parameters(), plain, strict=True):
+            rest = optimizer.state[w]["rest"]
+            assert isinstance(rest, DTensor) and rest.placements == w.placements
+            torch.testing.assert_close((w.detach() + rest).full_tensor(), x.detach())
+            assert on_the_grid(w.detach().full_tensor(), BF16)
+    # a sharded checkpoint holds the rests, and a run goes on from it
+    saved = copy.deepcopy(get_state_dict(one, optimizer))
+    other, again = sharded()
+    set_state_dict(other, again, model_state_dict=saved[0], optim_state_dict=saved[1])
+    for number in range(3, 5):
+        learn(one, optimizer, number)
+        learn(other, again, number)
+    for w, x in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(w.full_tensor(), x.full_tensor())
+        rests = optimizer.state[w]["rest"], again.state[x]["rest"]
+        assert torch.equal(*(rest.full_tensor() for rest in rests))
+    # replicas hold the same
+    replica = nn.parallel.DistributedDataParallel(model())
+    stepped = torch.optim.AdamW(replica.parameters(), lr=1e-3)
+    round_after_step(stepped, BF16)
+    for number in range(2):
+        learn(replica, stepped, number + dist.get_rank())
+    for w in replica.parameters():
+        both = [torch.empty_like(w) for _ in range(2)]
+        dist.all_gather(both, w.detach())
+        assert torch.equal(*both) and on_the_grid(both[0], BF16)
+
+
+@pytest.mark.slow
+def test_shards_learn_as_their_whole_and_replicas_alike(tmp_path):
+    # A server's child ends without shutting its interpreter down, which FSDP2 on gloo can abort.
+    mp.start_processes(on_two_ranks, (tmp_path / "store",), nprocs=2, start_method="forkserver")
+
+
+def test_its_draws_are_those_of_stochastic_rounding():
+    w = nn.Parameter(torch.full((50_000,), 1 + 2**-9))
+    optimizer = torch.optim.SGD([w], lr=0.0)
+    round_after_step(optimizer, BF16)
+    step(optimizer, [w], 0)
+    share = (w == 1 + 2**-7).float().mean().item()
+    alone = stochastic_round(torch.full((50_000,), 1 + 2**-9), BF16)
+    assert share == pytest.approx(0.25, abs=0.01)
+    assert (alone == 1 + 2**-7).float().mean().item() == pytest.approx(share, abs=0.02)
