@@ -603,22 +603,43 @@ def test_a_trainer_that_computes_in_the_engines_format(folder, tmp_path, kind, t
 
 
 @pytest.mark.usefixtures("half_are_right")
-def test_a_trainer_that_computes_with_what_was_sent(folder, batch):
-    one = learner.Learner(folder, learner.Schedule(), 0, Precision("bf16"))
+def test_a_trainer_that_computes_with_what_it_sends(folder, batch):
+    arm = reinforce.Arm(rounding="after-step", trainer="bf16")
+    one = learner.Learner(folder, learner.Schedule(), 0, arm.precision, arm.held)
     one.update(*batch, "uncorrected")
-    how = reinforce.Arm(rounding="stochastic", trainer="sent").send(0)
+    how = arm.send(0)
     sent = {name: how(name, w) for name, w in one.weights.items()}
-    assert any(not torch.equal(sent[name], w.bfloat16().float()) for name, w in one.weights.items())
+    assert all(torch.equal(sent[name], w) for name, w in one.weights.items())
+    assert any(not torch.equal(sent[name], w.bfloat16().float()) for name, w in one.masters.items())
     engine = learner.open_model(folder, dtype=torch.bfloat16)
     engine.load_state_dict(sent, strict=False)
     which, answers = batch
     with products.computed_in(engine, torch.bfloat16):
         own = packed.log_probs(engine, *answers[:2], torch.bfloat16).detach()
-    found = one.update(which, answers._replace(log_probs=own), "uncorrected", sent)
+    found = one.update(which, answers._replace(log_probs=own), "uncorrected")
     assert found["max"] == 0 and 0 < found["gradient_norm"] < 100
     other = learner.Learner(folder, learner.Schedule(), 0, Precision("bf16"))
     other.update(*batch, "uncorrected")
+    for name, w in other.masters.items():  # the first batch was computed with the same weights
+        assert torch.equal(w, other.weights[name])
     assert other.update(which, answers._replace(log_probs=own), "uncorrected")["max"] > 0
+
+
+@pytest.mark.usefixtures("half_are_right")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("trainer", ["bf16", "amp-bf16"])
+def test_what_such_a_trainer_made_arrives(folder, tmp_path, kind, trainer):
+    for way in ("after-step", "nearest"):
+        arm = reinforce.Arm(kind=kind, trainer=trainer, rounding=way)
+        reinforce.main(folder, tmp_path, arm, learner.Schedule(steps=1, judged=1, warmup=1), 0)
+    stepped, nearest = (
+        reinforce.read(next(tmp_path.glob(f"*-{way}uncorrected-*.csv")))[-1]
+        for way in ("after-step-", f"{trainer}-")
+    )
+    assert float(nearest["arrival"]) < 0.8 < float(stepped["arrival"]) < 1.2
+    assert 0 < float(stepped["kl"]) < 1e-2
+    name = f"vllm-bf16-trained-in-{trainer}-after-step-uncorrected-every1-2e-05"
+    assert report.named(name) == f"bf16, trained in {trainer}, rounded after each step, uncorrected"
 
 
 @pytest.fixture

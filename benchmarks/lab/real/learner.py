@@ -6,7 +6,7 @@ import json
 import platform
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from iscorrect import (
     group_advantages,
     k3,
     parse,
+    round_after_step,
     uncorrected,
 )
 
@@ -83,11 +84,12 @@ class Learner:
         seed: fixes which prompts come.
         precision: that batches are computed in. In 16 bits all weights are rounded to nearest
             before each, as a trainer with master weights does; under autocast those of products.
+        held: what ``round_after_step`` rounds the weights to; None for a trainer without it.
     """
 
     def __init__(
         self, folder: Path, schedule: Schedule, seed: int,
-        precision: Precision = FLOAT32,
+        precision: Precision = FLOAT32, held: torch.dtype | None = None,
     ):
         torch.manual_seed(seed)
         self.schedule = schedule
@@ -102,19 +104,23 @@ class Learner:
         self._optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=schedule.learning_rate, betas=(0.9, 0.99), weight_decay=0
         )
+        if held is not None:
+            round_after_step(self._optimizer, held, seed=seed)
+
+    @property
+    def masters(self) -> dict[str, Tensor]:
+        """What the optimiser steps on, by name: the weights, and what rounding took from them."""
+        return {
+            name: w.detach() + self._optimizer.state[w].get("rest", 0)
+            for name, w in self.model.named_parameters()
+        }
 
     def draw(self) -> list[int]:
         """The numbers of the next prompts."""
         return self._random.sample(range(len(self.task.prompts)), self.schedule.prompts)
 
-    def update(
-        self, which: list[int], answers: Answers, correction: str,
-        sent: Mapping[str, Tensor] | None = None,
-    ) -> dict[str, float]:
+    def update(self, which: list[int], answers: Answers, correction: str) -> dict[str, float]:
         """Learn from a batch; what it was like, before the update.
-
-        ``sent``: weights in the format that is computed in, to compute with in the place of the
-        masters rounded to nearest; the masters get their gradients.
 
             reward         share of right answers, and what :func:`mismatch` says
             gradient_norm  before clipping; where it is not finite, nothing is learned
@@ -126,11 +132,6 @@ class Learner:
         advantages = group_advantages(rewards.flatten(), group, estimator="grpo")
         dtype = torch.float32 if self._autocast else self._dtype
         held = {name: w.to(dtype) for name, w in self._within.named_parameters()}
-        if sent is not None:  # a neighbour, so that the difference and the sum are exact
-            held = {
-                name: x + (sent[name.removeprefix("model.")].to(dtype) - x).detach()
-                for name, x in held.items()
-            }
         autocast = torch.autocast("cpu", self._dtype, enabled=self._autocast)
         with autocast, computed_in(self.model, self._dtype):
             own = functional_call(
@@ -162,10 +163,10 @@ class Learner:
         Args:
             rows: prompts at a time.
             rounded: whether all its weights are rounded to what batches are computed in, or are
-                its own; the arithmetic is float32's.
+                its masters; the arithmetic is float32's.
         """
-        dtype = self._dtype if rounded else torch.float32
-        held = {name: w.to(dtype).float() for name, w in self._within.named_parameters()}
+        of = {name: w.to(self._dtype).float() for name, w in self.weights.items()}
+        held = {f"model.{name}": w for name, w in (of if rounded else self.masters).items()}
         found = []
         for which in torch.arange(len(self.task.prompts)).split(rows):
             answers = functional_call(

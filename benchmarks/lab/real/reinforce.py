@@ -25,10 +25,10 @@ from benchmarks.lab.real.sums import LONGEST
 from benchmarks.lab.reinforce import NotSynchronisedError, magnitude
 from iscorrect.fp16.arrival import Arrived, arrived
 
-ROUNDINGS = ("nearest", "stochastic", "feedback")
-TRAINERS = (*DTYPES, "amp-bf16", "amp-fp16", "sent")
-"""Formats; "amp": autocast, in which products alone are in 16 bits; "sent": the engine's format,
-with the very weights that it was sent."""
+ROUNDINGS = ("nearest", "stochastic", "feedback", "after-step")
+""""after-step": stochastically, by the trainer, which computes with what it sends."""
+TRAINERS = (*DTYPES, "amp-bf16", "amp-fp16")
+"""Formats; "amp": autocast, in which products alone are in 16 bits."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,15 @@ class Arm:
     @property
     def precision(self) -> Precision:
         """Of the trainer."""
-        dtype = self.engine if self.trainer == "sent" else self.trainer.removeprefix("amp-")
-        return Precision(dtype, self.fp32_head, autocast=self.trainer.startswith("amp-"))
+        return Precision(
+            self.trainer.removeprefix("amp-"), self.fp32_head,
+            autocast=self.trainer.startswith("amp-"),
+        )
+
+    @property
+    def held(self) -> torch.dtype | None:
+        """What the trainer rounds its weights to after each step."""
+        return DTYPES[self.engine] if self.rounding == "after-step" else None
 
     def send(self, seed: int) -> Send:
         """How a run of this seed sends."""
@@ -166,11 +173,11 @@ def train(
                              the same of weights rounded to a 16-bit trainer's format
         wall_s, cpu_s        of the step without judging
     """
-    learner = Learner(folder, schedule, seed, arm.precision)
+    learner = Learner(folder, schedule, seed, arm.precision, arm.held)
     longest = learner.task.prompts.shape[1] + LONGEST
     engine = open_engine(folder, arm, schedule, longest)
     how = arm.send(seed)
-    start = some(learner.weights)
+    start = some(learner.masters)
     sent = {name: how(name, x) for name, x in learner.weights.items()}
     engine.load(sent)
     first = last = start, some(sent)
@@ -185,7 +192,7 @@ def train(
             if step and step % schedule.every == 0:
                 sent = {name: how(name, x) for name, x in learner.weights.items()}
                 engine.load(sent)
-                now = some(learner.weights), some(sent)
+                now = some(learner.masters), some(sent)
                 row |= {
                     "arrival": between(last, now).share, "unchanged": between(last, now).unchanged,
                     "arrival_all": between(first, now).share,
@@ -195,9 +202,7 @@ def train(
             answers = engine.generate(
                 learner.task.prompts[which], schedule.answers, learner.task.end
             )
-            batch = learner.update(
-                which, answers, arm.correction, sent if arm.trainer == "sent" else None
-            )
+            batch = learner.update(which, answers, arm.correction)
             yield {
                 "step": step, **batch, **row, "greedy": greedy, "sampled": sampled,
                 "rounded_greedy": of_rounded[0], "rounded_sampled": of_rounded[1],

@@ -501,8 +501,8 @@ def first_at(run: list[Row], share: float) -> str:
 
 
 ARM = re.compile(
-    r"(\w+)-(\w+?)(?:-trained-in-((?:amp-)?\w+))?(-fp32-head)?(?:-(stochastic|feedback))?-(.+)"
-    r"-every(\d+)-(.+)"
+    r"(\w+)-(\w+?)(?:-trained-in-((?:amp-)?\w+))?(-fp32-head)?"
+    r"(?:-(stochastic|feedback|after-step))?-(.+)-every(\d+)-(.+)"
 )
 
 
@@ -513,7 +513,8 @@ def named(arm: str) -> str:
     words = [engine]
     words += [f"trained in {'what is sent' if trainer == 'sent' else trainer}"] if trainer else []
     words += ["FP32 head"] if head else []
-    words += [way, correction] if way else [correction]
+    words += ["rounded after each step" if way == "after-step" else way] if way else []
+    words += [correction]
     words += [] if kind == "vllm" else ["simulated"]
     words += [] if every == "1" else [f"sent every {every} steps"]
     words += [] if rate == "2e-05" else [f"learning rate {rate}"]
@@ -552,6 +553,8 @@ BESIDE = {
         BOTH,
         ("vllm-bf16-trained-in-sent-stochastic-uncorrected",
          "vllm-bf16-trained-in-bf16-uncorrected"),
+        *((f"vllm-bf16-trained-in-{trainer}-after-step-uncorrected",
+           f"vllm-bf16-trained-in-{trainer}-uncorrected") for trainer in ("bf16", "amp-bf16")),
         ("vllm-fp16-trained-in-fp16-uncorrected", "vllm-fp16-uncorrected"),
         ("vllm-bf16-feedback-uncorrected", "vllm-bf16-uncorrected"),
         *TO_NEAREST,
