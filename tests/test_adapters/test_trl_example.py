@@ -1,5 +1,6 @@
 """The example runs as it stands: with ``generate``, and with vLLM where that is installed."""
 
+import math
 import os
 import subprocess
 import sys
@@ -73,7 +74,16 @@ def test_the_example_trains_three_steps_logs_metrics_and_dumps(tmp_path, engine)
 
 
 # what docs/trainers/trl.md says, with a look at what the engine holds afterwards
-SEND = """
+AT_THE_SEND = """
+generation = trainer.vllm_generation
+masters = generation._iter_named_params
+generation._iter_named_params = lambda: stochastic_round_weights(masters(), torch.bfloat16)
+"""
+AFTER_THE_STEP = """
+trainer.create_optimizer()
+round_after_step(trainer.optimizer, torch.bfloat16)
+"""
+RUN = """
 import sys, warnings
 warnings.simplefilter("ignore")
 import vllm._custom_ops
@@ -81,7 +91,7 @@ vllm._custom_ops._supports_onednn = False
 import torch
 from tiny_trl import arguments, dataset, reward
 from trl import GRPOTrainer
-from iscorrect import stochastic_round_weights, token_tis
+from iscorrect import round_after_step, stochastic_round_weights, token_tis
 from iscorrect.adapters.trl import CorrectedGRPO
 
 class Trainer(CorrectedGRPO, GRPOTrainer): ...
@@ -91,35 +101,53 @@ trainer = Trainer(
     args=arguments(
         sys.argv[2], use_vllm=True, vllm_mode="colocate", vllm_max_model_length=64,
         vllm_gpu_memory_utilization=0.3, learning_rate=1e-5,
-        model_init_kwargs={"dtype": "float32"},
+        model_init_kwargs={"dtype": "float32"}, bf16=%s,
     ),
     engine_dtype=torch.bfloat16,
 )
-generation = trainer.vllm_generation
-masters = generation._iter_named_params
-generation._iter_named_params = lambda: stochastic_round_weights(masters(), torch.bfloat16)
+%s
 trainer.train()
-generation.sync_weights()
-model = generation.llm.llm_engine.model_executor.driver_worker.model_runner.model
-held = {name: w.float() for name, w in model.named_parameters()}
-differ = 0
+trainer.vllm_generation.sync_weights()
+engine = trainer.vllm_generation.llm.llm_engine.model_executor.driver_worker.model_runner
+held = {name: w.float() for name, w in engine.model.named_parameters()}
+state = trainer.optimizer.state
+differ = own = 0
 for name, w in trainer.model.named_parameters():
     if name in held and held[name].shape == w.shape:
-        step = (held[name] - w.detach()).abs()
-        assert (step <= w.detach().abs() * 2**-7).all(), name
-        differ += int((held[name] != w.detach().bfloat16().float()).sum())
-logged = any("weights/arrival" in x for x in trainer.state.log_history)
-print("differ from the nearest:", differ, "logged:", logged)
+        master = w.detach() + state[w].get("rest", 0)
+        assert ((held[name] - master).abs() <= master.abs() * 2**-7).all(), name
+        differ += int((held[name] != master.bfloat16().float()).sum())
+        own += int((held[name] != w.detach()).sum())
+arrival = [x["weights/arrival"] for x in trainer.state.log_history if "weights/arrival" in x]
+print("FOUND", differ, own, *arrival)
 """
+
+
+def sent(model, folder, autocast, lines):
+    """Entries that are not the nearest to the masters, those that are not the trainer's, and
+    what its log says of arrival."""
+    done = subprocess.run(
+        [sys.executable, "-c", RUN % (autocast, lines), model, str(folder)], capture_output=True,
+        text=True, check=False, cwd=Path(__file__).parent, env=os.environ | ENVIRONMENT,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    differ, own, *arrival = done.stdout.split("FOUND ")[1].splitlines()[0].split()
+    return int(differ), int(own), [float(x) for x in arrival]
 
 
 @pytest.mark.skipif(not find_spec("vllm"), reason="no vLLM")
 def test_weights_can_be_rounded_stochastically_where_trl_sends_them(tmp_path):
     model = save_model(tmp_path / "model", torch.bfloat16)
-    done = subprocess.run(
-        [sys.executable, "-c", SEND, model, str(tmp_path)], capture_output=True, text=True,
-        check=False, cwd=Path(__file__).parent, env=os.environ | ENVIRONMENT,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    said = done.stdout.split("differ from the nearest: ")[1].split()
-    assert int(said[0]) > 100 and said[2] == "True"
+    differ, own, arrival = sent(model, tmp_path, False, AT_THE_SEND)
+    assert differ > 100 and own > 100 and arrival
+
+
+@pytest.mark.skipif(not find_spec("vllm"), reason="no vLLM")
+def test_trl_can_compute_with_what_it_sends(tmp_path):
+    model = save_model(tmp_path / "model", torch.bfloat16)
+    differ, own, arrival = sent(model, tmp_path, True, AFTER_THE_STEP)
+    assert differ > 100 and own == 0
+    measured = [x for x in arrival if not math.isnan(x)]
+    assert measured == pytest.approx([1] * len(measured)) and measured
+    _, own, arrival = sent(model, tmp_path, True, "")
+    assert own > 100 and any(x < 0.9 for x in arrival)

@@ -1,6 +1,6 @@
 """Writes what verl gives the policy loss "iscorrect_ppo", and what it sends to its engine.
 
-Imported after what registers the loss and rounds the weights.
+Imported after what registers the loss.
 """
 
 import itertools
@@ -28,16 +28,22 @@ send, sends = FSDPEngine.get_per_tensor_param, itertools.count()
 
 def compared(engine, weights):
     """The weights, with how they differ from the trainer's written down once all have passed."""
-    masters = {name: getattr(x, "full_tensor", lambda x=x: x)()
-               for name, x in engine.module.state_dict().items()}
-    dtypes, differ, farthest = set(), 0, 0.0
-    for name, sent in weights:
-        w = masters[name].detach()
-        dtypes.add(str(sent.dtype))
-        differ += int((sent.float() != w.bfloat16().float()).sum())
-        farthest = max(farthest, ((sent.float() - w).abs() / w.abs().clamp(min=1e-30)).max().item())
-        yield name, sent
-    found = {"dtypes": sorted(dtypes), "differ": differ, "farthest": farthest}
+    state = engine.optimizer.state
+    own = {name: w.detach().full_tensor() for name, w in engine.module.named_parameters()}
+    masters = {
+        name: own[name] + (state[w]["rest"].full_tensor() if "rest" in state[w] else 0)
+        for name, w in engine.module.named_parameters()
+    }
+    found = dict.fromkeys(("entries", "off_grid", "not_own", "not_nearest"), 0) | {"farthest": 0.0}
+    for name, given in weights:
+        sent, master = given.float(), masters[name]
+        found["entries"] += sent.numel()
+        found["off_grid"] += int((sent != sent.bfloat16().float()).sum())
+        found["not_own"] += int((sent != own[name]).sum())
+        found["not_nearest"] += int((sent != master.bfloat16().float()).sum())
+        farthest = ((sent - master).abs() / master.abs().clamp(min=1e-30)).max().item()
+        found["farthest"] = max(found["farthest"], farthest)
+        yield name, given
     Path(f"sent_{os.getpid()}_{next(sends):03d}.json").write_text(json.dumps(found))
 
 
