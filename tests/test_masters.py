@@ -235,6 +235,7 @@ def test_a_wrapper_is_told_to_pass_what_it_steps_on():
 def on_two_ranks(rank, store):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     shards_learn_as_their_whole()
+    flat_shards_are_rounded_and_saved()
     dist.destroy_process_group()
 
 
@@ -309,6 +310,44 @@ def shards_learn_as_their_whole():
         both = [torch.empty_like(w) for _ in range(2)]
         dist.all_gather(both, w.detach())
         assert torch.equal(*both) and on_the_grid(both[0], BF16)
+
+
+def flat_shards_are_rounded_and_saved():
+    from torch.distributed import fsdp
+
+    def flat(original):
+        torch.manual_seed(0)
+        whole = fsdp.FullyShardedDataParallel(
+            nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)), use_orig_params=original,
+            mixed_precision=fsdp.MixedPrecision(param_dtype=BF16, reduce_dtype=torch.float32),
+            device_id=torch.device("cpu"),
+        )
+        whole.set_state_dict_type(
+            whole, fsdp.StateDictType.SHARDED_STATE_DICT, fsdp.ShardedStateDictConfig()
+        )
+        optimizer = torch.optim.AdamW(whole.parameters(), lr=1e-3)
+        round_after_step(optimizer, BF16)
+        return whole, optimizer
+
+    def learn(whole, optimizer, number):
+        torch.manual_seed(number)
+        whole(torch.randn(4, 6)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for original in (False, True):
+        (one, optimizer), (other, again) = flat(original), flat(original)
+        for number in range(2):
+            learn(one, optimizer, number)
+        other.load_state_dict(copy.deepcopy(one.state_dict()))
+        saved = copy.deepcopy(one.optim_state_dict(one, optimizer))
+        again.load_state_dict(other.optim_state_dict_to_load(other, again, saved))
+        for number in range(2, 4):
+            learn(one, optimizer, number)
+            learn(other, again, number)
+        with one.summon_full_params(one), other.summon_full_params(other):
+            for w, x in zip(one.parameters(), other.parameters(), strict=True):
+                assert torch.equal(w, x) and on_the_grid(w.detach(), BF16)
 
 
 @pytest.mark.slow
