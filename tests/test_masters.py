@@ -73,6 +73,20 @@ def test_other_formats_lose_nothing_but_float32s_own_rounding(dtype):
         assert on_the_grid(x.detach(), dtype)
 
 
+@pytest.mark.parametrize("dtype", [FP16, E4M3])
+def test_what_the_format_cannot_hold_stays_and_learns(dtype):
+    w = nn.Parameter(torch.tensor([1e6, -1e6, 0.3]))
+    optimizer = torch.optim.SGD([w], lr=1.0)
+    round_after_step(optimizer, dtype)
+    for _ in range(3):
+        w.grad = torch.full((3,), 1000.0)
+        optimizer.step()
+    found = masters(optimizer, [w])[0]
+    assert torch.allclose(found, torch.tensor([1e6 - 3000, -1e6 - 3000, 0.3 - 3000]))
+    if dtype == FP16:
+        assert w[0] == found[0] and w[1] == found[1]
+
+
 def test_an_update_too_small_for_the_format_arrives():
     before = {"w": torch.full((100_000,), 1.0)}
     found = {}

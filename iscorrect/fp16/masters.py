@@ -32,7 +32,8 @@ def round_after_step(
     An entry meets the same draw after every step, and changes once as it passes its own threshold.
     Replicas draw alike. The rests are as large as the weights, and lie in the optimiser's state:
     its checkpoints hold them, and a run that goes on from one calls this again. What saves the
-    model alone saves the rounded weights.
+    model alone saves the rounded weights. Entries that are not finite in ``dtype`` stay as they
+    are.
 
     Args:
         optimizer: PyTorch's own, of parameters in float32 or wider, sharded or not; before its
@@ -93,7 +94,8 @@ def round_after_step(
             draws = zlib.crc32(f"{seed} {place}".encode())
             kept, held = _local(rest), _local(w.detach())
             generator = torch.Generator(kept.device).manual_seed(draws)
-            held.copy_(stochastic_round(kept, dtype, generator=generator))
+            sent = stochastic_round(kept, dtype, generator=generator).to(kept.dtype)
+            held.copy_(sent.where(sent.isfinite(), kept))
             kept.sub_(held)
             stepped.state[w][REST] = rest
 
