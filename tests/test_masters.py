@@ -1,6 +1,7 @@
 """A trainer that computes with what its engine holds."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import multiprocessing as mp, nn
 
 from iscorrect import InputError, round_after_step, stochastic_round, weight_arrival
 
-BF16, FP16, E4M3 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
+BF16, FP16 = torch.bfloat16, torch.float16
 OPTIMIZERS = {
     "AdamW": lambda w: torch.optim.AdamW(w, lr=1e-3, weight_decay=0.1),
     "AdamW, one tensor after the other": lambda w: torch.optim.AdamW(w, lr=1e-3, foreach=False),
@@ -18,6 +19,7 @@ OPTIMIZERS = {
     "SGD with momentum": lambda w: torch.optim.SGD(w, lr=1e-3, momentum=0.9),
     "Adafactor": lambda w: torch.optim.Adafactor(w, lr=1e-3),
     "RMSprop": lambda w: torch.optim.RMSprop(w, lr=1e-3),
+    "Adagrad": lambda w: torch.optim.Adagrad(w, lr=1e-3),
 }
 
 
@@ -58,33 +60,30 @@ def test_the_optimiser_steps_on_the_masters_to_the_bit(make):
             assert ((x - expected).abs() < expected.abs() * 2**-7).all()
 
 
-@pytest.mark.parametrize("dtype", [FP16, E4M3, torch.float8_e5m2])
-def test_other_formats_lose_nothing_but_float32s_own_rounding(dtype):
+def test_in_fp16_nothing_is_lost_but_float32s_own_rounding():
     (w, rounded), (plain, other) = two(OPTIMIZERS["SGD"])
     with torch.no_grad():  # far below the least that the format holds
         for x in (w[0], plain[0]):
             x[0] = 1e-12
-    round_after_step(rounded, dtype)
+    round_after_step(rounded, FP16)
     for number in range(5):
         step(rounded, w, number)
         step(other, plain, number)
     for x, master, expected in zip(w, masters(rounded, w), plain, strict=True):
         torch.testing.assert_close(master, expected.detach(), rtol=1e-6, atol=1e-9)
-        assert on_the_grid(x.detach(), dtype)
+        assert on_the_grid(x.detach(), FP16)
 
 
-@pytest.mark.parametrize("dtype", [FP16, E4M3])
-def test_what_the_format_cannot_hold_stays_and_learns(dtype):
+def test_what_the_format_cannot_hold_stays_and_learns():
     w = nn.Parameter(torch.tensor([1e6, -1e6, 0.3]))
     optimizer = torch.optim.SGD([w], lr=1.0)
-    round_after_step(optimizer, dtype)
+    round_after_step(optimizer, FP16)
     for _ in range(3):
         w.grad = torch.full((3,), 1000.0)
         optimizer.step()
     found = masters(optimizer, [w])[0]
     assert torch.allclose(found, torch.tensor([1e6 - 3000, -1e6 - 3000, 0.3 - 3000]))
-    if dtype == FP16:
-        assert w[0] == found[0] and w[1] == found[1]
+    assert w[0] == found[0] and w[1] == found[1]
 
 
 def test_an_update_too_small_for_the_format_arrives():
@@ -161,17 +160,85 @@ def test_a_run_goes_on_from_its_checkpoint(called):
 
 
 def test_weights_that_are_loaded_meanwhile_are_learned_on():
-    w = nn.Parameter(torch.randn(1000))
+    for scale in (1e-4, 1.0, 1e4):
+        w = nn.Parameter(torch.randn(1000))
+        optimizer = torch.optim.SGD([w], lr=1e-3)
+        round_after_step(optimizer, BF16)
+        step(optimizer, [w], 0)
+        loaded = (torch.randn(1000) * scale).bfloat16().float()
+        with torch.no_grad():
+            w.copy_(loaded)
+        w.grad = torch.zeros(1000)
+        optimizer.step()
+        assert ((masters(optimizer, [w])[0] - loaded).abs() <= loaded.abs() * 2**-7).all()
+
+
+def test_what_is_not_finite_stays_alone():
+    w = nn.Parameter(torch.tensor([math.inf, math.nan, 1.0]))
     optimizer = torch.optim.SGD([w], lr=1e-3)
     round_after_step(optimizer, BF16)
+    for _ in range(3):
+        w.grad = torch.ones(3)
+        optimizer.step()
+    assert w[0] == math.inf and w[1].isnan()
+    assert masters(optimizer, [w])[0][2].item() == pytest.approx(0.997)
+
+
+def test_hooks_of_others_may_set_and_clear_gradients():
+    (w, rounded), (plain, other) = two(OPTIMIZERS["AdamW"])
+    given = {}
+    rounded.register_step_post_hook(lambda optimizer, *_: optimizer.zero_grad())
+    round_after_step(rounded, BF16)
+
+    def late(*_):
+        for x in w:
+            x.grad = given[x]
+
+    for number in range(4):
+        if number == 2:
+            rounded.register_step_pre_hook(late)
+        step(other, plain, number)
+        given |= {x: y.grad.clone() for x, y in zip(w, plain, strict=True)}
+        for x in w:
+            x.grad = given[x].clone() if number < 2 else None
+        rounded.step()
+        for x, master, expected in zip(w, masters(rounded, w), plain, strict=True):
+            assert torch.equal(master, expected) and on_the_grid(x.detach(), BF16)
+
+
+def test_a_step_without_gradients_makes_room_for_a_checkpoint_and_rounds_nothing():
+    from torch.distributed.checkpoint import state_dict as dcp
+
+    torch.manual_seed(0)
+    first, second = (nn.Linear(30, 20) for _ in range(2))
+    (trained, plain), (model, optimizer) = (
+        (x, torch.optim.AdamW(x.parameters(), lr=1e-3)) for x in (first, second)
+    )
+    step(plain, [*trained.parameters()], 0)
+    round_after_step(optimizer, BF16)
+    weights, state = (
+        copy.deepcopy(of) for of in dcp.get_state_dict(trained, plain)  # of a run without it
+    )
+    dcp.set_model_state_dict(model, weights)
+    dcp.set_optimizer_state_dict(model, optimizer, optim_state_dict=state)
+    for w, x in zip(model.parameters(), trained.parameters(), strict=True):
+        assert torch.equal(w, x)
+    for number in range(1, 3):
+        step(plain, [*trained.parameters()], number)
+        step(optimizer, [*model.parameters()], number)
+    for master, x in zip(
+        masters(optimizer, [*model.parameters()]), trained.parameters(), strict=True
+    ):
+        assert torch.equal(master, x)
+
+
+def test_a_rest_that_is_no_tensor_is_none():
+    w = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([w], lr=0.0)
+    round_after_step(optimizer, BF16)
+    optimizer.state[w]["rest"] = {}  # as a flattened checkpoint without it is loaded
     step(optimizer, [w], 0)
-    loaded = torch.randn(1000).bfloat16().float() + 3
-    with torch.no_grad():
-        w.copy_(loaded)
-    w.grad = torch.zeros(1000)
-    optimizer.step()
-    step_of_the_grid = 8 * 2**-7
-    assert ((masters(optimizer, [w])[0] - loaded).abs() < step_of_the_grid).all()
+    assert torch.equal(optimizer.state[w]["rest"], torch.zeros(3))
 
 
 def test_it_may_be_called_twice():
@@ -183,6 +250,44 @@ def test_it_may_be_called_twice():
         step(other, plain, number)
     for master, expected in zip(masters(rounded, w), plain, strict=True):
         assert torch.equal(master, expected)
+    for given in (dict(dtype=FP16), dict(dtype=BF16, seed=1)):
+        with pytest.raises(InputError, match=r"one that rounds to torch\.bfloat16 with seed 0"):
+            round_after_step(rounded, **given)
+
+
+def test_rows_with_a_sparse_gradient_learn():
+    (w, rounded), (plain, other) = two(lambda w: torch.optim.SparseAdam(w, lr=1e-3), ((30, 20),))
+    round_after_step(rounded, BF16)
+    for number in range(3):
+        for parameters, optimizer in ((w, rounded), (plain, other)):
+            torch.manual_seed(number)
+            rows = torch.randint(30, (1, 4))
+            parameters[0].grad = torch.sparse_coo_tensor(
+                rows, torch.randn(4, 20), (30, 20), check_invariants=True
+            )
+            optimizer.step()
+    assert torch.equal(masters(rounded, w)[0], plain[0]) and on_the_grid(w[0].detach(), BF16)
+
+
+def test_a_closure_is_refused_for_it_would_see_the_masters():
+    w = nn.Parameter(torch.ones(3))
+    for optimizer in (torch.optim.LBFGS([w]), torch.optim.SGD([w], lr=1.0)):
+        round_after_step(optimizer, BF16)
+        with pytest.raises(InputError, match="round_after_step: `closure` must be a step without"):
+            optimizer.step(w.sum)
+        with pytest.raises(InputError, match="round_after_step: `closure` must be a step without"):
+            optimizer.step(closure=w.sum)
+
+
+def test_a_parameter_in_16_bits_that_comes_later_is_named():
+    w = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([w], lr=1.0)
+    round_after_step(optimizer, BF16)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2).bfloat16())]})
+    w.grad = torch.ones(3)
+    with pytest.raises(InputError, match="round_after_step: `optimizer` must be parameters of fl"):
+        optimizer.step()
+    assert torch.equal(w, torch.ones(3))
 
 
 def test_a_step_that_the_loss_scaler_skips_changes_nothing():
@@ -223,8 +328,9 @@ def test_bad_arguments_are_named():
         round_after_step([w], BF16)
     with pytest.raises(InputError, match="round_after_step: `optimizer` must be parameters of fl"):
         round_after_step(torch.optim.SGD([nn.Parameter(w.bfloat16())], lr=1.0), BF16)
-    with pytest.raises(InputError, match="round_after_step: `dtype`"):
-        round_after_step(torch.optim.SGD([w], lr=1.0), torch.float32)
+    for dtype in (torch.float32, torch.float8_e4m3fn, "bf16", None):
+        with pytest.raises(InputError, match=r"round_after_step: `dtype` must be torch\.bfl"):
+            round_after_step(torch.optim.SGD([w], lr=1.0), dtype)
     with pytest.raises(InputError, match="round_after_step: `seed`"):
         round_after_step(torch.optim.SGD([w], lr=1.0), BF16, seed=0.5)
 
@@ -249,33 +355,39 @@ def test_a_wrapper_is_told_to_pass_what_it_steps_on():
 def on_two_ranks(rank, store):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     shards_learn_as_their_whole()
+    a_sharded_checkpoint_holds_the_rests()
+    shards_draw_each_their_own()
+    replicas_hold_the_same()
     flat_shards_are_rounded_and_saved()
     dist.destroy_process_group()
 
 
-def shards_learn_as_their_whole():
-    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def sharded():
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    whole = model()
+    policy = MixedPrecisionPolicy(param_dtype=BF16, reduce_dtype=torch.float32)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    fully_shard(whole, mesh=mesh, mp_policy=policy)
+    optimizer = torch.optim.AdamW(whole.parameters(), lr=1e-3)
+    round_after_step(optimizer, BF16)
+    return whole, optimizer
+
+
+def learn(module, optimizer, number):
+    torch.manual_seed(number)
+    module(torch.randn(4, 6)).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def shards_learn_as_their_whole():
     from torch.distributed.tensor import DTensor
-
-    def model():
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
-
-    def sharded():
-        whole = model()
-        policy = MixedPrecisionPolicy(param_dtype=BF16, reduce_dtype=torch.float32)
-        mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
-        fully_shard(whole, mesh=mesh, mp_policy=policy)
-        optimizer = torch.optim.AdamW(whole.parameters(), lr=1e-3)
-        round_after_step(optimizer, BF16)
-        return whole, optimizer
-
-    def learn(module, optimizer, number):
-        torch.manual_seed(number)
-        module(torch.randn(4, 6)).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
 
     one, optimizer = sharded()
     for number in range(3):
@@ -303,7 +415,14 @@ def shards_learn_as_their_whole():
             assert isinstance(rest, DTensor) and rest.placements == w.placements
             torch.testing.assert_close((w.detach() + rest).full_tensor(), x.detach())
             assert on_the_grid(w.detach().full_tensor(), BF16)
-    # a sharded checkpoint holds the rests, and a run goes on from it
+
+
+def a_sharded_checkpoint_holds_the_rests():
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    one, optimizer = sharded()
+    for number in range(3):
+        learn(one, optimizer, number)
     saved = copy.deepcopy(get_state_dict(one, optimizer))
     other, again = sharded()
     set_state_dict(other, again, model_state_dict=saved[0], optim_state_dict=saved[1])
@@ -314,7 +433,23 @@ def shards_learn_as_their_whole():
         assert torch.equal(w.full_tensor(), x.full_tensor())
         rests = optimizer.state[w]["rest"], again.state[x]["rest"]
         assert torch.equal(*(rest.full_tensor() for rest in rests))
-    # replicas hold the same
+
+
+def shards_draw_each_their_own():
+    from torch.distributed.fsdp import fully_shard
+
+    alike = nn.Linear(64, 64, bias=False)
+    nn.init.constant_(alike.weight, 1 + 2**-8)
+    fully_shard(alike, mesh=dist.device_mesh.init_device_mesh("cpu", (2,)))
+    stepped = torch.optim.SGD(alike.parameters(), lr=0.0)
+    round_after_step(stepped, BF16)
+    alike(torch.ones(1, 64)).sum().backward()
+    stepped.step()
+    top, bottom = alike.weight.detach().full_tensor().chunk(2)
+    assert not torch.equal(top, bottom) and on_the_grid(top, BF16)
+
+
+def replicas_hold_the_same():
     replica = nn.parallel.DistributedDataParallel(model())
     stepped = torch.optim.AdamW(replica.parameters(), lr=1e-3)
     round_after_step(stepped, BF16)
@@ -342,12 +477,6 @@ def flat_shards_are_rounded_and_saved():
         optimizer = torch.optim.AdamW(whole.parameters(), lr=1e-3)
         round_after_step(optimizer, BF16)
         return whole, optimizer
-
-    def learn(whole, optimizer, number):
-        torch.manual_seed(number)
-        whole(torch.randn(4, 6)).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
 
     for original in (False, True):
         (one, optimizer), (other, again) = flat(original), flat(original)

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -74,16 +75,15 @@ def test_the_example_trains_three_steps_logs_metrics_and_dumps(tmp_path, engine)
 
 
 # what docs/trainers/trl.md says, with a look at what the engine holds afterwards
+PAGE = (ROOT / "docs" / "trainers" / "trl.md").read_text()
+AFTER_THE_STEP = re.search(r"```\n(class Trainer.*?)```", PAGE, flags=re.S).group(1)
+PLAIN = "class Trainer(CorrectedGRPO, GRPOTrainer): ..."
 AT_THE_SEND = """
 generation = trainer.vllm_generation
 masters = generation._iter_named_params
 generation._iter_named_params = lambda: stochastic_round_weights(masters(), torch.bfloat16)
 """
-AFTER_THE_STEP = """
-trainer.create_optimizer()
-round_after_step(trainer.optimizer, torch.bfloat16)
-"""
-RUN = """
+SEND = """
 import sys, warnings
 warnings.simplefilter("ignore")
 import vllm._custom_ops
@@ -94,7 +94,7 @@ from trl import GRPOTrainer
 from iscorrect import round_after_step, stochastic_round_weights, token_tis
 from iscorrect.adapters.trl import CorrectedGRPO
 
-class Trainer(CorrectedGRPO, GRPOTrainer): ...
+%s
 
 trainer = Trainer(
     model=sys.argv[1], reward_funcs=reward, train_dataset=dataset(), correction=token_tis(),
@@ -123,12 +123,13 @@ print("FOUND", differ, own, *arrival)
 """
 
 
-def sent(model, folder, autocast, lines):
+def sent(model, folder, autocast, kind=PLAIN, lines=""):
     """Entries that are not the nearest to the masters, those that are not the trainer's, and
     what its log says of arrival."""
     done = subprocess.run(
-        [sys.executable, "-c", RUN % (autocast, lines), model, str(folder)], capture_output=True,
-        text=True, check=False, cwd=Path(__file__).parent, env=os.environ | ENVIRONMENT,
+        [sys.executable, "-c", SEND % (kind, autocast, lines), model, str(folder)],
+        capture_output=True, text=True, check=False, cwd=Path(__file__).parent,
+        env=os.environ | ENVIRONMENT,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     differ, own, *arrival = done.stdout.split("FOUND ")[1].splitlines()[0].split()
@@ -138,7 +139,7 @@ def sent(model, folder, autocast, lines):
 @pytest.mark.skipif(not find_spec("vllm"), reason="no vLLM")
 def test_weights_can_be_rounded_stochastically_where_trl_sends_them(tmp_path):
     model = save_model(tmp_path / "model", torch.bfloat16)
-    differ, own, arrival = sent(model, tmp_path, False, AT_THE_SEND)
+    differ, own, arrival = sent(model, tmp_path, False, lines=AT_THE_SEND)
     assert differ > 100 and own > 100 and arrival
 
 
@@ -149,5 +150,5 @@ def test_trl_can_compute_with_what_it_sends(tmp_path):
     assert differ > 100 and own == 0
     measured = [x for x in arrival if not math.isnan(x)]
     assert measured == pytest.approx([1] * len(measured)) and measured
-    _, own, arrival = sent(model, tmp_path, True, "")
+    _, own, arrival = sent(model, tmp_path, True)
     assert own > 100 and any(x < 0.9 for x in arrival)

@@ -39,7 +39,7 @@ actor_rollout_ref.actor.policy_loss.loss_mode=iscorrect_ppo
 actor_rollout_ref.actor.use_torch_compile=false
 actor_rollout_ref.actor.fsdp_config.use_torch_compile=false
 actor_rollout_ref.actor.fsdp_config.model_dtype=fp32
-actor_rollout_ref.actor.fsdp_config.dtype=float32
+actor_rollout_ref.actor.fsdp_config.dtype=bfloat16
 actor_rollout_ref.rollout.name=cpu actor_rollout_ref.rollout.n=2
 actor_rollout_ref.rollout.tensor_model_parallel_size=1
 actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=2
