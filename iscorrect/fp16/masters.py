@@ -62,7 +62,7 @@ def round_after_step(
     >>> (w.bfloat16() == w).all().item(), (w + optimizer.state[w]["rest"] == 1 + 2**-7).all().item()
     (True, True)
     """
-    if dtype not in (torch.bfloat16, torch.float16):
+    if not isinstance(dtype, torch.dtype) or dtype not in (torch.bfloat16, torch.float16):
         raise input_error(
             "round_after_step", "dtype", expected="torch.bfloat16 or torch.float16",
             got=describe(dtype), fix="pass the dtype that the engine serves in",
