@@ -357,6 +357,25 @@ def test_stochastic_rounding_is_unbiased_and_on_the_grid(dtype):
     assert up == pytest.approx(0.3, abs=0.01)
 
 
+@pytest.mark.parametrize("make", [
+    lambda w: torch.optim.AdamW(w, lr=1e-3), lambda w: torch.optim.AdamW(w, lr=1e-3, fused=True),
+])
+def test_an_optimiser_steps_on_its_masters_and_leaves_what_the_engine_holds(make):
+    torch.manual_seed(0)
+    w, plain = (torch.nn.Parameter(0.05 * torch.randn(300, 20).cuda()) for _ in range(2))
+    with torch.no_grad():
+        plain.copy_(w)
+    rounded, other = make([w]), make([plain])
+    ic.round_after_step(rounded, BF16)
+    for _ in range(4):
+        w.grad = torch.randn_like(w)
+        plain.grad = w.grad.clone()
+        rounded.step()
+        other.step()
+        assert torch.equal(w + rounded.state[w]["rest"], plain)
+        assert torch.equal(w.to(BF16).float(), w)
+
+
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_float32_output_and_upcast_agree(dtype, monkeypatch):
     given = make(dtype)

@@ -625,6 +625,29 @@ def test_a_trainer_that_computes_with_what_it_sends(folder, batch):
     assert other.update(which, answers._replace(log_probs=own), "uncorrected")["max"] > 0
 
 
+def test_what_rounding_after_each_step_gained_is_said_once_three_seeds_have_it(tmp_path):
+    rewards = {
+        "vllm-fp16-trained-in-fp16-uncorrected": (0.7, 3),
+        "vllm-bf16-trained-in-bf16-uncorrected": (0.5, 3),
+        "vllm-bf16-trained-in-bf16-after-step-uncorrected": (0.8, 2),
+    }
+
+    def said():
+        folder = tmp_path / "reinforce"
+        folder.mkdir(exist_ok=True)
+        for arm, (reward, seeds) in rewards.items():
+            for seed in range(seeds):
+                rows = [f"{step},{reward},0.5,0.5,0.5,0.5,0.001" for step in range(3)]
+                head = "step,reward,sampled,greedy,rounded_sampled,rounded_greedy,kl"
+                path = folder / f"{arm}-{report.MAIN}-{seed}.csv"
+                path.write_text("\n".join([head, *rows]) + "\n")
+        return report.agreeing(tmp_path)
+
+    assert "20 ± 0 points more" in said() and "round_after_step" not in said()
+    rewards["vllm-bf16-trained-in-bf16-after-step-uncorrected"] = (0.8, 3)
+    assert "with `iscorrect.round_after_step` in BF16 30 ± 0 more than without (3 seeds)." in said()
+
+
 @pytest.mark.usefixtures("half_are_right")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("trainer", ["bf16", "amp-bf16"])

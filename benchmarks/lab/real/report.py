@@ -275,11 +275,16 @@ def agreeing(records: Path) -> str:
     most = [
         geometric([max(numbers(run, "kl")) for run in found[f"{arm}-{MAIN}"]]) for arm in BOTH
     ]
+    rounded = differences(records, *AFTER_STEP, MAIN)["reward"]
+    and_after = (
+        f", and with `iscorrect.round_after_step` in BF16 {mean([100 * x for x in rounded])} more"
+        f" than without ({number_of(rounded)})"
+    )
     return (
         " Where trainer and engine both compute in 16 bits, as under mixed precision, they agree,"
         f" at most {most[1]} nats a token in BF16 and {most[0]} in FP16, and the engine still"
         f" answers {mean([100 * x for x in gained])} points more right over the run in FP16 than"
-        f" in BF16 ({number_of(gained)})."
+        f" in BF16 ({number_of(gained)}){and_after if len(rounded) >= 3 else ''}."
     )
 
 
@@ -538,6 +543,7 @@ TO_NEAREST = tuple(
     for correction in ("token-tis-cap=2", "icepop-low=0.5,high=5", "sequence-tis-cap=2", "ppo")
 )
 BOTH = "vllm-fp16-trained-in-fp16-uncorrected", "vllm-bf16-trained-in-bf16-uncorrected"
+AFTER_STEP = "vllm-bf16-trained-in-bf16-after-step-uncorrected", BOTH[1]
 SEEDS = range(5)
 """Of the plan's differences, whatever was run later."""
 UNKNOWN = {8: range(3, 10), 4: range(1, 10), 1: range(5, 10)}
