@@ -629,7 +629,6 @@ def test_what_rounding_after_each_step_gained_is_said_once_three_seeds_have_it(t
     rewards = {
         "vllm-fp16-trained-in-fp16-uncorrected": (0.7, 3),
         "vllm-bf16-trained-in-bf16-uncorrected": (0.5, 3),
-        "vllm-bf16-trained-in-bf16-after-step-uncorrected": (0.8, 2),
     }
 
     def said():
@@ -643,7 +642,9 @@ def test_what_rounding_after_each_step_gained_is_said_once_three_seeds_have_it(t
                 path.write_text("\n".join([head, *rows]) + "\n")
         return report.agreeing(tmp_path)
 
-    assert "20 ± 0 points more" in said() and "round_after_step" not in said()
+    for seeds in (0, 2):
+        rewards["vllm-bf16-trained-in-bf16-after-step-uncorrected"] = (0.8, seeds)
+        assert "20 ± 0 points more" in said() and "round_after_step" not in said()
     rewards["vllm-bf16-trained-in-bf16-after-step-uncorrected"] = (0.8, 3)
     assert "with `iscorrect.round_after_step` in BF16 30 ± 0 more than without (3 seeds)." in said()
 

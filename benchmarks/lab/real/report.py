@@ -279,12 +279,12 @@ def agreeing(records: Path) -> str:
     and_after = (
         f", and with `iscorrect.round_after_step` in BF16 {mean([100 * x for x in rounded])} more"
         f" than without ({number_of(rounded)})"
-    )
+    ) if len(rounded) >= 3 else ""
     return (
         " Where trainer and engine both compute in 16 bits, as under mixed precision, they agree,"
         f" at most {most[1]} nats a token in BF16 and {most[0]} in FP16, and the engine still"
         f" answers {mean([100 * x for x in gained])} points more right over the run in FP16 than"
-        f" in BF16 ({number_of(gained)}){and_after if len(rounded) >= 3 else ''}."
+        f" in BF16 ({number_of(gained)}){and_after}."
     )
 
 
