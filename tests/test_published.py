@@ -1,6 +1,7 @@
 """Public numbers replayed: tiny made-up files in the formats of the public ones."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,14 @@ Twenty steps:
 
 ### Iteration 2 — nothing measured
 """
+
+
+def test_the_labs_commands_are_listed_without_what_some_of_them_need(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "benchmarks.lab.engines", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        lab.main(["--help"])
+    assert ended.value.code == 0 and "reinforcement learning in each" in capsys.readouterr().out
 
 
 def plotted(kl, head="train/vllm_kl"):

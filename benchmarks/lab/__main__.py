@@ -30,11 +30,11 @@ def main(arguments: list[str] | None = None) -> None:
         module, _ = BY_THEMSELVES[arguments[0]]
         import_module(module).main(arguments[1:])
         return
-    with_an_engine(arguments)
+    with_an_engine(read(arguments))
 
 
-def read(arguments: list[str], engine: str) -> argparse.Namespace:
-    """What is asked for; without a choice, of this kind of engine."""
+def read(arguments: list[str]) -> argparse.Namespace:
+    """What is asked for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.lab", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     common = argparse.ArgumentParser(add_help=False)
@@ -46,7 +46,7 @@ def read(arguments: list[str], engine: str) -> argparse.Namespace:
     common.add_argument("--solved", type=float, default=0.4,
                         help="share of right answers at which a model's training stops")
     common.add_argument("--engine", choices=["vllm", "transformers"],
-                        default=engine)
+                        help="vLLM where it is installed")
     common.add_argument("--seeds", type=int, default=3)
 
     four = ["add-3", "sort-8", "brackets-24", "sharp"]
@@ -83,14 +83,14 @@ def read(arguments: list[str], engine: str) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def with_an_engine(arguments: list[str]) -> None:
+def with_an_engine(given: argparse.Namespace) -> None:
     """The commands that need transformers, and vLLM where it is."""
     from benchmarks.lab import engines, models, offline, phases, sanity, tasks
     from benchmarks.lab.experiment import Run, carry_out
     from benchmarks.lab.policy import Size
     from benchmarks.lab.reinforce import Schedule
 
-    given = read(arguments, engines.default_kind())
+    kind = given.engine or engines.default_kind()
     size = Size(given.width, given.layers)
 
     def model(name: str, seed: int = 0) -> Path:
@@ -101,7 +101,7 @@ def with_an_engine(arguments: list[str]) -> None:
         for name in given.names:
             print(model(name))
     elif given.command == "offline":
-        offline.main([model(name) for name in given.names], given.engine, given.records,
+        offline.main([model(name) for name in given.names], kind, given.records,
                      seeds=given.seeds, sequences=given.sequences, length=given.length)
     else:
         experiment = sanity if given.command == "sanity" else phases
@@ -116,7 +116,7 @@ def with_an_engine(arguments: list[str]) -> None:
             for which in range(each) for rate in given.rates
         ] or [(0, schedule, folder)]
         runs = [
-            Run(arm, task, model(task, which), plan, seed, given.engine, records)
+            Run(arm, task, model(task, which), plan, seed, kind, records)
             for seed in range(given.seeds)
             for which, plan, records in settings
             for task in given.tasks
