@@ -329,7 +329,7 @@ def test_bad_arguments_are_named():
     with pytest.raises(InputError, match="round_after_step: `optimizer` must be parameters of fl"):
         round_after_step(torch.optim.SGD([nn.Parameter(w.bfloat16())], lr=1.0), BF16)
     for dtype in (torch.float32, torch.float8_e4m3fn, "bf16", None):
-        with pytest.raises(InputError, match=r"round_after_step: `dtype` must be torch\.bfl"):
+        with pytest.raises(InputError, match=f"`dtype` must be torch.bfloat16 .*got {dtype!r}"):
             round_after_step(torch.optim.SGD([w], lr=1.0), dtype)
     with pytest.raises(InputError, match="round_after_step: `seed`"):
         round_after_step(torch.optim.SGD([w], lr=1.0), BF16, seed=0.5)

@@ -65,7 +65,7 @@ def round_after_step(
     if not isinstance(dtype, torch.dtype) or dtype not in (torch.bfloat16, torch.float16):
         raise input_error(
             "round_after_step", "dtype", expected="torch.bfloat16 or torch.float16",
-            got=describe(dtype), fix="pass the dtype that the engine serves in",
+            got=repr(dtype), fix="pass the dtype that the engine serves in",
         )
     check_number(
         "round_after_step", "seed", seed, "of the draws", whole=True,
