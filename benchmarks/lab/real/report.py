@@ -481,7 +481,10 @@ def sixteen(records: Path) -> str:
          "rounded", "at the end", "rounded", "engine's reward, over the run", "last 5 steps",
          "KL: first", "largest"],
         table,
-    ) + "\nRight: of the weights that the trainer keeps, and of these rounded to its format.\n"
+    ) + (
+        "\nRight: of the weights that the trainer keeps, and of these rounded to its format, to"
+        " nearest, or as it rounds them after each step.\n"
+    )
 
 
 def numbers(run: list[Row], column: str) -> list[float]:
