@@ -71,6 +71,7 @@ def round_after_step(
         "round_after_step", "seed", seed, "of the draws", whole=True,
         fix="pass seed as an int, on all ranks the same",
     )
+    # Accelerate's wrapper is an Optimizer too, that has no hooks of its own
     known = isinstance(optimizer, torch.optim.Optimizer)
     if not known or not hasattr(optimizer, "_optimizer_step_post_hooks"):
         raise input_error(
@@ -117,7 +118,7 @@ class _Rounding:
             rest = optimizer.state[w].pop(REST, None) if w in optimizer.state else None
             if isinstance(rest, Tensor):
                 self.stepped.add(w)
-                _local(w).add_(_of(_local(w), _local(rest), self.dtype))
+                _local(w).add_(_rest_of(_local(w), _local(rest), self.dtype))
             # a step without gradients, by which PyTorch makes room for a checkpoint, rounds nothing
             elif w.grad is not None and _local(w.grad).any():
                 self.stepped.add(w)
@@ -140,7 +141,7 @@ class _Rounding:
         self.stepped.clear()
 
 
-def _of(w: Tensor, rest: Tensor, dtype: torch.dtype) -> Tensor:
+def _rest_of(w: Tensor, rest: Tensor, dtype: torch.dtype) -> Tensor:
     """The rest where it is one of w, less than a step of the grid; 0 where w is of elsewhere."""
     grid = torch.finfo(dtype)
     return rest.where(rest.abs() <= w.abs().clamp(min=grid.tiny) * grid.eps, 0)

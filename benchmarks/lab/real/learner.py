@@ -165,8 +165,9 @@ class Learner:
             rounded: whether all its weights are rounded to what batches are computed in, or are
                 its masters; the arithmetic is float32's.
         """
-        of = {name: w.to(self._dtype).float() for name, w in self.weights.items()}
-        held = {f"model.{name}": w for name, w in (of if rounded else self.masters).items()}
+        dtype = self._dtype if rounded else torch.float32
+        of = self.weights if rounded else self.masters
+        held = {f"model.{name}": w.to(dtype).float() for name, w in of.items()}
         found = []
         for which in torch.arange(len(self.task.prompts)).split(rows):
             answers = functional_call(
