@@ -508,6 +508,19 @@ def test_many_runs_learn_as_the_learner_of_one_does(folder):
         assert moved > 0 and (masters[name][0] - w).norm() < 0.01 * moved, name
 
 
+@pytest.mark.usefixtures("half_are_right")
+def test_runs_that_round_after_each_step_learn_on_their_masters(folder):
+    kept = together.Run(engine="bf16", trainer="bf16", rounding=together.AFTER_STEP, rate=2e-5)
+    assert kept.shared != kept._replace(rounding="nearest").shared
+    settings = {"device": "cpu", "steps": 3, "judged": 3}
+    (found,) = together.train(folder, [kept], **settings)
+    (lost,) = together.train(folder, [kept._replace(rounding="nearest")], **settings)
+    arrivals = [[float(x) for x in row["arrival_all"].split()] for row in (found, lost)]
+    assert arrivals[0] == pytest.approx([1, 1, 1], abs=0.2)
+    assert max(arrivals[1]) < 0.5
+    assert max(float(x) for x in found["kl"].split()) < 0.01
+
+
 def test_what_is_not_finite_is_no_update_of_its_run_alone():
     gradients = [torch.tensor([[3.0, 4], [torch.inf, 1], [0.3, 0.4]]), torch.zeros(3, 2)]
     assert together.clipped(gradients, 1.0) == pytest.approx([5, torch.inf, 0.5])
@@ -767,7 +780,7 @@ def test_a_clip_of_the_engines_ratio_lets_no_gradient_through_outside():
 
 def test_the_design_has_each_run_once_and_groups_what_can_be_together():
     runs = [run for block in together.design() for run in block]
-    assert len({*runs}) == len(runs) == 530
+    assert len({*runs}) == len(runs) == 535
     for block in together.design():
         groups = together.groups(block)
         assert sorted(run for group in groups for run in group) == sorted(block)

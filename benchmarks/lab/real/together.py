@@ -29,11 +29,17 @@ from benchmarks.lab.real.model import open_model, open_tokenizer, weights
 from benchmarks.lab.real.packed import Answers
 from benchmarks.lab.real.senders import EMBEDDING
 from benchmarks.lab.real.sums import LONGEST, PAIRS, Sums
-from iscorrect import group_advantages, round_with_feedback, stochastic_round
+from iscorrect import (
+    group_advantages,
+    round_after_step,
+    round_with_feedback,
+    stochastic_round,
+)
 
 STEPS, JUDGED, WARMUP, PROMPTS, ANSWERS = 60, 6, 3, 4, 8
 AT_ONCE = 10
 """Runs that are computed together, at most."""
+AFTER_STEP = "after-step"
 
 
 class Run(NamedTuple):
@@ -47,7 +53,8 @@ class Run(NamedTuple):
         every: steps from one sending of weights to the next.
         rate: learning rate of AdamW.
         correction: as :func:`iscorrect.parse` reads it, or ``PPO``.
-        rounding: of the weights that are sent: "nearest", "stochastic" or "feedback".
+        rounding: of the weights that are sent: "nearest", "stochastic" or "feedback"; "after-step":
+            :func:`iscorrect.round_after_step`, so that the trainer computes with them too.
         baseline: "group", a group's mean with its advantages divided by their deviation; without
             that, "mean", or "half" of the mean.
         seed: of prompts and draws.
@@ -67,7 +74,8 @@ class Run(NamedTuple):
     @property
     def shared(self) -> tuple:
         """What runs that are computed together have in common."""
-        return self.task, self.engine, self.trainer, self.head, self.every, self.rate
+        return (self.task, self.engine, self.trainer, self.head, self.every, self.rate,
+                self.rounding == AFTER_STEP)
 
 
 TIS, ICEPOP = "token-tis:cap=2", "icepop:low=0.5,high=5"
@@ -101,20 +109,22 @@ def design() -> list[list[Run]]:
         Run(engine=dtype, trainer=dtype, correction=correction)
         for dtype in ("bf16", "fp16") for correction in ("uncorrected", TIS)
     ]
-    heads = [Run(head="fp32"), Run(trainer="bf16", head="fp32")]
+    remedies = [Run(trainer="bf16", rounding=AFTER_STEP), Run(head="fp32"),
+                Run(trainer="bf16", head="fp32")]
     others = [
         Run(engine=engine, correction=correction)
         for engine in ("bf16", "fp16")
         for correction in ("token-mis", ICEPOP, "sequence-mis:high=2", PPO)
     ]
     parts: list[tuple[int, Iterable[Run]]] = [
-        (10, MAIN), (10, behind(8)), (10, behind(4)), (10, behind(1)),
-        (10, halved(8, 2e-5, "stochastic")), (5, (*compute, *heads)),
-        (5, (run._replace(task="two digits") for run in FIVE)),
-        (5, (run._replace(rate=rate) for rate in (1e-5, 4e-5) for run in FIVE)),
+        (10, MAIN), (5, (*compute, *remedies)),
         (5, (*others, Run(rounding="feedback"), Run(correction=TIS, rounding="stochastic"))),
-        (10, behind(8, 4e-5)), (10, halved(8, 4e-5, "stochastic")), (5, halved(1, 2e-5, "nearest")),
+        (5, (run._replace(rate=rate) for rate in (1e-5, 4e-5) for run in FIVE)),
+        (5, (run._replace(task="two digits") for run in FIVE)),
+        (10, behind(8)), (10, halved(8, 2e-5, "stochastic")),
         (5, (run._replace(every=every) for every in (4, 8) for run in (MAIN[0], MAIN[3]))),
+        (10, behind(4)), (10, behind(1)), (10, behind(8, 4e-5)),
+        (10, halved(8, 4e-5, "stochastic")), (5, halved(1, 2e-5, "nearest")),
     ]
     known: set[Run] = set()
     blocks = []
@@ -191,7 +201,7 @@ class Senders:
         return found
 
     def _rounded(self, name: str, w: Tensor, way: str) -> Tensor:
-        if self._dtype == torch.float32 or way == "nearest":
+        if self._dtype == torch.float32 or way in ("nearest", AFTER_STEP):
             return w.to(self._dtype)
         if way == "stochastic":
             return stochastic_round(w, self._dtype, generator=self._generator)
@@ -230,6 +240,8 @@ def train(
     optimizer = torch.optim.AdamW(
         masters.values(), lr=first.rate, betas=(0.9, 0.99), weight_decay=0, fused=device == "cuda"
     )
+    if first.rounding == AFTER_STEP:
+        round_after_step(optimizer, DTYPES[first.engine])
     orders = [random.Random(run.seed) for run in group]
     draws, trials = (
         [torch.Generator(device).manual_seed(offset + run.seed) for run in group]
@@ -237,7 +249,7 @@ def train(
     )
     send = Senders(group, device)
     engine = send.engine(config, masters)
-    begin = last = Sample(masters, engine)
+    begin = last = Sample(whole(masters, optimizer), engine)
     found: list[dict[str, list[float]]] = [{} for _ in group]
 
     def note(**columns: Iterable[float]) -> None:
@@ -247,11 +259,13 @@ def train(
 
     for step in range(steps + 1):
         if step % judged == 0:
-            greedy, sampled = right(config, masters, task, prompts, trials)
+            policy = whole(masters, optimizer)
+            greedy, sampled = right(config, policy, task, prompts, trials)
+            del policy
             note(greedy=greedy, sampled=sampled)
         if step and step % first.every == 0:
             engine = send.engine(config, masters)
-            now = Sample(masters, engine)
+            now = Sample(whole(masters, optimizer), engine)
             note(arrival=now.since(last), arrival_all=now.since(begin))
             last = now
         which = [order.sample(range(len(prompts)), PROMPTS) for order in orders]
@@ -268,6 +282,17 @@ def train(
          "seconds": f"{seconds:.3g}"}
         for run in found
     ]
+
+
+@torch.no_grad()
+def whole(
+    masters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
+    """The masters, with what :func:`iscorrect.round_after_step` has put aside of them."""
+    return {
+        name: w + rest if (rest := optimizer.state[w].get("rest")) is not None else w
+        for name, w in masters.items()
+    }
 
 
 @cache
