@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import inf, isnan
 from pathlib import Path
 
@@ -15,7 +15,17 @@ from scipy import stats
 from benchmarks.lab.cells import markdown
 from benchmarks.lab.chain.statistics import holm
 from benchmarks.lab.real.intervals import Row, geometric, mean, number_of, rows_of
-from benchmarks.lab.real.together import AT_ONCE, JUDGED, STEPS, TIS, Run
+from benchmarks.lab.real.learner import PPO
+from benchmarks.lab.real.together import (
+    AFTER_STEP,
+    AT_ONCE,
+    ICEPOP,
+    JUDGED,
+    STEPS,
+    TIS,
+    Run,
+    design,
+)
 
 Arm = Run
 """A run whose seed says nothing."""
@@ -23,10 +33,26 @@ NEAREST, STOCHASTIC = Run(), Run(rounding="stochastic")
 FP16, FP32, CORRECTED = Run(engine="fp16"), Run(engine="fp32"), Run(correction=TIS)
 CONTRASTS = ((STOCHASTIC, NEAREST), (FP16, NEAREST), (CORRECTED, NEAREST), (STOCHASTIC, FP32))
 """Family (a) of the plan."""
+IN_BF16, IN_FP16 = NEAREST._replace(trainer="bf16"), FP16._replace(trainer="fp16")
+ROUNDED = IN_BF16._replace(rounding=AFTER_STEP)
+IN_16_BITS = ((IN_FP16, IN_BF16), (ROUNDED, IN_BF16), (IN_BF16, NEAREST))
+"""Family (d)."""
 BEHIND = Run(rounding="stochastic", every=8)
+OTHERS = ("token-mis", ICEPOP, "sequence-mis:high=2", PPO)
+RATES = tuple(
+    (a._replace(rate=rate), NEAREST._replace(rate=rate))
+    for rate in (1e-5, 4e-5) for a in (STOCHASTIC, FP16, CORRECTED)
+)
 BESIDE = (
     (FP16._replace(correction=TIS), FP16), (FP32._replace(correction=TIS), FP32),
     (CORRECTED, STOCHASTIC), (FP16, FP32), (FP16, STOCHASTIC),
+    *((of._replace(correction=x), of) for of in (NEAREST, FP16) for x in OTHERS),
+    (NEAREST._replace(rounding="feedback"), NEAREST),
+    (NEAREST._replace(rounding="feedback"), STOCHASTIC),
+    (STOCHASTIC._replace(correction=TIS), STOCHASTIC),
+    (NEAREST._replace(head="fp32"), NEAREST), (IN_BF16._replace(head="fp32"), IN_BF16),
+    *((of._replace(correction=TIS), of) for of in (IN_BF16, IN_FP16)),
+    (IN_FP16, FP16), (ROUNDED, STOCHASTIC), (ROUNDED, IN_FP16), *RATES,
     (BEHIND._replace(correction=TIS), BEHIND), (BEHIND, STOCHASTIC),
     (BEHIND._replace(correction=TIS), STOCHASTIC),
 )
@@ -35,7 +61,7 @@ NONE = "No record of `python -m benchmarks.lab.real {}`.\n"
 
 
 def arms(records: Path) -> dict[Arm, dict[int, Row]]:
-    """Runs by arm and seed, as the design has them."""
+    """Runs by arm and seed, in the design's order."""
     found: dict[Arm, dict[int, Row]] = {}
     path = records / "together.csv"
     for row in rows_of(path) if path.exists() else []:
@@ -43,7 +69,8 @@ def arms(records: Path) -> dict[Arm, dict[int, Row]]:
             type(usual)(row[name]) for name, usual in Run._field_defaults.items()
         ))
         found.setdefault(run._replace(seed=0), {})[run.seed] = row
-    return found
+    planned = [run._replace(seed=0) for block in design() for run in block]
+    return {arm: found[arm] for arm in dict.fromkeys([*planned, *found]) if arm in found}
 
 
 def curve(row: Row, name: str) -> list[float]:
@@ -150,26 +177,52 @@ def learned(records: Path) -> str:
     )
 
 
+def agreeing(records: Path) -> str:
+    """What two remedies gain where trainer and engine compute in 16 bits; "" on few seeds."""
+    found = arms(records)
+    gained = {
+        name: [[100 * x for x in differences(found, pair, name)] for pair in IN_16_BITS[:2]]
+        for name in ("sampled", "reward")
+    }
+    if any(len(of) < 3 for pairs in gained.values() for of in pairs):
+        return ""
+    own, engine = ([mean(of) for of in pairs] for pairs in gained.values())
+    return (
+        f" On a GPU ({STEPS} steps, {number_of(gained['reward'][0])}) the policy answers {own[0]}"
+        f" points more right in FP16 and {own[1]} more with `round_after_step` than in BF16 to"
+        f" nearest, and the engine {engine[0]} and {engine[1]}."
+    )
+
+
 def contrasts(records: Path) -> str:
     """Differences paired by seed: the planned ones with Holm's p, the others with none."""
     found = arms(records)
     if not found:
         return NONE.format("together")
-    planned = [differences(found, pair, "sampled") for pair in CONTRASTS]
-    # what does not vary, or has too few seeds, tells nothing
-    ps = [float(stats.ttest_1samp(x, 0).pvalue) if len(x) > 2 and len({*x}) > 1 else 1.0
-          for x in planned]
-    told = [f"{p:.2g}, {held:.2g}" for p, held in zip(ps, holm(ps), strict=True)]
+    families = {"(a)": CONTRASTS, "(d)": IN_16_BITS}
+    told = [(pair, p) for name, pairs in families.items() for pair, p in tested(found, name, pairs)]
     rows = [
         [f"{named(pair[0])} − {named(pair[1])}", str(len(of)), mean(of),
          *(mean(differences(found, pair, name)) for name in ("greedy", "reward")), p]
-        for pair, p in zip((*CONTRASTS, *BESIDE), (*told, *[""] * len(BESIDE)), strict=True)
+        for pair, p in (*told, *((pair, "") for pair in BESIDE))
         if (of := differences(found, pair, "sampled"))
     ]
     return markdown(
         ["difference", "seeds", "right at T = 1, over the run", "greedily", "engine's reward",
-         "p at T = 1; Holm's over the four"], rows,
+         "p at T = 1; Holm's in its family"], rows,
     ) + "\nPaired by seed, Student's t, 95 % intervals.\n"
+
+
+def tested(
+    found: Mapping[Arm, Mapping[int, Row]], family: str, pairs: Sequence[tuple[Arm, Arm]]
+) -> list[tuple[tuple[Arm, Arm], str]]:
+    """Each planned pair, and what is said of its p."""
+    of = [differences(found, pair, "sampled") for pair in pairs]
+    # what does not vary, or has too few seeds, tells nothing
+    ps = [float(stats.ttest_1samp(x, 0).pvalue) if len(x) > 2 and len({*x}) > 1 else 1.0
+          for x in of]
+    told = [f"{p:.2g}; {held:.2g} {family}" for p, held in zip(ps, holm(ps), strict=True)]
+    return [*zip(pairs, told, strict=True)]
 
 
 SHOWN = {

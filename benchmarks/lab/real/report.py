@@ -284,7 +284,7 @@ def agreeing(records: Path) -> str:
         " Where trainer and engine both compute in 16 bits, as under mixed precision, they agree,"
         f" at most {most[1]} nats a token in BF16 and {most[0]} in FP16, and the engine still"
         f" answers {mean([100 * x for x in gained])} points more right over the run in FP16 than"
-        f" in BF16 ({number_of(gained)}){and_after}."
+        f" in BF16 ({number_of(gained)}){and_after}.{on_a_gpu.agreeing(records)}"
     )
 
 
