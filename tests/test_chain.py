@@ -384,6 +384,31 @@ def test_everything_runs_at_toy_size_and_is_reported(tmp_path):
         "behind.png", "behind-kl.png", "exact-critics.png", "kinds.png"}
 
 
+def test_runs_made_again_are_told_where_they_part(tmp_path):
+    def write(path, ends):
+        path.parent.mkdir(exist_ok=True)
+        key = "world,length,task,optimizer,engine,arm,steps,j_policy,j_engine,kl"
+        path.write_text("\n".join([key, *(
+            f"chain,256,10,sgd,{engine},icepop,2,0.5 {j} {end},0.5 0.5 0.5,0 0 0"
+            for engine, (j, end) in ends.items()
+        )]) + "\n")
+        path.with_suffix(".json").write_text(
+            '{"processor": "one", "torch": "2", "commit": "a", "date": "today"}')
+
+    write(tmp_path / "exact.csv", {
+        "noise-1": ("0.3", "0"), "int3": ("0.6", "0.7"), "exact": ("0.6", "0.9"),
+        "int8": ("0.6", "0.9"),
+    })
+    write(tmp_path / tables.AGAIN / "exact.csv", {
+        "noise-1": ("0.4", "0.96"), "int3": ("0.44", "0.69"), "exact": ("0.6", "0.9"),
+    })
+    text = tables.again(tmp_path)
+    assert "| chain | 10 | sgd | noise-1 | icepop | 0.96 | 0.000, lowest 0.000, never |" in text
+    assert "| 0.960, lowest 0.400, step 2 |" in text and text.count("\n| chain") == 2
+    assert "Of 3 runs of 256 tokens 1 have the same J(π) at each step, to four digits" in text
+    assert "2 sank (below the start by more than 0.05) in both or in neither" in text
+
+
 def test_a_missing_record_is_said_to_be_missing(tmp_path):
     for name, table in tables.TABLES.items():
         assert "No record of `python -m benchmarks.lab" in table(tmp_path), name

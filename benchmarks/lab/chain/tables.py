@@ -23,6 +23,10 @@ LEARNT = 0.95
 CLAIMED = 8
 """Updates behind that the claims of the plan are about."""
 SANK = 0.05
+PARTED = 0.1
+"""Of J(π) at a step, between two processors."""
+AGAIN = "again"
+"""The folder of runs of `exact` that were made on another processor."""
 CANDIDATES = ("token-tis-critic", "token-tis-half", "past-tis")
 """Arms that may do better than token-TIS and sequence-TIS."""
 
@@ -87,6 +91,37 @@ def every_arm(records: Path) -> str:
     arms = [arm for arm in ARMS if any(a == arm for _, a in found)]
     body = [[f"`{arm}`", *(cell(found.get((name, arm))) for name in shown)] for arm in arms]
     return markdown(["arm", *shown], body) + "\n" + note(records / "exact.json")
+
+
+def again(records: Path) -> str:
+    """Runs that part from themselves when they are made again on another processor."""
+    first, other = (
+        {tuple(row[name] for name in exact.Run._fields): row for row in rows(path)}
+        for path in (records / "exact.csv", records / AGAIN / "exact.csv")
+    )
+    both = [key for key in first if key in other]
+    if not both:
+        return f"No record of `python -m benchmarks.lab exact --records …/{AGAIN}`.\n"
+    apart = {
+        key: [abs(x - y) for x, y in zip(*curves, strict=True)]
+        for key in both
+        if (curves := [curve(of[key], "j_policy") for of in (first, other)])
+    }
+    body = [
+        [*key[:1], *key[2:], pretty(max(apart[key])), cell(first[key]), cell(other[key])]
+        for key in both if max(apart[key]) > PARTED
+    ]
+    alike = sum(sank(first[key]) == sank(other[key]) for key in both)
+    made, remade = (note(path / "exact.json")[:-2] for path in (records, records / AGAIN))
+    return markdown(
+        ["world", "task", "optimizer", "engine", "arm", "apart, at most", "first", "again"], body,
+    ) + (
+        f"\nOf {len(both)} runs of {' and '.join(sorted({key[1] for key in both}, key=int))}"
+        f" tokens {sum(max(of) == 0 for of in apart.values())} have the same J(π) at each step, to"
+        f" four digits, and {sum(of[-1] < 0.02 for of in apart.values())} end within 0.02; here"
+        f" are those that part by more than {PARTED} at any. {alike} sank (below the start by more"
+        f" than {SANK}) in both or in neither. First: {made}. Again: {remade}.\n"
+    )
 
 
 def lengths(records: Path) -> str:
@@ -488,7 +523,7 @@ def note(path: Path) -> str:
 TABLES: dict[str, Callable[[Path], str]] = {
     "exact": engines, "exact_sgd": partial(engines, optimizer="sgd"),
     "exact_arms": every_arm, "exact_lengths": lengths, "exact_worlds": in_worlds,
-    "exact_baselines": baselines, "exact_critics": critics_everywhere,
+    "exact_again": again, "exact_baselines": baselines, "exact_critics": critics_everywhere,
     "behind": behind_of, "behind_untouched": partial(behind_of, untouched=True),
     "behind_attention": partial(behind_of, world="attention"), "behind_rates": rates,
     "behind_lags": over_lags, "behind_lags_untouched": partial(over_lags, untouched=True),
