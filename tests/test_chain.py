@@ -432,7 +432,7 @@ def test_sampled_tokens_of_attention_come_from_its_own_log_probs():
 
 
 def test_records_say_on_what_all_of_them_were_made(tmp_path):
-    path = tmp_path / "runs.csv"
+    path = tmp_path / "new" / "runs.csv"
     records.note(path)
     said = json.loads(path.with_suffix(".json").read_text())
     records.append(path, {"run": 1})

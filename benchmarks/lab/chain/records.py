@@ -75,6 +75,7 @@ def note(path: Path, device: str = "cpu") -> None:
         for name, now in said.items():
             first = before[name].split(" to ")[0]
             said[name] = first if now == first else f"{first} to {now}"
+    beside.parent.mkdir(parents=True, exist_ok=True)
     beside.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
 
 
