@@ -381,6 +381,7 @@ def test_the_report_reads_what_the_gpu_wrote(folder, tmp_path, monkeypatch):
     table = gpu.contrasts(tmp_path)
     assert table.count("| 3 |") == 2 and "bf16, stochastic, uncorrected − fp32" in table
     gpu.figure(tmp_path).savefig(tmp_path / "learning.png")
+    gpu.figure(tmp_path, gpu.SIXTEEN).savefig(tmp_path / "sixteen.png")
     assert gpu.matrix(tmp_path) == gpu.judged(tmp_path) == gpu.NONE.format("pairs")
 
 

@@ -229,15 +229,21 @@ SHOWN = {
     NEAREST: "BF16, to nearest", CORRECTED: "BF16, to nearest, token-TIS",
     STOCHASTIC: "BF16, stochastic", FP16: "FP16, to nearest", FP32: "FP32",
 }
+SIXTEEN = {
+    IN_BF16: "BF16, to nearest", IN_BF16._replace(correction=TIS): "BF16, to nearest, token-TIS",
+    ROUNDED: "BF16, rounded after each step", IN_FP16: "FP16, to nearest",
+    IN_BF16._replace(head="fp32"): "BF16, to nearest, FP32 head",
+}
+"""Trainers in 16 bits."""
 
 
-def figure(records: Path) -> plt.Figure:
+def figure(records: Path, shown: Mapping[Arm, str] = SHOWN) -> plt.Figure:
     """KL, arrival and rewards by step, means over seeds with 95 % intervals."""
-    found = {arm: [*seeds.values()] for arm, seeds in arms(records).items() if arm in SHOWN}
+    found = {arm: [*seeds.values()] for arm, seeds in arms(records).items() if arm in shown}
     columns = {"kl": "KL(engine‖policy), nats per token", "arrival": "arrives of the last update",
                "reward": "reward of the engine", "sampled": "reward of the policy, T = 1"}
     drawn, panels = plt.subplots(2, 2, figsize=(11, 8.5), layout="constrained")
-    for (arm, label), colour in zip(SHOWN.items(), plt.get_cmap("tab10").colors, strict=False):
+    for (arm, label), colour in zip(shown.items(), plt.get_cmap("tab10").colors, strict=False):
         for ax, column in zip(panels.flat, columns, strict=True):
             of = np.array([curve(row, column) for row in found.get(arm, [])])
             if len(of) < 3:
@@ -257,11 +263,12 @@ def figure(records: Path) -> plt.Figure:
     panels[0, 1].set_ylim(-0.1, 1.4)
     for ax in panels[1]:
         ax.set_ylim(0, 1.02)
-    drawn.legend(*panels[1, 1].get_legend_handles_labels(), loc="outside lower center", ncols=5,
+    drawn.legend(*panels[1, 1].get_legend_handles_labels(), loc="outside lower center", ncols=3,
                  frameon=False)
     seeds = sorted({len(rows) for rows in found.values()})
     drawn.suptitle(
-        "An engine on a GPU, sent weights after every step; means over "
+        f"{'Trainer and engine in 16 bits' if shown is SIXTEEN else 'An engine'} on a GPU, sent"
+        " weights after every step; means over "
         f"{' to '.join(map(str, seeds))} seeds (of KL geometric), 95 % intervals"
     )
     return drawn

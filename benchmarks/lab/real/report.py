@@ -50,6 +50,9 @@ def main(records: Path, pages: Iterable[Path], pictures: Path) -> None:
         sixteen_figure(records).savefig(pictures / "real-sixteen.png", dpi=110)
     if on_a_gpu.arms(records):
         on_a_gpu.figure(records).savefig(pictures / "real-gpu.png", dpi=110)
+    if on_a_gpu.IN_BF16 in on_a_gpu.arms(records):
+        both = on_a_gpu.figure(records, on_a_gpu.SIXTEEN)
+        both.savefig(pictures / "real-gpu-sixteen.png", dpi=110)
     plt.close("all")
     for page in pages:
         text = page.read_text(encoding="utf-8")
@@ -568,6 +571,8 @@ BESIDE = {
         ("vllm-bf16-feedback-uncorrected", "vllm-bf16-uncorrected"),
         *TO_NEAREST,
         ("vllm-bf16-sequence-mis-high=2", "vllm-bf16-uncorrected"),
+        ("vllm-bf16-token-mis", "vllm-bf16-uncorrected"),
+        ("vllm-bf16-fp32-head-uncorrected", "vllm-bf16-uncorrected"),
         ("vllm-fp16-token-tis-cap=2", "vllm-fp16-uncorrected"),
     ),
     "every4-2e-05": (*CONTRASTS[:2], *OF_AGE), "every8-2e-05": OF_AGE,
