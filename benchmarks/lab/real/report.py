@@ -590,9 +590,10 @@ def beside(records: Path) -> str:
             names = (named(f"{x}-{schedule}") for x in pair)
             rows.append([" − ".join(names), str(len(of["sampled"])),
                          *(mean(x) if x else "not run" for x in of.values())])
-    of = differences(records, *CONTRASTS[0], MAIN, "two-digits")
-    rows.append(["two digits: " + " − ".join(named(f"{x}-{MAIN}") for x in CONTRASTS[0]),
-                 str(len(of["sampled"])), *(mean(x) if x else "not run" for x in of.values())])
+    for pair in CONTRASTS:
+        of = differences(records, *pair, MAIN, "two-digits")
+        rows.append(["two digits: " + " − ".join(named(f"{x}-{MAIN}") for x in pair),
+                     str(len(of["sampled"])), *(mean(x) if x else "not run" for x in of.values())])
     if not any(int(row[1]) for row in rows):
         return "No record of `python -m benchmarks.lab.real reinforce`.\n"
     return markdown(
