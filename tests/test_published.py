@@ -1,6 +1,8 @@
 """Public numbers replayed: tiny made-up files in the formats of the public ones."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from benchmarks.lab import __main__ as lab, published, published_table
 from iscorrect.errors import InputError
 
 RECORDS = Path(published.__file__).parent / "records"
+ROOT = Path(__file__).parents[1]
 HEALTHY = [1e-3 * (1 + 0.1 * (-1) ** i) for i in range(40)]
 NOTEBOOK = """# Notes
 
@@ -39,6 +42,19 @@ def test_the_labs_commands_are_listed_without_what_some_of_them_need(monkeypatch
     with pytest.raises(SystemExit) as ended:
         lab.main(["--help"])
     assert ended.value.code == 0 and "reinforcement learning in each" in capsys.readouterr().out
+
+
+def test_the_lab_of_the_real_model_names_the_packages_that_it_lacks(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util as util\nfound = util.find_spec\n"
+        "util.find_spec = lambda name, *of: None if name == 'scipy' else found(name, *of)\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-m", "benchmarks.lab.real", "--help"], capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}, check=False,
+    )
+    assert ran.returncode == 1 and "Traceback" not in ran.stderr
+    assert "needs" in ran.stderr and "scipy" in ran.stderr and "pip install" in ran.stderr
 
 
 def plotted(kl, head="train/vllm_kl"):

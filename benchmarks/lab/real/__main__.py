@@ -5,11 +5,18 @@ from __future__ import annotations
 import argparse
 import os
 from dataclasses import replace
+from importlib.util import find_spec
 from math import inf
 from pathlib import Path
 
 # before torch is imported: its thread pools are sized on loading
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+if lacking := [name for name in ("transformers", "matplotlib", "scipy") if not find_spec(name)]:
+    raise SystemExit(
+        f"python -m benchmarks.lab.real needs {', '.join(lacking)}: "
+        "pip install -c constraints.txt -e '.[plots,cli]' -r benchmarks/lab/requirements.txt"
+    )
 
 import torch
 
