@@ -660,7 +660,7 @@ def test_what_rounding_after_each_step_gained_is_said_once_three_seeds_have_it(t
         rewards["vllm-bf16-trained-in-bf16-after-step-uncorrected"] = (0.8, seeds)
         assert "20 ± 0 points more" in said() and "round_after_step" not in said()
     rewards["vllm-bf16-trained-in-bf16-after-step-uncorrected"] = (0.8, 3)
-    assert "with `iscorrect.round_after_step` in BF16 30 ± 0 more than without (3 seeds)." in said()
+    assert "and 30 ± 0 more with `iscorrect.round_after_step` than in BF16 to nearest" in said()
 
 
 @pytest.mark.usefixtures("half_are_right")

@@ -188,9 +188,8 @@ def agreeing(records: Path) -> str:
         return ""
     own, engine = ([mean(of) for of in pairs] for pairs in gained.values())
     return (
-        f" On a GPU ({STEPS} steps, {number_of(gained['reward'][0])}) the policy answers {own[0]}"
-        f" points more right in FP16 and {own[1]} more with `round_after_step` than in BF16 to"
-        f" nearest, and the engine {engine[0]} and {engine[1]}."
+        f"; on a GPU, {STEPS} steps, {number_of(gained['reward'][0])}, {' and '.join(engine)}, and"
+        f" the policy {' and '.join(own)}"
     )
 
 

@@ -258,13 +258,12 @@ def summary(records: Path) -> str:
 
     return (
         f"Of a float32 trainer's first update {arrives['bf16', '1']} % arrives in BF16 where"
-        f" weights are rounded to nearest, and of the first {last} together"
-        f" {arrives['bf16', last]} %; in FP16 {arrives['fp16', '1']} % and"
-        f" {arrives['fp16', last]} % (a pretrained model of 135 M parameters stored in BF16,"
-        f" {number_of(seeds)}, learning rate 2e-5). vLLM in BF16 is then {kl('nearest', last)} nats"
-        f" a token from its policy, where {kl('nearest', '0')} is arithmetic; with"
-        f" `iscorrect.stochastic_round` at the send it is {kl('stochastic', last)}"
-        f" ({number_of(engines['bf16'])}). {learned(records)}{agreeing(records)}\n"
+        f" weights are rounded to nearest and {arrives['fp16', '1']} % in FP16, of the first {last}"
+        f" together {arrives['bf16', last]} % and {arrives['fp16', last]} %, and vLLM in BF16 is"
+        f" then {kl('nearest', last)} nats a token from its policy, where {kl('nearest', '0')} is"
+        f" arithmetic and {kl('stochastic', last)} what `iscorrect.stochastic_round` at the send"
+        " leaves (a pretrained model of 135 M parameters stored in BF16, learning rate 2e-5,"
+        f" {number_of(seeds)}). {learned(records)}{agreeing(records)}\n"
     )
 
 
@@ -280,14 +279,14 @@ def agreeing(records: Path) -> str:
     ]
     rounded = differences(records, *AFTER_STEP, MAIN)["reward"]
     and_after = (
-        f", and with `iscorrect.round_after_step` in BF16 {mean([100 * x for x in rounded])} more"
-        f" than without ({number_of(rounded)})"
+        f" and {mean([100 * x for x in rounded])} more with `iscorrect.round_after_step`"
     ) if len(rounded) >= 3 else ""
     return (
-        " Where trainer and engine both compute in 16 bits, as under mixed precision, they agree,"
-        f" at most {most[1]} nats a token in BF16 and {most[0]} in FP16, and the engine still"
-        f" answers {mean([100 * x for x in gained])} points more right over the run in FP16 than"
-        f" in BF16 ({number_of(gained)}){and_after}.{on_a_gpu.agreeing(records)}"
+        " Where trainer and engine both compute in 16 bits, as under mixed precision, they are at"
+        f" most {most[1]} nats a token apart in BF16 and {most[0]} in FP16, and the engine still"
+        f" answers {mean([100 * x for x in gained])} points more right over the run in FP16"
+        f"{and_after} than in BF16 to nearest (vLLM, 24 steps,"
+        f" {number_of(gained)}{on_a_gpu.agreeing(records)})."
     )
 
 
@@ -298,17 +297,17 @@ def learned(records: Path) -> str:
         return "What that does to learning has not been measured on three seeds."
     stochastic, fp16, tis = (mean([100 * x for x in of["sampled"]]) for of in found.values())
     seeds = sorted({len(x["sampled"]) for x in found.values()})
-    before = f"with vLLM on a CPU (24 steps, {' to '.join(map(str, seeds))} seeds)"
+    before = f"with vLLM on a CPU, 24 steps, {' to '.join(map(str, seeds))} seeds"
     if gained := on_a_gpu.learned(records):
         engine = "{}, {} and {}".format(*on_a_gpu.gained(records, "reward"))
         return (
-            f"{gained}; {before} it is {stochastic}, {fp16} and {tis}. Of the engine's own"
-            f" answers, whose weights are the policy's rounded, on the GPU it is {engine}."
+            f"{gained} ({before}, {stochastic}, {fp16} and {tis}), and the engine, whose weights"
+            f" are the policy's rounded, {engine}."
         )
     return (
-        f"While it learns sums {before}, the policy answers {stochastic} points more of them right"
-        f" with stochastic than with nearest rounding to BF16, {fp16} more with FP16, and {tis}"
-        " more with nearest rounding and token-TIS (means over the run)."
+        f"While it learns sums ({before}), the policy answers {stochastic} points more of them"
+        f" right with stochastic than with nearest rounding to BF16, {fp16} more with FP16, and"
+        f" {tis} more with nearest rounding and token-TIS (means over the run)."
     )
 
 
