@@ -2,6 +2,7 @@
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -508,3 +509,15 @@ def test_its_draws_are_those_of_stochastic_rounding():
     alone = stochastic_round(torch.full((50_000,), 1 + 2**-9), BF16)
     assert share == pytest.approx(0.25, abs=0.01)
     assert (alone == 1 + 2**-7).float().mean().item() == pytest.approx(share, abs=0.02)
+
+
+def test_an_optimiser_that_a_trainer_makes_by_name_rounds_from_its_first_step_on():
+    page = Path(__file__).parents[1] / "docs" / "lab" / "real-model.md"
+    blocks = page.read_text(encoding="utf-8").split("```")[1::2]
+    (block,) = (block for block in blocks if "class RoundedAdamW" in block)
+    exec(block, named := {})
+    (of, optimizer), _ = two(lambda w: named["RoundedAdamW"](iter(w), lr=1e-5))
+    for number in range(3):
+        step(optimizer, of, number)
+        assert all(torch.equal(w, w.bfloat16().float()) for w in of)
+    assert all(optimizer.state[w]["rest"].any() for w in of)

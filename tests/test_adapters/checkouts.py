@@ -313,6 +313,40 @@ def check_prime_rl(_, root):
     for name, case in own.items():
         worst = prime_rl_parity(world, *case)
         yield f"{name}_loss_fn against from_prime_rl", None, worst.gradient
+    prime_rl_rounds(root)
+    yield "setup_optimizer with round_after_step", None, None
+
+
+def prime_rl_rounds(root):
+    """The page's lines are imported with the loss, before the optimiser that they reach."""
+    train = Path(root, "src", "prime_rl", "trainer", "rl", "train.py").read_text()
+    assert train.index("setup_rl_loss_fn(config.loss)") < train.index("= setup_optimizer(")
+    for name in ("prime_rl", "prime_rl.trainer", "prime_rl.utils"):
+        package(name, Path(root, "src"))
+    fakes.module("dion", Muon=object)
+    fakes.module("prime_rl.utils.logger", get_logger=None)
+    fakes.module("prime_rl.trainer.parallel_dims", ParallelDims=object)
+    config = sys.modules["prime_rl.configs.trainer"]
+    config.OptimizerConfig = config.OptimizerInBackwardOffloadConfig = object
+    optim = importlib.import_module("prime_rl.trainer.optim")
+    exec(recipe("from prime_rl"), {})
+    w = torch.nn.Parameter(torch.linspace(0.5, 1, 64))
+    settings = SimpleNamespace(type="adamw", lr=1e-5, weight_decay=0.0, betas1=0.9, betas2=0.99,
+                               max_norm=1.0)
+    optimizer, _ = optim.setup_optimizer(settings, [("w", w)], None)
+    begun = w.detach().clone()
+    w.grad = torch.ones_like(w)
+    optimizer.step()
+    assert torch.equal(w, w.bfloat16().float())
+    masters = w.detach() + optimizer.state[w]["rest"]
+    assert torch.allclose(masters, begun - 1e-5, atol=1e-7)
+
+
+def recipe(line):
+    """The block of the page of the real model that has this line."""
+    text = (HERE.parents[1] / "docs" / "lab" / "real-model.md").read_text(encoding="utf-8")
+    (found,) = (block for block in text.split("```")[1::2] if line in block)
+    return found
 
 
 def prime_rl_parity(world, loss_fn, config, correction):
@@ -385,6 +419,24 @@ def check_nemo_rl(_, root):
         for by_token in (True, False):
             nemo_rl_parity(world, worst, by_token, *kind)
     yield f"ClippedPGLossFn with {2 * len(kinds)} settings", worst.loss, worst.gradient
+    nemo_rl_rounds(root)
+    yield "optimizer.name with round_after_step", None, None
+
+
+def nemo_rl_rounds(root):
+    """The page's class is made as the workers make theirs, of parameters in float32."""
+    worker = Path(root, "nemo_rl/models/policy/workers/dtensor_policy_worker.py").read_text()
+    setup = Path(root, "nemo_rl/models/automodel/setup.py").read_text()
+    assert 'get_class(self.cfg["optimizer"]["name"])' in worker
+    assert 'get_class(config["optimizer"]["name"])' in setup
+    assert "torch_dtype=torch.float32" in worker and "torch_dtype=torch.float32" in setup
+    made = fakes.module("rounded")
+    exec(recipe("RoundedAdamW"), vars(made))
+    w = torch.nn.Parameter(torch.linspace(0.5, 1, 64))
+    optimizer = made.RoundedAdamW((p for p in [w]), lr=1e-5, weight_decay=0.0)
+    w.grad = torch.ones_like(w)
+    optimizer.step()
+    assert torch.equal(w, w.bfloat16().float()) and optimizer.state[w]["rest"].any()
 
 
 def nemo_rl_parity(world, worst, by_token, *kind):
