@@ -18,6 +18,7 @@ from benchmarks.lab.policy import DTYPES, Precision
 from benchmarks.lab.real import (
     coherence,
     faults,
+    intervals,
     learner,
     mechanism,
     offline,
@@ -383,6 +384,11 @@ def test_the_report_reads_what_the_gpu_wrote(folder, tmp_path, monkeypatch):
     gpu.figure(tmp_path).savefig(tmp_path / "learning.png")
     gpu.figure(tmp_path, gpu.SIXTEEN).savefig(tmp_path / "sixteen.png")
     assert gpu.matrix(tmp_path) == gpu.judged(tmp_path) == gpu.NONE.format("pairs")
+
+
+def test_differences_that_cancel_are_zero_and_not_a_rounding_error():
+    assert intervals.mean([0.1, 0.2, -0.1 - 0.2]) == "0 ± 0.66"
+    assert intervals.mean([1e-3, 1e-3, 1e-3]) == "0.001 ± 0"
 
 
 def test_the_order_of_pairs_is_counted_by_seed(tmp_path):

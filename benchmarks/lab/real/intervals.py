@@ -26,7 +26,10 @@ def mean(values: Sequence[float]) -> str:
     middle = statistics.fmean(values)
     if len(values) < 3:
         return pretty(middle)
-    return f"{middle:.3g} ± {short(half_width(values))}"
+    half = half_width(values)
+    if abs(middle) < 1e-9 * half:  # what is left of a sum that cancels
+        middle = 0.0
+    return f"{middle:.3g} ± {short(half)}"
 
 
 def half_width(values: Sequence[float]) -> float:
