@@ -38,6 +38,13 @@ def half_width(values: Sequence[float]) -> float:
     return point * statistics.stdev(values) / sqrt(len(values))
 
 
+def p_of(values: Sequence[float]) -> float:
+    """Of Student's test that the mean is zero; 1 where they do not vary or are fewer than three."""
+    if len(values) < 3 or len({*values}) == 1:
+        return 1.0
+    return float(stats.ttest_1samp(values, 0).pvalue)
+
+
 def geometric(values: Sequence[float]) -> str:
     """A geometric mean, with the ends of its 95 % interval where there are three or more."""
     logs = [log(x) for x in values]

@@ -14,7 +14,7 @@ from scipy import stats
 
 from benchmarks.lab.cells import markdown
 from benchmarks.lab.chain.statistics import holm
-from benchmarks.lab.real.intervals import Row, geometric, mean, number_of, rows_of
+from benchmarks.lab.real.intervals import Row, geometric, mean, number_of, p_of, rows_of
 from benchmarks.lab.real.learner import PPO
 from benchmarks.lab.real.together import (
     AFTER_STEP,
@@ -216,10 +216,7 @@ def tested(
     found: Mapping[Arm, Mapping[int, Row]], family: str, pairs: Sequence[tuple[Arm, Arm]]
 ) -> list[tuple[tuple[Arm, Arm], str]]:
     """Each planned pair, and what is said of its p."""
-    of = [differences(found, pair, "sampled") for pair in pairs]
-    # what does not vary, or has too few seeds, tells nothing
-    ps = [float(stats.ttest_1samp(x, 0).pvalue) if len(x) > 2 and len({*x}) > 1 else 1.0
-          for x in of]
+    ps = [p_of(differences(found, pair, "sampled")) for pair in pairs]
     told = [f"{p:.2g}; {held:.2g} {family}" for p, held in zip(ps, holm(ps), strict=True)]
     return [*zip(pairs, told, strict=True)]
 

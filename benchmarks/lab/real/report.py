@@ -21,7 +21,7 @@ from scipy import stats
 
 from benchmarks.lab.chain.statistics import holm
 from benchmarks.lab.real import on_a_gpu
-from benchmarks.lab.real.intervals import Row, geometric, mean, number_of, rows_of, short
+from benchmarks.lab.real.intervals import Row, geometric, mean, number_of, p_of, rows_of, short
 from benchmarks.lab.real.pairs import of_dump
 from benchmarks.lab.real.quantised import LONGEST, TRAINERS
 from benchmarks.lab.report import markdown
@@ -619,17 +619,16 @@ def tested(
     records: Path, pairs: Sequence[tuple[str, str]], schedule: str, seeds: range
 ) -> str:
     """Differences between arms, paired by seed, with Holm's p over them."""
-    rows, ps = [], {}
+    rows, ps = [], []
     for pair in pairs:
         of = differences(records, *pair, schedule, seeds=seeds)
-        if len(of["sampled"]) >= 3:
-            ps[len(rows)] = float(stats.ttest_1samp(of["sampled"], 0).pvalue)
+        ps.append(p_of(of["sampled"]))
         names = (named(f"{x}-{schedule}") for x in pair)
         rows.append([" − ".join(names), str(len(of["sampled"])),
                      *(mean(x) if x else "" for x in of.values()), ""])
-    adjusted = holm([ps.get(i, 1.0) for i in range(len(pairs))])
-    for i, p in ps.items():
-        rows[i][-1] = f"{p:.2g}, {adjusted[i]:.2g}"
+    for row, p, adjusted in zip(rows, ps, holm(ps), strict=True):
+        if int(row[1]) >= 3:
+            row[-1] = f"{p:.2g}, {adjusted:.2g}"
     if not any(int(row[1]) for row in rows):
         return "No record of `python -m benchmarks.lab.real reinforce`.\n"
     return markdown(
